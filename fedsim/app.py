@@ -1,0 +1,31 @@
+"""What ``flwr run`` loads: the server's app with its lines on the terminal."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim.core.plan import RunPlan
+from fedsim.flower.run_config import config_from_run_config
+from fedsim.flower.server_app import check_output, default_output, execute
+from fedsim.report.terminal import TerminalObserver
+
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what ``flwr run --run-config`` describes; an error fails the run in Flower too."""
+    config = config_from_run_config(context.run_config)
+    plan = RunPlan.prepare(config)
+    output = Path(config.output) if config.output else default_output()
+    check_output(output, plan.run_bytes)
+    observer = TerminalObserver()
+    workers = config.workers or len(config.participants_of(1))
+    try:
+        execute(grid, plan, output, observer=observer, workers=workers, stop=threading.Event())
+    finally:
+        observer.close()

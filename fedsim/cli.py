@@ -1,0 +1,168 @@
+"""The ``fedsim`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedsim import __version__
+from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
+
+SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists what is allowed")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end the process with its exit code.
+
+    0 success, 1 a failure during a run, 2 bad input, 130 interrupted.
+    """
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Flower leaves threads that wait for ever when its engine fails: end the process for certain.
+    os._exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        parsed = _parse(arguments)
+        return int(parsed.command(parsed) or SUCCESS)
+    except RunInterruptedError as error:
+        _say(str(error))
+        return INTERRUPTED
+    except InputError as error:
+        _say(str(error))
+        return BAD_INPUT
+    except FedsimError as error:
+        _say(str(error))
+        return FAILURE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`fedsim inspect RUN | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+    except SystemExit as ended:
+        return int(ended.code or SUCCESS)
+
+
+def _say(text: str) -> None:
+    print(f"fedsim: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="fedsim", description="Federated averaging that you can replay.")
+    parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_inspect(commands)
+    return parser.parse_args(arguments)
+
+
+def _add_run(commands: Any) -> None:
+    from fedsim.core.config import RunConfig
+
+    command = commands.add_parser(
+        "run",
+        help="run a simulation and record it",
+        description="Run a simulation and record it. Flags override the file; lists and tables "
+        "are written as in TOML, like --batch-size '[16, 32]'.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_run)
+    command.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
+    )
+    command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    for name, field in RunConfig.model_fields.items():
+        key = name.replace("_", "-")
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default in (None, {}) else f" (default: {_shown(default)})"
+        command.add_argument(
+            f"--{key}",
+            metavar="VALUE",
+            dest=key,
+            # `--nesterov` alone means true.
+            **({"nargs": "?", "const": "true"} if field.annotation is bool else {}),
+            help=f"{field.description}{shown}".replace("%", "%%"),
+        )
+
+
+def _shown(default: Any) -> str:
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _add_inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect", help="print what a run directory holds", allow_abbrev=False
+    )
+    command.set_defaults(command=_inspect)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from fedsim.core.config import RunConfig, parse_text, read_config_file
+
+    values = read_config_file(parsed.config) if parsed.config else {}
+    for name in RunConfig.model_fields:
+        key = name.replace("_", "-")
+        if (text := getattr(parsed, key)) is not None:
+            values[key] = parse_text(key, text)
+    config = RunConfig.from_mapping(values)
+
+    from fedsim.core.plan import RunPlan
+    from fedsim.flower.server_app import check_output, default_output
+    from fedsim.flower.simulation import machine_gpus, simulate, size_pool
+    from fedsim.report.terminal import TerminalObserver
+
+    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    plan = RunPlan.prepare(config)
+    output = Path(config.output) if config.output else default_output()
+    check_output(output, plan.run_bytes)
+    observer = TerminalObserver()
+    stop = threading.Event()
+    _stop_on_interrupt(stop)
+    try:
+        simulate(plan, output, pool, observer=observer, stop=stop, verbose=parsed.verbose)
+    except RunInterruptedError:
+        raise RunInterruptedError(f"interrupted; the finished rounds are kept in {output}") from None
+    finally:
+        observer.close()
+
+
+def _stop_on_interrupt(stop: threading.Event) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(INTERRUPTED)
+        _say("stopping after an interrupt; a second one ends at once")
+        stop.set()
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fedsim.recording.reader import load_run
+    from fedsim.report.terminal import print_run
+
+    print_run(Console(highlight=False, soft_wrap=not sys.stdout.isatty()), load_run(parsed.run))

@@ -1,0 +1,107 @@
+"""Deltas, their sample-weighted mean and the hash of a state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+State = Mapping[str, Array]
+
+
+def delta_of(local: State, reference: State) -> dict[str, Array]:
+    """Subtract the global state from a local one, each array in its own dtype.
+
+    This sign, local minus global, is the only one used anywhere.
+
+    Raises
+    ------
+    ValueError
+        When names, shapes or dtypes differ.
+    """
+    if list(local) != list(reference):
+        odd = sorted(set(local).symmetric_difference(reference)) or ["their order"]
+        raise ValueError(f"the local state and the global one differ in {odd[0]}")
+    for name, array in reference.items():
+        found = local[name]
+        if found.shape != array.shape or found.dtype != array.dtype:
+            raise ValueError(
+                f"{name} has shape {found.shape} and dtype {found.dtype}; "
+                f"the global state has {array.shape} and {array.dtype}"
+            )
+    return {name: np.subtract(local[name], array) for name, array in reference.items()}
+
+
+class DeltaMean:
+    """The weighted mean of deltas, one at a time, in float64.
+
+    The order of `add` decides the last bits of the sum: add in `fold_order`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+        self.weight = 0
+
+    def add(self, delta: State, weight: int) -> None:
+        """Fold one client's delta in.
+
+        Parameters
+        ----------
+        delta : mapping of str to ndarray
+            The same names and shapes each time.
+        weight : int
+            Distinct training samples of the client, 1 or more.
+        """
+        if weight < 1:
+            raise ValueError(f"a delta needs a weight of 1 or more, not {weight}")
+        for name, array in delta.items():
+            weighted = np.multiply(array, weight, dtype=np.float64)
+            if name in self._sums:
+                self._sums[name] += weighted
+            else:
+                self._sums[name] = weighted
+                self._dtypes[name] = array.dtype
+        self.weight += weight
+
+    def mean(self) -> dict[str, Array]:
+        """Divide by the total weight and round once to each array's own dtype.
+
+        Integer buffers are rounded half to even.
+        """
+        result: dict[str, Array] = {}
+        for name, total in self._sums.items():
+            mean = total / self.weight
+            dtype = self._dtypes[name]
+            if np.issubdtype(dtype, np.integer):
+                mean = np.rint(mean)
+            result[name] = mean.astype(dtype)
+        return result
+
+
+def apply_delta(reference: State, delta: State) -> dict[str, Array]:
+    """Add a delta to the global state, each array in its own dtype."""
+    return {name: np.add(array, delta[name]) for name, array in reference.items()}
+
+
+def state_sha256(state: State) -> str:
+    """Hash a state: names, dtypes, shapes and bytes, in ascending order of names.
+
+    Returns
+    -------
+    str
+        Hexadecimal SHA-256. For each array: its name, its numpy dtype string and its shape as
+        comma-separated decimals, each followed by a zero byte, then its little-endian bytes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        # np.ascontiguousarray would turn a scalar into a vector of one.
+        array = np.asarray(state[name], order="C")
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        shape = ",".join(str(size) for size in array.shape)
+        digest.update(f"{name}\0{array.dtype.name}\0{shape}\0".encode())
+        digest.update(array.tobytes() if array.ndim == 0 else array.data)
+    return digest.hexdigest()

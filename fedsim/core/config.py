@@ -1,0 +1,449 @@
+"""One configuration: the same names in TOML, on the command line and in ``run.json``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from fedsim.core import datasets, models
+from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.partition import PartitionScheme
+from fedsim.core.rng import Purpose, draw_participants, generator
+from fedsim.core.capture import CapturePolicy
+from fedsim.core.training import OptimizerSettings, TrainingSettings
+
+Strategy = Literal["delta-fedavg"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _rounds_listed(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(tuple(r) if isinstance(r, list) else r for r in value)
+    return value
+
+
+def _globs_listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _listed(value)
+
+
+def _table_of_ids(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {int(k) if str(k).isdecimal() else k: v for k, v in value.items()}
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _parsed_by(parser: Any) -> AfterValidator:
+    def check(value: str) -> str:
+        parser(value)
+        return value
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
+Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class ClientSettings(_Strict):
+    """What a ``[client.<partition>]`` table may set for one client."""
+
+    batch_size: Count | None = None
+    local_epochs: Count | None = None
+    local_steps: Count | None = None
+    learning_rate: Rate | None = None
+
+
+class RunConfig(_Strict):
+    """Everything that decides a run.
+
+    Field names with ``-`` for ``_`` are the TOML keys, the command-line flags and the keys of
+    ``run.json``. The defaults are those of ``configs/quickstart.toml``. A list in
+    ``batch-size``, ``local-epochs``, ``local-steps`` or ``learning-rate`` is drawn from once
+    per client; ``[client.<partition>]`` tables set them for single clients.
+
+    Raises
+    ------
+    ConfigError
+        From `from_mapping` and `load`: an unknown key, a wrong type or an impossible value.
+    """
+
+    dataset: Annotated[str, _parsed_by(datasets.parse_name)] = Field(
+        "digits", description="digits, cifar10, cifar100 or synthetic[:SAMPLES[:CLASSES]]"
+    )
+    data_root: str | None = Field(
+        None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
+    )
+    clients: Count = Field(10, description="number of clients, one partition each")
+    clients_per_round: Count = Field(4, description="participants drawn for each round")
+    rounds: Count = Field(5, description="rounds to run")
+    partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
+        "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
+    )
+    alpha: Rate = Field(0.5, description="concentration of the Dirichlet split")
+    min_samples: Count = Field(10, description="every client has at least this many samples")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        42, description="every draw of the run follows from it"
+    )
+    participants: Annotated[
+        tuple[tuple[int, ...], ...] | None, BeforeValidator(_rounds_listed)
+    ] = Field(None, description="a list of clients for each round, instead of drawing them")
+    model: Literal["resnet18", "resnet18-cifar", "cnn"] = Field(
+        "resnet18", description="resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn"
+    )
+    norm: Literal["batch", "group"] = Field("batch", description="normalisation layers")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser")
+    learning_rate: Annotated[Rates, BeforeValidator(_listed)] = Field(
+        0.01, description="local learning rate"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
+    nesterov: bool = Field(False, description="Nesterov momentum")
+    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite)] = Field(
+        5e-4, description="L2 penalty of the local optimiser"
+    )
+    batch_size: Annotated[Counts, BeforeValidator(_listed)] = Field(
+        32, description="samples in a local step"
+    )
+    local_epochs: Annotated[Counts, BeforeValidator(_listed)] = Field(
+        1, description="passes over a client's samples in a round"
+    )
+    local_steps: Annotated[Counts | None, BeforeValidator(_listed)] = Field(
+        None, description="exact number of local steps in a round, instead of epochs"
+    )
+    client: Annotated[dict[int, ClientSettings], BeforeValidator(_table_of_ids)] = Field(
+        default_factory=dict, description="tables [client.<partition>] for single clients"
+    )
+    capture: Annotated[str, _parsed_by(CapturePolicy.parse)] = Field(
+        "first:1", description="steps whose gradients are kept: none, all, first:K or every:K"
+    )
+    capture_layers: Annotated[
+        tuple[str, ...], Field(min_length=1), BeforeValidator(_globs_listed)
+    ] = Field(("*",), description="globs of parameter names to capture, like 'fc.*'")
+    strategy: Strategy = Field("delta-fedavg", description="aggregation strategy")
+    workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="clients that train at the same time (default: what fits the machine)"
+    )
+    client_cpus: Count = Field(1, description="CPU cores (and torch threads) of a worker")
+    client_gpus: Annotated[float, Field(ge=0), AfterValidator(_finite)] | None = Field(
+        None, description="share of a GPU for a worker, like 0.5 (default: all, shared equally)"
+    )
+    device: Device = Field("auto", description="where training and evaluation run")
+    evaluate_every: Count = Field(
+        1, description="evaluate after every N rounds (and after the last)"
+    )
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        0, description="clients of one round that may fail without stopping the run"
+    )
+    output: str | None = Field(
+        None, description="run directory (default: a dated one under runs/)"
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Check the values of a configuration and fill in the defaults.
+
+        Parameters
+        ----------
+        values : mapping of str to Any
+            Keys as in TOML, values as a TOML or JSON parser gives them.
+
+        Raises
+        ------
+        ConfigError
+            Naming the first field that cannot be used, its value and what is allowed.
+        """
+        if isinstance(values.get("clients"), Mapping):
+            raise ConfigError(
+                "clients",
+                values["clients"],
+                "a number of clients; settings of single clients go into [client.<partition>]",
+            )
+        try:
+            return cls.model_validate(dict(values), by_alias=True, by_name=False)
+        except ValidationError as error:
+            raise _as_config_error(error) from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Give the whole configuration as JSON values under the names of the TOML keys."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_json(self) -> str:
+        """Give the whole configuration as one line of JSON; `from_json` reads it back."""
+        return json.dumps(self.to_mapping(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls.from_mapping(json.loads(text))
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.participants is None:
+            if self.clients_per_round > self.clients:
+                raise ConfigError(
+                    "clients-per-round",
+                    self.clients_per_round,
+                    f"1 to the number of clients, {self.clients}",
+                )
+        else:
+            self._check_participants(self.participants)
+        for partition in self.client:
+            if partition not in range(self.clients):
+                raise ConfigError(
+                    f"client.{partition}",
+                    self.client[partition].model_dump(exclude_none=True),
+                    f"a table for one of the clients 0 to {self.clients - 1}",
+                )
+        if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
+            raise ConfigError(
+                "nesterov", True, "true only with optimizer = 'sgd' and a momentum above 0"
+            )
+        if self.client_gpus and self.client_gpus > 1 and self.client_gpus % 1:
+            raise ConfigError(
+                "client-gpus", self.client_gpus, "a share up to 1 or a whole number of GPUs"
+            )
+        if models.needs_two_samples(self.model, self.norm):
+            self._check_two_samples()
+        self._check_samples()
+        return self
+
+    def _check_participants(self, rounds: tuple[tuple[int, ...], ...]) -> None:
+        if len(rounds) < self.rounds:
+            raise ConfigError(
+                "participants", rounds, f"a list of clients for each of the {self.rounds} rounds"
+            )
+        for number, clients in enumerate(rounds, start=1):
+            if not clients or len(set(clients)) != len(clients):
+                raise ConfigError(
+                    f"participants of round {number}", list(clients), "different clients, one or more"
+                )
+            if any(c not in range(self.clients) for c in clients):
+                raise ConfigError(
+                    f"participants of round {number}",
+                    list(clients),
+                    f"clients 0 to {self.clients - 1}",
+                )
+
+    def _check_two_samples(self) -> None:
+        why = f"2 or more: norm = 'batch' cannot normalise one sample in {self.model}'s last stage"
+        sizes = self.batch_size if isinstance(self.batch_size, tuple) else (self.batch_size,)
+        tables = [(f"client.{p}.batch-size", c.batch_size) for p, c in self.client.items()]
+        for field, size in [*(("batch-size", s) for s in sizes), *tables]:
+            if size is not None and size < 2:
+                raise ConfigError(field, size, why)
+        if self.min_samples < 2:
+            raise ConfigError("min-samples", self.min_samples, why)
+
+    def _check_samples(self) -> None:
+        available = datasets.parse_name(self.dataset).train_size
+        if self.clients * self.min_samples > available:
+            raise ConfigError(
+                "min-samples",
+                self.min_samples,
+                f"at most {available // self.clients}: {self.dataset} has {available} training "
+                f"samples for {self.clients} clients",
+            )
+        shards = PartitionScheme.parse(self.partition).shards_per_client
+        if self.clients * shards > available:
+            raise ConfigError(
+                "partition",
+                self.partition,
+                f"at most {available // self.clients} shards a client with {available} samples",
+            )
+
+    @property
+    def policy(self) -> CapturePolicy:
+        """Which gradients are kept."""
+        return CapturePolicy.parse(self.capture, self.capture_layers)
+
+    def participants_of(self, round_number: int) -> list[int]:
+        """Give the partitions of a round (from 1): listed, or drawn from the seed."""
+        if self.participants is not None:
+            return list(self.participants[round_number - 1])
+        return draw_participants(
+            self.seed, round_number, self.clients, self.clients_per_round
+        )
+
+    def training_of(self, partition: int) -> TrainingSettings:
+        """Give the local training settings of one client, lists drawn and tables applied."""
+        table = self.client.get(partition, ClientSettings())
+        draw = generator(self.seed, Purpose.CLIENT_SETTINGS, partition=partition)
+        batch_size = _one_of(self.batch_size, draw)
+        local_epochs = _one_of(self.local_epochs, draw)
+        local_steps = _one_of(self.local_steps, draw)
+        learning_rate = _one_of(self.learning_rate, draw)
+        return TrainingSettings(
+            batch_size=table.batch_size or batch_size,
+            local_epochs=table.local_epochs or local_epochs,
+            # A table that asks for epochs means epochs, whatever the run says of steps.
+            local_steps=table.local_steps or (None if table.local_epochs else local_steps),
+            merge_single=self.norm == "batch",
+            optimizer=OptimizerSettings(
+                name=self.optimizer,
+                learning_rate=table.learning_rate or learning_rate,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+                weight_decay=self.weight_decay,
+            ),
+        )
+
+
+def _one_of(value: Any, draw: np.random.Generator) -> Any:
+    # One draw for each setting, list or not: making one a list leaves the others' draws alone.
+    position = draw.random()
+    return value[int(position * len(value))] if isinstance(value, tuple) else value
+
+
+def _field_of(location: Iterable[int | str]) -> str:
+    # pydantic adds the branches of a union ("tuple[constrained-int, ...]") to the location.
+    parts = [p for p in location if isinstance(p, int) or p.replace("-", "").isalpha()]
+    named = [p for p in parts if p not in ("int", "float", "constrained-int", "constrained-float")]
+    return ".".join(str(p) for p in (named[:1] if named[0] != "client" else named))
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "missing": "a value",
+}
+
+
+def _as_config_error(error: ValidationError) -> ConfigError:
+    problem = error.errors()[-1]
+    field, given, context = _field_of(problem["loc"]), problem["input"], problem.get("ctx", {})
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        known = ClientSettings if field.startswith("client.") else RunConfig
+        return unknown_key(field, given, known)
+    if kind == "literal_error":
+        options = get_args(RunConfig.model_fields[field.replace("-", "_")].annotation)
+        return ConfigError(field, given, "one of " + ", ".join(repr(o) for o in options))
+    if kind == "value_error":
+        return ConfigError(field, given, str(context["error"]))
+    bounds = [f"{name} {context[key]}" for key, name in _BOUNDS.items() if key in context]
+    if bounds:
+        return ConfigError(field, given, f"a value {' and '.join(bounds)}")
+    if kind == "too_short":
+        return ConfigError(field, given, "a list of one or more")
+    allowed = _TYPES.get(kind, problem["msg"])
+    if field in ("batch-size", "local-epochs", "local-steps"):
+        allowed = "a whole number of 1 or more, or a list of them"
+    elif field == "learning-rate":
+        allowed = "a number above 0, or a list of them"
+    elif field == "participants":
+        allowed = "a list of client numbers for each round"
+    elif field == "client":
+        allowed = "tables [client.<partition>] with whole numbers for partitions"
+    return ConfigError(field, given, allowed)
+
+
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+
+
+def unknown_key(field: str, value: Any, known: type[_Strict] = RunConfig) -> ConfigError:
+    """Make the error for a key that does not exist, with the nearest ones that do."""
+    keys = [name.replace("_", "-") for name in known.model_fields]
+    near = difflib.get_close_matches(field.rsplit(".", 1)[-1], keys, n=1)
+    hint = f"a known key, perhaps {near[0]}" if near else "one of " + ", ".join(keys)
+    return ConfigError(field, value, hint)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read the keys of a TOML file, or of the configuration stored in a ``run.json``.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.toml`` file, or a ``run.json`` (whose ``output`` is left out: it exists already).
+
+    Raises
+    ------
+    InputError
+        When the file is missing or cannot be parsed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"config = {str(path)!r} cannot be read: {reason}") from None
+    try:
+        if path.suffix == ".json":
+            stored: dict[str, Any] = json.loads(text)["config"]
+            return {k: v for k, v in stored.items() if k != "output" and v is not None}
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        hint = ""
+        if "[clients." in text:
+            hint = "; settings of single clients go into tables named [client.<partition>]"
+        raise InputError(f"config = {str(path)!r} cannot be parsed: {error}{hint}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"config = {str(path)!r} holds no configuration; allowed is a TOML file or the "
+            "run.json of a run"
+        ) from None
+
+
+def parse_text(field: str, text: str) -> Any:
+    """Read the value of one key from text, as a flag or a flat run-config gives it.
+
+    Text fields keep the text; every other field reads it as a TOML value (``16``, ``0.1``,
+    ``true``, ``[16, 32]``) and falls back to the text, which the checks then refuse by name.
+
+    Raises
+    ------
+    ConfigError
+        When `field` is not a key.
+    """
+    if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
+        raise unknown_key(field, text)
+    annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
+    if annotation is str or annotation == (str | None):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,293 @@
+"""Image datasets as whole uint8 tensors, mapped from one cache file by every process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedsim.core.errors import InputError
+from fedsim.core.rng import Purpose, generator
+
+IMAGE_SHAPE = (3, 32, 32)
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """What is known of a dataset before it is loaded.
+
+    Parameters
+    ----------
+    name : str
+        The configuration's ``dataset``.
+    classes : int
+        Number of classes.
+    mean, std : tuple of float
+        Per channel, of pixels scaled to [0, 1].
+    train_size, test_size : int
+        Samples in the two splits.
+    flip : bool
+        Whether a mirrored image keeps its class.
+    """
+
+    name: str
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    train_size: int
+    test_size: int
+    flip: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset in memory, or mapped from a file.
+
+    Parameters
+    ----------
+    spec : DatasetSpec
+        Sizes and normalisation.
+    train_images, test_images : Tensor of uint8, shape (samples, 3, 32, 32)
+        Pixels.
+    train_labels, test_labels : Tensor of int64, shape (samples,)
+        Classes.
+    """
+
+    spec: DatasetSpec
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def sha256(self) -> str:
+        """Hash both splits: images, labels of training, then of test, as raw bytes."""
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+_CIFAR100 = DatasetSpec(
+    name="cifar100",
+    classes=100,
+    mean=(0.5071, 0.4867, 0.4408),
+    std=(0.2675, 0.2565, 0.2761),
+    train_size=50_000,
+    test_size=10_000,
+    flip=True,
+)
+_CIFAR10 = DatasetSpec(
+    name="cifar10",
+    classes=10,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    train_size=50_000,
+    test_size=10_000,
+    flip=True,
+)
+# A mirrored digit is no digit: digits are cropped, not flipped.
+_DIGITS = DatasetSpec(
+    name="digits",
+    classes=10,
+    mean=(0.3059, 0.3059, 0.3059),
+    std=(0.3763, 0.3763, 0.3763),
+    train_size=1_438,
+    test_size=359,
+    flip=False,
+)
+
+
+def parse_name(text: str) -> DatasetSpec:
+    """Read ``digits``, ``cifar10``, ``cifar100`` or ``synthetic[:SAMPLES[:CLASSES]]``.
+
+    ``synthetic`` has 10,000 training samples of 10 classes, and a fifth as many test samples.
+
+    Raises
+    ------
+    ValueError
+        With the allowed forms, when `text` is none of them.
+    """
+    for spec in (_DIGITS, _CIFAR10, _CIFAR100):
+        if text == spec.name:
+            return spec
+    name, *numbers = text.split(":")
+    if name == "synthetic" and len(numbers) <= 2 and all(n.isdecimal() for n in numbers):
+        samples, classes = [int(n) for n in numbers] + [10_000, 10][len(numbers) :]
+        if classes >= 2 and samples >= 5 * classes:
+            return DatasetSpec(
+                name=text,
+                classes=classes,
+                mean=(0.5, 0.5, 0.5),
+                std=(0.25, 0.25, 0.25),
+                train_size=samples,
+                test_size=samples // 5,
+                flip=True,
+            )
+    raise ValueError(
+        "digits, cifar10, cifar100, synthetic or synthetic:SAMPLES[:CLASSES] with at least "
+        "2 classes and 5 samples of each"
+    )
+
+
+def cache_root() -> Path:
+    """Give the folder of converted and downloaded datasets.
+
+    ``FEDSIM_CACHE`` names it; otherwise ``fedsim`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    if named := os.environ.get("FEDSIM_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
+
+
+def load_dataset(name: str, *, data_root: str | None, seed: int) -> Dataset:
+    """Load a dataset, converting it into the cache on first use.
+
+    Every process maps the same cache file, so its pages are in memory once.
+
+    Parameters
+    ----------
+    name : str
+        The configuration's ``dataset``.
+    data_root : str or None
+        Folder that holds or receives the CIFAR archives; None means ``FEDSIM_DATA_ROOT`` or,
+        without that, the cache.
+    seed : int
+        ``synthetic`` is generated from it.
+
+    Raises
+    ------
+    InputError
+        When CIFAR is neither found nor downloadable, or the cache cannot be written.
+    """
+    spec = parse_name(name)
+    suffix = f"-seed{seed}" if name.startswith("synthetic") else ""
+    stem = f"{name.replace(':', '-')}{suffix}-v{_CACHE_VERSION}"
+    path = cache_root() / f"{stem}.safetensors"
+    cached = _map_cache(path, spec)
+    if cached is not None:
+        return cached
+    tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Processes that start together may all convert; each renames a whole file into place.
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"the dataset cache {path.parent} cannot be written ({error.strerror}); "
+            "set FEDSIM_CACHE to a folder that can"
+        ) from None
+    mapped = _map_cache(path, spec)
+    if mapped is None:
+        raise InputError(f"the dataset cache {path} cannot be read back; remove it and try again")
+    return mapped
+
+
+def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:
+    shapes = {
+        "train_images": (spec.train_size, *IMAGE_SHAPE),
+        "train_labels": (spec.train_size,),
+        "test_images": (spec.test_size, *IMAGE_SHAPE),
+        "test_labels": (spec.test_size,),
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in shapes}
+    except (OSError, SafetensorError):
+        return None
+    if any(tuple(tensors[key].shape) != shape for key, shape in shapes.items()):
+        return None
+    return Dataset(spec=spec, **tensors)
+
+
+def _tensors(
+    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
+) -> dict[str, Tensor]:
+    return {
+        "train_images": torch.from_numpy(np.ascontiguousarray(train[0])),
+        "train_labels": torch.from_numpy(train[1].astype(np.int64)),
+        "test_images": torch.from_numpy(np.ascontiguousarray(test[0])),
+        "test_labels": torch.from_numpy(test[1].astype(np.int64)),
+    }
+
+
+def _load_digits(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+    """Bring scikit-learn's 8x8 digits to 3x32x32; every fifth sample is a test sample."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    large = grey.repeat(4, axis=1).repeat(4, axis=2)
+    images = np.broadcast_to(large[:, None], (len(large), *IMAGE_SHAPE))
+    test = np.arange(len(images)) % 5 == 4
+    return _tensors((images[~test], digits.target[~test]), (images[test], digits.target[test]))
+
+
+def _load_cifar(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+    """Read CIFAR (Krizhevsky 2009) through torchvision, which checks the official MD5 sums."""
+    import torchvision
+
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    given = data_root or os.environ.get("FEDSIM_DATA_ROOT")
+    root = Path(given) if given else cache_root()
+    folder = root / source[spec.name].base_folder
+    splits = []
+    for train in (True, False):
+        try:
+            try:
+                split = source[spec.name](root=str(root), train=train, download=False)
+            except RuntimeError:
+                root.mkdir(parents=True, exist_ok=True)
+                split = source[spec.name](root=str(root), train=train, download=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"dataset = {spec.name!r} was not found in {folder} and could not be downloaded "
+                f"({_first_line(error)}); put the official files there or name their folder with "
+                "--data-root or FEDSIM_DATA_ROOT"
+            ) from None
+        splits.append((split.data.transpose(0, 3, 1, 2), np.asarray(split.targets)))
+    return _tensors(splits[0], splits[1])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _make_synthetic(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+    """Draw images that are a smooth pattern of their class plus noise."""
+    draw = generator(seed, Purpose.SYNTHETIC_DATA)
+    coarse = draw.uniform(64, 192, size=(spec.classes, 3, 4, 4))
+    patterns = coarse.repeat(8, axis=2).repeat(8, axis=3)
+
+    def split(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        labels = draw.permutation(np.arange(size) % spec.classes)
+        images = np.empty((size, *IMAGE_SHAPE), dtype=np.uint8)
+        # In blocks: the noise of a large dataset would be eight times the images.
+        for start in range(0, size, 4096):
+            block = slice(start, min(start + 4096, size))
+            noise = draw.normal(0, 48, size=(block.stop - block.start, *IMAGE_SHAPE))
+            images[block] = np.clip(patterns[labels[block]] + noise, 0, 255)
+        return images, labels
+
+    return _tensors(split(spec.train_size), split(spec.test_size))
+
+
+_LOADERS: dict[str, Callable[[DatasetSpec, str | None, int], dict[str, Tensor]]] = {
+    "digits": _load_digits,
+    "cifar10": _load_cifar,
+    "cifar100": _load_cifar,
+    "synthetic": _make_synthetic,
+}

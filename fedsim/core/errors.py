@@ -1,0 +1,46 @@
+"""The errors whose text is meant for the person at the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FedsimError(Exception):
+    """A failure that one sentence explains; the command line prints it without a traceback."""
+
+
+class InputError(FedsimError):
+    """Something the user gave cannot be used; nothing has been written."""
+
+
+class ConfigError(InputError):
+    """A configuration value that is not allowed.
+
+    Parameters
+    ----------
+    field : str
+        The configuration key as the user writes it, for example ``clients-per-round``.
+    value : Any
+        What was given.
+    allowed : str
+        What would be accepted, as a phrase.
+    """
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{field} = {_shorten(value)} cannot be used; allowed is {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class RunFailedError(FedsimError):
+    """A run stopped before its last round; what it finished is kept."""
+
+
+class RunInterruptedError(FedsimError):
+    """The user asked a run to stop."""
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,84 @@
+"""Counted randomness: every generator follows from the seed, a purpose, a round and a partition.
+
+No generator is carried from one step of a run to the next, so resuming a run, the order of
+its clients and the number of its workers cannot change what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """What a generator is for. The numbers are part of every run: never change one."""
+
+    PARTICIPANTS = 1
+    BATCHES = 2
+    AUGMENTATION = 3
+    CLIENT_SETTINGS = 4
+    PARTITION = 5
+    SYNTHETIC_DATA = 6
+
+
+def generator(
+    seed: int, purpose: Purpose, round_number: int = 0, partition: int = 0
+) -> np.random.Generator:
+    """Make the generator of one purpose in one round of one partition.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed, 0 or more.
+    purpose : Purpose
+        What the numbers are for.
+    round_number : int
+        Round, from 1; 0 where the draw belongs to no round.
+    partition : int
+        Partition id; 0 where the draw belongs to no client.
+
+    Returns
+    -------
+    numpy.random.Generator
+        PCG64 seeded by ``SeedSequence([seed, purpose, round, partition])``.
+    """
+    entropy = [seed, int(purpose), round_number, partition]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+
+@contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Seed torch's global CPU generator for a block and restore it afterwards.
+
+    torch's initialisers draw from the global generator and take no other.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def draw_participants(seed: int, round_number: int, clients: int, per_round: int) -> list[int]:
+    """Draw the partitions that take part in a round, without replacement.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    round_number : int
+        Round, from 1.
+    clients : int
+        How many partitions there are.
+    per_round : int
+        How many take part, 1 to `clients`.
+
+    Returns
+    -------
+    list of int
+        `per_round` different partition ids in the order of the draw.
+    """
+    draw = generator(seed, Purpose.PARTICIPANTS, round_number)
+    return [int(p) for p in draw.choice(clients, size=per_round, replace=False)]

@@ -1,0 +1,319 @@
+"""Local training: one client, one round, a function of its inputs alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim.core.datasets import DatasetSpec
+from fedsim.core.images import augment, normalise
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """A local optimiser.
+
+    Parameters
+    ----------
+    name : {"sgd", "adam"}
+        torch's SGD or Adam.
+    learning_rate : float
+        Above 0.
+    momentum, nesterov : float, bool
+        Of SGD.
+    weight_decay : float
+        L2 penalty, added to the gradient by the optimiser.
+    """
+
+    name: Literal["sgd", "adam"]
+    learning_rate: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How one client trains in a round.
+
+    Parameters
+    ----------
+    batch_size : int
+        Samples in a step.
+    local_epochs : int
+        Passes over the client's samples.
+    local_steps : int or None
+        Exact number of steps, in as many passes as that takes; replaces `local_epochs`.
+    merge_single : bool
+        Let a last batch of one sample join the batch before it: batch normalisation cannot
+        take statistics of one value.
+    optimizer : OptimizerSettings
+        A fresh one each round.
+    """
+
+    batch_size: int
+    local_epochs: int
+    local_steps: int | None
+    merge_single: bool
+    optimizer: OptimizerSettings
+
+    def batches_per_epoch(self, num_samples: int) -> list[int]:
+        """Give the sizes of the batches of one pass over `num_samples`."""
+        full, rest = divmod(num_samples, self.batch_size)
+        sizes = [self.batch_size] * full + ([rest] if rest else [])
+        if self.merge_single and len(sizes) > 1 and sizes[-1] == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes
+
+    def num_steps(self, num_samples: int) -> int:
+        """Count the local steps of a round."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return self.local_epochs * len(self.batches_per_epoch(num_samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch, ready for the model.
+
+    Parameters
+    ----------
+    epoch : int
+        Pass over the client's samples, from 0.
+    indices : ndarray of int64, shape (batch,)
+        Positions in the training split.
+    inputs : Tensor of float32, shape (batch, 3, 32, 32)
+    targets : Tensor of int64, shape (batch,)
+    """
+
+    epoch: int
+    indices: NDArray[np.int64]
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What an observer of local training sees after the backward pass of a step.
+
+    Parameters
+    ----------
+    index : int
+        Local step of the round, from 0.
+    epoch : int
+        Pass over the client's samples, from 0.
+    indices : ndarray of int64, shape (batch,)
+        Positions in the training split.
+    loss : Tensor of float32, shape ()
+        Mean loss of the batch before the update; reading its value waits for the device.
+    learning_rate : float
+        Rate of the update that follows.
+    gradients : mapping of str to Tensor
+        Parameter name to d(mean loss)/dp, in ``model.parameters()`` order, without weight
+        decay. The tensors are the step's own: keeping them is safe, changing them is not.
+    """
+
+    index: int
+    epoch: int
+    indices: NDArray[np.int64]
+    loss: Tensor
+    learning_rate: float
+    gradients: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalResult:
+    """The outcome of local training.
+
+    Parameters
+    ----------
+    state : dict of str to ndarray
+        The local model, ``state_dict`` names and order.
+    losses : list of float
+        Mean loss of each step.
+    batch_sizes : list of int
+        Samples of each step.
+    seconds : dict of str to float
+        Wall time of ``load`` (batches), ``train`` and ``capture`` (the observer).
+    """
+
+    state: Arrays
+    losses: list[float]
+    batch_sizes: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def schedule(
+    num_samples: int, settings: TrainingSettings, draw: np.random.Generator
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield the epoch and the sample positions (0 to `num_samples` - 1) of every step.
+
+    Each pass visits the samples in a fresh permutation from `draw`.
+    """
+    remaining = settings.num_steps(num_samples)
+    sizes = settings.batches_per_epoch(num_samples)
+    epoch = 0
+    while remaining > 0:
+        order = draw.permutation(num_samples)
+        for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
+            if remaining == 0:
+                return
+            yield epoch, order[stop - size : stop]
+            remaining -= 1
+        epoch += 1
+
+
+def load_batches(
+    images: Tensor,
+    labels: Tensor,
+    indices: NDArray[np.int64],
+    spec: DatasetSpec,
+    settings: TrainingSettings,
+    *,
+    order: np.random.Generator,
+    augmentation: np.random.Generator,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Yield a client's batches of a round, augmented and normalised on `device`.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape (samples, 3, 32, 32)
+        The whole training split.
+    labels : Tensor of int64, shape (samples,)
+        Its classes.
+    indices : ndarray of int64
+        The client's positions in the training split.
+    spec : DatasetSpec
+        Normalisation, and whether flipping is allowed.
+    settings : TrainingSettings
+        Batch size, epochs or steps.
+    order, augmentation : numpy.random.Generator
+        Of this round and partition.
+    device : torch.device
+        Where batches are made.
+    """
+    for epoch, positions in schedule(len(indices), settings, order):
+        chosen = indices[positions]
+        rows = torch.from_numpy(chosen)
+        pixels = images[rows].to(device)
+        inputs = normalise(augment(pixels, augmentation, flip=spec.flip), spec.mean, spec.std)
+        yield Batch(epoch=epoch, indices=chosen, inputs=inputs, targets=labels[rows].to(device))
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """Make the local optimiser; replaying recorded gradients uses the same one."""
+    # The fused kernels pass over parameter, gradient and momentum once: 1.2 times the plain
+    # loop on a CPU, where the update is a tenth of a step.
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    if settings.name == "adam":
+        return torch.optim.Adam(
+            parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+        fused=fused,
+    )
+
+
+def local_train(
+    model: nn.Module,
+    state: Mapping[str, NDArray[np.generic]],
+    batches: Iterator[Batch],
+    optimizer: OptimizerSettings,
+    on_step: Callable[[Step], None] | None = None,
+) -> LocalResult:
+    """Train from `state` on `batches`, minimising the mean cross-entropy.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Workspace on its device; all of its state is overwritten.
+    state : mapping of str to ndarray
+        The global model, ``state_dict`` names.
+    batches : iterator of Batch
+        The client's batches of the round.
+    optimizer : OptimizerSettings
+        A fresh optimiser is made from it.
+    on_step : callable, optional
+        Called with each `Step` between the backward pass and the update.
+
+    Returns
+    -------
+    LocalResult
+        The local state and what happened on the way.
+    """
+    load_state(model, state)
+    model.train()
+    named = dict(model.named_parameters())
+    optimiser = make_optimizer(list(named.values()), optimizer)
+    losses: list[Tensor] = []
+    batch_sizes: list[int] = []
+    seconds = {"load": 0.0, "train": 0.0, "capture": 0.0}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name] += now - clock
+        clock = now
+
+    for index, batch in enumerate(batches):
+        lap("load")
+        # Dropping the gradients makes backward allocate fresh ones: an observer may keep them.
+        optimiser.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        batch_sizes.append(len(batch.indices))
+        if on_step is not None:
+            lap("train")
+            gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
+            on_step(
+                Step(
+                    index=index,
+                    epoch=batch.epoch,
+                    indices=batch.indices,
+                    loss=losses[-1],
+                    learning_rate=optimizer.learning_rate,
+                    gradients=gradients,
+                )
+            )
+            del gradients
+            lap("capture")
+        optimiser.step()
+        lap("train")
+    return LocalResult(
+        state=state_arrays(model),
+        losses=[float(value) for value in losses],
+        batch_sizes=batch_sizes,
+        seconds=seconds,
+    )
+
+
+def state_arrays(model: nn.Module) -> Arrays:
+    """Copy a model's state to CPU arrays, ``state_dict`` names and order."""
+    return {n: t.detach().cpu().numpy().copy() for n, t in model.state_dict().items()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, NDArray[np.generic]]) -> None:
+    """Copy `state` into a model, requiring the very same names and shapes."""
+    model.load_state_dict({n: torch.from_numpy(np.asarray(a)) for n, a in state.items()})

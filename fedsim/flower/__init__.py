@@ -1,0 +1,1 @@
+"""The thin skin over Flower: client, server, round loop and launcher."""

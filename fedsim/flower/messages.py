@@ -1,0 +1,76 @@
+"""What travels between server and clients: names of records and keys, and their making."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+TELEMETRY = "telemetry"
+
+RUN_CONFIG = "config"
+"""Key of the whole run configuration as JSON."""
+ROUND = "server-round"
+PARTITION = "partition"
+RUN_FOLDER = "run-folder"
+"""Key of the run directory; empty where the client is to record nothing."""
+NUM_EXAMPLES = "num-examples"
+
+_LEGACY_KEYS = (
+    "fitins.parameters",
+    "evaluateins.parameters",
+    "getparametersins.config",
+    "getpropertiesins.config",
+)
+
+
+def is_legacy(content: RecordDict) -> bool:
+    """Say whether a message comes from a strategy of Flower's former API."""
+    return any(key in content for key in _LEGACY_KEYS)
+
+
+def array_record(state: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
+    """Encode a state; names and order are kept."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in state.items()})
+
+
+def state_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
+    """Decode a state into fresh, writable arrays."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def train_config(
+    run_config: str, *, round_number: int, partition: int, run_folder: str
+) -> dict[str, str | int]:
+    """Give the keys of one client's training message."""
+    return {
+        RUN_CONFIG: run_config,
+        ROUND: round_number,
+        PARTITION: partition,
+        RUN_FOLDER: run_folder,
+    }
+
+
+def reply_content(
+    arrays: ArrayRecord | None, num_examples: int, metrics: Mapping[str, Any]
+) -> RecordDict:
+    """Encode a client's answer: numbers into the MetricRecord, telemetry beside it."""
+    numbers = {k: v for k, v in metrics.items() if k != TELEMETRY}
+    content = RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: num_examples, **numbers})})
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    if TELEMETRY in metrics:
+        content[TELEMETRY] = ConfigRecord({"json": metrics[TELEMETRY]})
+    return content
+
+
+def telemetry_json(row: Mapping[str, Any]) -> str:
+    """Encode telemetry for a reply; non-finite floats stay readable for Python."""
+    return json.dumps(row)

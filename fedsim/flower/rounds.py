@@ -1,0 +1,238 @@
+"""The round loop: draw, send, fold, evaluate, write the row."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedsim.core.aggregation import state_sha256
+from fedsim.core.errors import RunFailedError
+from fedsim.core.evaluation import evaluate
+from fedsim.core.models import build_model, resolve_device
+from fedsim.core.partition import fold_order
+from fedsim.core.plan import RunPlan
+from fedsim.core.training import load_state
+from fedsim.flower import messages as wire
+from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
+from fedsim.recording.writer import RunWriter
+from strategies.delta_fedavg import telemetry_of
+
+State = Mapping[str, NDArray[np.generic]]
+
+
+class RunObserver(Protocol):
+    """Someone who watches a run; called from the server's thread."""
+
+    def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
+        """Tell that the run directory exists and clients are being started."""
+
+    def round_started(self, round_number: int, participants: Sequence[int]) -> None:
+        """Tell who takes part."""
+
+    def client_finished(self, row: Mapping[str, Any]) -> None:
+        """Tell one client's telemetry, in folding order."""
+
+    def client_failed(self, round_number: int, partition: int, reason: str) -> None:
+        """Tell why one client failed."""
+
+    def round_finished(self, row: Mapping[str, Any]) -> None:
+        """Tell the row of a round; round 0 is the untrained model."""
+
+    def run_finished(self, path: Path) -> None:
+        """Tell that the last round is written."""
+
+
+class RoundLoop:
+    """The server's part of a run, over any of Flower's grids.
+
+    Parameters
+    ----------
+    plan : RunPlan
+        What to run.
+    grid : Grid
+        How to reach the clients.
+    strategy : Strategy
+        Any of Flower's; its sampling sees the participants only.
+    writer : RunWriter
+        Where rows and states go.
+    observer : RunObserver
+        Who watches.
+    workers : int
+        Clients that train at the same time; the window of messages is twice that.
+    stop : threading.Event
+        Set by whoever wants the run to end.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        *,
+        grid: Grid,
+        strategy: Strategy,
+        writer: RunWriter,
+        observer: RunObserver,
+        workers: int,
+        stop: threading.Event,
+    ) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._config_json = plan.config.to_json()
+        self._grid = grid
+        self._strategy = strategy
+        self._writer = writer
+        self._observer = observer
+        self._window = 2 * workers
+        self._stop = stop
+        self._device = resolve_device(self._config.device)
+        self._model = build_model(
+            self._config.model,
+            classes=plan.dataset.spec.classes,
+            norm=self._config.norm,
+            seed=self._config.seed,
+        ).to(self._device)
+
+    def run(self) -> None:
+        """Run all rounds.
+
+        Raises
+        ------
+        RunFailedError
+            When more clients fail than ``max-failures`` allows, or none is left.
+        RunInterruptedError
+            Once the stop event is set.
+        """
+        nodes = map_partitions(
+            self._grid, clients=self._config.clients, window=self._window, stop=self._stop
+        )
+        state: State = self._plan.initial_state
+        self._writer.add_state(0, state)
+        started = time.perf_counter()
+        self._close_round(0, [], [], state, started, clients_seconds=0.0)
+        for number in range(1, self._config.rounds + 1):
+            started = time.perf_counter()
+            participants = self._config.participants_of(number)
+            self._observer.round_started(number, participants)
+            failed: list[int] = []
+            arrays, _ = self._strategy.aggregate_train(
+                number, self._replies(number, participants, nodes, state, failed)
+            )
+            if arrays is None:
+                raise RunFailedError(f"no client of round {number} returned a model")
+            state = wire.state_of(arrays)
+            del arrays
+            seconds = time.perf_counter() - started
+            self._close_round(number, participants, failed, state, started, seconds)
+
+    def _replies(
+        self,
+        number: int,
+        participants: Sequence[int],
+        nodes: Mapping[int, int],
+        state: State,
+        failed: list[int],
+    ) -> Iterator[Message]:
+        order = fold_order(participants, self._plan.sizes)
+        messages = self._messages(number, order, nodes, state)
+        replies = stream_replies(self._grid, messages, window=self._window, stop=self._stop)
+        for partition in order:
+            reply = next(replies)
+            if not reply.has_error():
+                row = telemetry_of(reply)
+                yield reply
+                # After the strategy has folded and written it: what is told is done.
+                del reply
+                self._observer.client_finished({"round": number, **row})
+                continue
+            reason = reply.error.reason
+            failed.append(partition)
+            self._writer.add_failure(
+                {"round": number, "partition": partition, "status": "failed", "error": reason}
+            )
+            self._observer.client_failed(number, partition, reason)
+            if len(failed) > self._config.max_failures:
+                raise RunFailedError(
+                    f"client {partition} failed in round {number} "
+                    f"(max-failures = {self._config.max_failures}): {last_line(reason)}"
+                )
+
+    def _messages(
+        self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
+    ) -> list[Message]:
+        """Let the strategy make the messages, then give each client its own settings."""
+        # Flower samples with Python's global generator, which is not ours to move.
+        untouched = random.getstate()
+        made = self._strategy.configure_train(
+            number,
+            wire.array_record(state),
+            ConfigRecord(),
+            ChosenNodes(self._grid, [nodes[p] for p in order]),
+        )
+        random.setstate(untouched)
+        by_node = {message.metadata.dst_node_id: message for message in made}
+        return [self._addressed(by_node[nodes[p]], number, p) for p in order]
+
+    def _addressed(self, message: Message, number: int, partition: int) -> Message:
+        # All messages of a strategy share one RecordDict; settings of one client need their own.
+        arrays = next(iter(message.content.array_records.values()))
+        config = ConfigRecord(dict(next(iter(message.content.config_records.values()))))
+        config.update(
+            wire.train_config(
+                self._config_json,
+                round_number=number,
+                partition=partition,
+                run_folder=str(self._writer.layout.root.resolve()),
+            )
+        )
+        content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
+        return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+
+    def _close_round(
+        self,
+        number: int,
+        participants: Sequence[int],
+        failed: Sequence[int],
+        state: State,
+        started: float,
+        clients_seconds: float,
+    ) -> None:
+        loss = accuracy = None
+        evaluating = time.perf_counter()
+        if number % self._config.evaluate_every == 0 or number == self._config.rounds:
+            load_state(self._model, state)
+            data = self._plan.dataset
+            outcome = evaluate(
+                self._model, data.test_images, data.test_labels, data.spec, device=self._device
+            )
+            loss, accuracy = outcome.loss, outcome.accuracy
+        evaluated = time.perf_counter()
+        row = {
+            "round": number,
+            "participants": list(participants),
+            "failed": list(failed),
+            "global_loss": loss,
+            "global_accuracy": accuracy,
+            "state_sha256": state_sha256(state),
+            "seconds": {
+                "clients": clients_seconds,
+                "evaluate": evaluated - evaluating,
+                "total": time.perf_counter() - started,
+            },
+        }
+        self._writer.add_round(row)
+        self._observer.round_finished(row)
+
+
+def last_line(reason: str) -> str:
+    """Give the exception itself out of the traceback that Flower sends as text."""
+    lines = [line.strip() for line in reason.replace("\\n", "\n").splitlines() if line.strip()]
+    return lines[-1].removesuffix("'>") if lines else "no reason given"

@@ -1,0 +1,36 @@
+"""Flower's flat run-config as a `RunConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsim.core.config import RunConfig, parse_text, read_config_file
+from fedsim.core.errors import ConfigError
+
+
+def config_from_run_config(run_config: Mapping[str, Any]) -> RunConfig:
+    """Build the configuration from what ``flwr run --run-config`` gives.
+
+    Parameters
+    ----------
+    run_config : mapping
+        Flat scalars. ``config`` names a TOML file by its absolute path; an empty string leaves
+        a key to that file or to the default; other strings are read as flags are.
+
+    Raises
+    ------
+    InputError
+        As `RunConfig.from_mapping` and `read_config_file`.
+    """
+    values: dict[str, Any] = {}
+    if file := run_config.get("config"):
+        path = Path(str(file))
+        if not path.is_absolute():
+            raise ConfigError("config", file, "an absolute path: Flower runs a copy of the app")
+        values.update(read_config_file(path))
+    for key, value in run_config.items():
+        if key != "config" and value != "":
+            values[key] = parse_text(key, value) if isinstance(value, str) else value
+    return RunConfig.from_mapping(values)

@@ -1,0 +1,1 @@
+"""The run directory: writing it, reading it. Nothing here knows Flower or Ray."""

@@ -1,0 +1,97 @@
+"""Files that are whole or absent, and lines that are whole or ignored."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+TEMPORARY = ".partial"
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; rename it to `path` at a clean end.
+
+    Whatever kills the process, `path` holds a whole file or does not exist. The name carries
+    the process id, so that a retry in another process never writes into the same file.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object atomically, indented for people."""
+    with temporary(path) as unfinished:
+        unfinished.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write arrays as safetensors atomically; the file keeps no order of names."""
+    with temporary(path) as unfinished:
+        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, unfinished)
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """Encode one row; floats that are not finite become ``null``, which JSON has no name for."""
+    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one row to a JSON Lines file with a single write."""
+    with path.open("ab", buffering=0) as file:
+        file.write(json_line(value))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON Lines file; a last line without its newline is no row."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+class LineFile:
+    """A JSON Lines file that appears whole at `close` and not at all after `discard`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+        self._file: BinaryIO = self._unfinished.open("wb")
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json_line(value))
+
+    def close(self) -> None:
+        """Flush and rename into place."""
+        self._file.close()
+        self._unfinished.replace(self._path)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""Names and places of the files of a run directory, format 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FORMAT = 1
+
+
+class RunLayout:
+    """Paths inside a run directory.
+
+    Parameters
+    ----------
+    root : Path
+        The run directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = root / "run.json"
+        self.partition = root / "partition.safetensors"
+        self.rounds = root / "rounds.jsonl"
+        self.clients = root / "clients.jsonl"
+
+    def round(self, number: int) -> Path:
+        """Folder of a round; round 0 holds the initial state."""
+        return self.root / "rounds" / f"{number:04d}"
+
+    def state(self, number: int) -> Path:
+        """Global state after a round."""
+        return self.round(number) / "global.safetensors"
+
+    def aggregate(self, number: int) -> Path:
+        """Sample-weighted mean delta of a round."""
+        return self.round(number) / "aggregate.safetensors"
+
+    def client(self, number: int, partition: int) -> Path:
+        """Folder of one client in a round."""
+        return self.round(number) / "clients" / f"{partition:04d}"
+
+    def delta(self, number: int, partition: int) -> Path:
+        """Local minus global state of one client in a round."""
+        return self.client(number, partition) / "delta.safetensors"
+
+    def steps(self, number: int, partition: int) -> Path:
+        """Lines about the local steps of one client in a round."""
+        return self.client(number, partition) / "steps.jsonl"
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard of captured gradients, from 0."""
+    return f"gradients-{shard:05d}.safetensors"
+
+
+def gradient_key(step: int, parameter: str) -> str:
+    """Key of one parameter's gradient at one local step inside a shard."""
+    return f"{step:06d}/{parameter}"

@@ -1,0 +1,263 @@
+"""Telling a run on the terminal: summary, progress, a line per round, the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedsim.core.partition import class_counts
+from fedsim.core.plan import RunPlan
+from fedsim.recording.reader import Run
+
+_SHADES = " ▁▂▃▄▅▆▇█"
+_MOST_ROWS = 24
+_MOST_COLUMNS = 20
+
+
+class TerminalObserver:
+    """Tells a run to a person: a live bar on a terminal, plain lines elsewhere.
+
+    Parameters
+    ----------
+    console : rich.console.Console, optional
+        Where to write; standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._bytes = 0
+        self._clients_done = 0
+        self._clients_total = 0
+        self._rounds = 0
+        self._started = 0.0
+        self._rows: list[Mapping[str, Any]] = []
+
+    def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
+        """Print what will be run and start the progress bar."""
+        print_summary(self._console, plan, workers, path)
+        self._rounds = plan.config.rounds
+        self._clients_total = sum(
+            len(plan.config.participants_of(r)) for r in range(1, self._rounds + 1)
+        )
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "starting workers", total=self._clients_total, left=""
+            )
+
+    def round_started(self, round_number: int, participants: Sequence[int]) -> None:
+        """Move the bar to the round."""
+        if round_number == 1:
+            self._started = time.perf_counter()
+        self._update(f"round {round_number}/{self._rounds}")
+
+    def client_finished(self, row: Mapping[str, Any]) -> None:
+        """Count the client and its captured bytes."""
+        self._clients_done += 1
+        self._bytes += int(row.get("bytes_captured", 0))
+        self._update(None)
+
+    def client_failed(self, round_number: int, partition: int, reason: str) -> None:
+        """Print the client's own traceback."""
+        self._clients_done += 1
+        text = reason.replace("\\n", "\n").strip()
+        self._console.print(
+            f"round {round_number}: client {partition} failed:", style="red", markup=False
+        )
+        self._console.print(textwrap.indent(text, "    "), markup=False)
+
+    def round_finished(self, row: Mapping[str, Any]) -> None:
+        """Print the line of the round."""
+        self._rows.append(row)
+        self._console.print(round_line(row, self._rounds), markup=False)
+
+    def run_finished(self, path: Path) -> None:
+        """Print the closing table."""
+        self.close()
+        measured = [row for row in self._rows if row["global_accuracy"] is not None]
+        best = max(measured, key=lambda row: row["global_accuracy"])
+        last = measured[-1]
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_row("accuracy", f"{last['global_accuracy']:.4f} at the end")
+        table.add_row("", f"{best['global_accuracy']:.4f} at best, in round {best['round']}")
+        table.add_row("loss", f"{_number(last['global_loss'])} at the end")
+        table.add_row("clients", f"{self._clients_done} trained in {self._rounds} rounds")
+        table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
+        table.add_row("time", format_seconds(time.perf_counter() - self._started))
+        table.add_row("state", f"sha256 {last['state_sha256'][:16]}")
+        table.add_row("run", str(path))
+        self._console.print()
+        self._console.print(table)
+
+    def close(self) -> None:
+        """Remove the progress bar; call it whatever ends the run."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _update(self, description: str | None) -> None:
+        if self._progress is None or self._task is None:
+            return
+        left = f"{format_bytes(self._bytes)} captured"
+        if 0 < self._clients_done < self._clients_total:
+            spent = time.perf_counter() - self._started
+            rest = spent / self._clients_done * (self._clients_total - self._clients_done)
+            left = f"{format_seconds(rest)} left, {left}"
+        if description is None:
+            self._progress.update(self._task, completed=self._clients_done, left=left)
+        else:
+            self._progress.update(
+                self._task, description=description, completed=self._clients_done, left=left
+            )
+
+
+def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> None:
+    """Print the data, the partition, the model, the bytes to come and the workers."""
+    config, spec = plan.config, plan.dataset.spec
+    parameters = sum(math.prod(shape) for shape in plan.parameters.values())
+    if config.participants is None:
+        drawn = f"{config.clients_per_round} of {config.clients} clients"
+    else:
+        drawn = f"listed clients of {config.clients}"
+    layers = "" if config.capture_layers == ("*",) else f" of {', '.join(config.capture_layers)}"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row(
+        "data", f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {spec.classes} classes"
+    )
+    table.add_row("partition", f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client")
+    table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
+    table.add_row("rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy}")
+    table.add_row("capture", f"{config.capture}{layers}: {format_bytes(plan.step_bytes)} a step")
+    table.add_row("to write", f"{format_bytes(plan.run_bytes)} into {path}")
+    table.add_row("workers", f"{workers} with {config.client_cpus} CPU each")
+    console.print(table)
+    console.print(partition_table(plan.partition, plan.dataset.train_labels.numpy(), spec.classes))
+
+
+def partition_table(
+    partition: Sequence[NDArray[np.int64]], labels: NDArray[np.int64], classes: int
+) -> Table:
+    """Draw the samples of each class at each client as a table of shades.
+
+    Many classes share a column, and of many clients the first are shown.
+    """
+    counts = class_counts(partition, labels, classes)
+    columns = np.array_split(np.arange(classes), min(classes, _MOST_COLUMNS))
+    grouped = np.stack([counts[:, members].sum(axis=1) for members in columns], axis=1)
+    most = max(1, int(grouped.max()))
+    names = [str(m[0]) if len(m) == 1 else f"{m[0]}-{m[-1]}" for m in columns]
+    title = "classes " + (" ".join(names) if classes <= _MOST_COLUMNS else f"0 to {classes - 1}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("client", justify="right")
+    table.add_column("samples", justify="right")
+    table.add_column(title)
+    for client, row in enumerate(grouped[:_MOST_ROWS]):
+        shades = [_SHADES[-(-int(n) * (len(_SHADES) - 1) // most)] for n in row]
+        table.add_row(str(client), str(len(partition[client])), " ".join(shades))
+    if len(partition) > _MOST_ROWS:
+        table.add_row("...", "", f"and {len(partition) - _MOST_ROWS} more clients")
+    return table
+
+
+def round_line(row: Mapping[str, Any], rounds: int) -> str:
+    """Give the line of one round."""
+    head = f"round {row['round']:>{len(str(rounds))}}/{rounds}"
+    parts = [head]
+    if row["global_accuracy"] is None:
+        parts.append("not evaluated")
+    else:
+        parts.append(f"loss {_number(row['global_loss'])}")
+        parts.append(f"accuracy {row['global_accuracy']:.4f}")
+    if row["round"]:
+        parts.append("clients " + " ".join(str(p) for p in row["participants"]))
+    if row["failed"]:
+        parts.append("failed " + " ".join(str(p) for p in row["failed"]))
+    parts.append(format_seconds(row["seconds"]["total"]))
+    return "  ".join(parts)
+
+
+def print_run(console: Console, run: Run) -> None:
+    """Print what a person wants to know of a run directory."""
+    config, manifest = run.config, run.manifest
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("run", str(run.path))
+    status = run.status + (f": {manifest['error']}" if "error" in manifest else "")
+    table.add_row("status", status)
+    table.add_row("created", manifest["created"])
+    data = manifest["dataset"]
+    table.add_row(
+        "data", f"{data['name']}: {data['train_size']:,} + {data['test_size']:,} samples, {data['classes']} classes"
+    )
+    sizes = manifest["partition"]["sizes"]
+    table.add_row("partition", f"{config.partition}, {len(sizes)} clients, {min(sizes)} to {max(sizes)} samples")
+    parameters = sum(math.prod(p["shape"]) for p in manifest["model"]["parameters"])
+    table.add_row("model", f"{manifest['model']['arch']}, {config.norm} norm, {parameters:,} parameters")
+    table.add_row("strategy", f"{config.strategy}, seed {config.seed}")
+    captured = sum(row.get("bytes_captured", 0) for row in run.client_rows)
+    steps = sum(row.get("num_steps_captured", 0) for row in run.client_rows)
+    table.add_row("captured", f"{config.capture}: {steps} steps, {format_bytes(captured)}")
+    versions = manifest["versions"]
+    table.add_row("versions", ", ".join(f"{name} {number}" for name, number in versions.items()))
+    console.print(table)
+    console.print()
+    rounds = Table(box=None, pad_edge=False)
+    for name in ("round", "loss", "accuracy", "clients", "failed", "seconds", "state sha256"):
+        rounds.add_column(name, justify="left" if name in ("clients", "state sha256") else "right")
+    for row in run.round_rows:
+        accuracy = row["global_accuracy"]
+        rounds.add_row(
+            str(row["round"]),
+            "" if accuracy is None else _number(row["global_loss"]),
+            "" if accuracy is None else f"{accuracy:.4f}",
+            " ".join(str(p) for p in row["participants"]),
+            " ".join(str(p) for p in row["failed"]),
+            f"{row['seconds']['total']:.1f}",
+            row["state_sha256"][:16],
+        )
+    console.print(rounds)
+
+
+def _number(value: float | None) -> str:
+    # A loss that is not finite is null in a row.
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes in decimal units."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration: tenths of seconds, or minutes and seconds, or hours and minutes."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
