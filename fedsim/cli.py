@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help lists what is allowed")
+        raise InputError(f"{message}; `{self.prog} --help` lists what is allowed")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -143,7 +143,9 @@ def _run(parsed: argparse.Namespace) -> None:
     try:
         simulate(plan, output, pool, observer=observer, stop=stop, verbose=parsed.verbose)
     except RunInterruptedError:
-        raise RunInterruptedError(f"interrupted; the finished rounds are kept in {output}") from None
+        raise RunInterruptedError(
+            f"interrupted; the finished rounds are kept in {output}"
+        ) from None
     finally:
         observer.close()
 
@@ -160,9 +162,7 @@ def _stop_on_interrupt(stop: threading.Event) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from fedsim.recording.reader import load_run
-    from fedsim.report.terminal import print_run
+    from fedsim.report.terminal import make_console, print_run
 
-    print_run(Console(highlight=False, soft_wrap=not sys.stdout.isatty()), load_run(parsed.run))
+    print_run(make_console(), load_run(parsed.run))

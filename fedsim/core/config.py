@@ -22,10 +22,10 @@ from pydantic import (
 )
 
 from fedsim.core import datasets, models
+from fedsim.core.capture import CapturePolicy
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
-from fedsim.core.capture import CapturePolicy
 from fedsim.core.training import OptimizerSettings, TrainingSettings
 
 Strategy = Literal["delta-fedavg"]
@@ -123,9 +123,9 @@ class RunConfig(_Strict):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         42, description="every draw of the run follows from it"
     )
-    participants: Annotated[
-        tuple[tuple[int, ...], ...] | None, BeforeValidator(_rounds_listed)
-    ] = Field(None, description="a list of clients for each round, instead of drawing them")
+    participants: Annotated[tuple[tuple[int, ...], ...] | None, BeforeValidator(_rounds_listed)] = (
+        Field(None, description="a list of clients for each round, instead of drawing them")
+    )
     model: Literal["resnet18", "resnet18-cifar", "cnn"] = Field(
         "resnet18", description="resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn"
     )
@@ -172,9 +172,7 @@ class RunConfig(_Strict):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         0, description="clients of one round that may fail without stopping the run"
     )
-    output: str | None = Field(
-        None, description="run directory (default: a dated one under runs/)"
-    )
+    output: str | None = Field(None, description="run directory (default: a dated one under runs/)")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -253,7 +251,9 @@ class RunConfig(_Strict):
         for number, clients in enumerate(rounds, start=1):
             if not clients or len(set(clients)) != len(clients):
                 raise ConfigError(
-                    f"participants of round {number}", list(clients), "different clients, one or more"
+                    f"participants of round {number}",
+                    list(clients),
+                    "different clients, one or more",
                 )
             if any(c not in range(self.clients) for c in clients):
                 raise ConfigError(
@@ -298,9 +298,7 @@ class RunConfig(_Strict):
         """Give the partitions of a round (from 1): listed, or drawn from the seed."""
         if self.participants is not None:
             return list(self.participants[round_number - 1])
-        return draw_participants(
-            self.seed, round_number, self.clients, self.clients_per_round
-        )
+        return draw_participants(self.seed, round_number, self.clients, self.clients_per_round)
 
     def training_of(self, partition: int) -> TrainingSettings:
         """Give the local training settings of one client, lists drawn and tables applied."""

@@ -55,7 +55,9 @@ def evaluate(
     correct = 0
     for start in range(0, len(labels), batch_size):
         targets = labels[start : start + batch_size].to(device)
-        outputs = model(normalise(images[start : start + batch_size].to(device), spec.mean, spec.std))
+        outputs = model(
+            normalise(images[start : start + batch_size].to(device), spec.mean, spec.std)
+        )
         loss += nn.functional.cross_entropy(outputs, targets, reduction="sum").double().cpu()
         correct += int((outputs.argmax(dim=1) == targets).sum())
     return Evaluation(

@@ -93,9 +93,7 @@ def make_partition(
     return [np.sort(np.asarray(indices, dtype=np.int64)) for indices in filled]
 
 
-def _dirichlet(
-    labels: NDArray[np.int64], clients: int, alpha: float, seed: int
-) -> list[Indices]:
+def _dirichlet(labels: NDArray[np.int64], clients: int, alpha: float, seed: int) -> list[Indices]:
     """Split each class by one Dirichlet draw over the clients (Hsu et al. 2019).
 
     The legacy `RandomState`, the order of its draws (all shuffles, then all Dirichlet vectors)
@@ -117,9 +115,7 @@ def _dirichlet(
     return [np.concatenate(parts) for parts in dealt]
 
 
-def _shards(
-    labels: NDArray[np.int64], clients: int, per_client: int, seed: int
-) -> list[Indices]:
+def _shards(labels: NDArray[np.int64], clients: int, per_client: int, seed: int) -> list[Indices]:
     """Sort by label, cut into equal shards, deal `per_client` to each (McMahan et al. 2017)."""
     shards = np.array_split(np.argsort(labels, kind="stable"), clients * per_client)
     order = generator(seed, Purpose.PARTITION).permutation(len(shards))

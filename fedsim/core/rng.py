@@ -57,7 +57,8 @@ def torch_seed(seed: int) -> Iterator[None]:
     torch's initialisers draw from the global generator and take no other.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        # Not torch.manual_seed: it seeds every GPU's generator as well, for good.
+        torch.default_generator.manual_seed(seed)
         yield
 
 

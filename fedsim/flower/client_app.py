@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Context, Message, RecordDict, MetricRecord
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.client.message_handler.message_handler import handle_legacy_message_from_msgtype
 from flwr.clientapp import ClientApp
@@ -225,6 +225,10 @@ def _former_client(context: Context) -> Client:
     return _client_of(context).to_client()
 
 
+def _scalars(record: ConfigRecord) -> dict[str, Scalar]:
+    return {key: value for key, value in record.items() if not isinstance(value, list)}
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which partition this node holds."""
@@ -237,7 +241,7 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Decode a training message, delegate to `FedSimClient.fit`, encode the reply."""
     record = message.content.array_records[messages.ARRAYS]
-    config = dict(message.content.config_records[messages.CONFIG])
+    config = _scalars(message.content.config_records[messages.CONFIG])
     arrays, num_examples, metrics = _client_of(context).fit(
         record.to_numpy_ndarrays(keep_input=True), config
     )
@@ -249,7 +253,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate_message(message: Message, context: Context) -> Message:
     """Decode an evaluation message, delegate to `FedSimClient.evaluate`, encode the reply."""
     record = message.content.array_records[messages.ARRAYS]
-    config = dict(message.content.config_records[messages.CONFIG])
+    config = _scalars(message.content.config_records[messages.CONFIG])
     loss, num_examples, metrics = _client_of(context).evaluate(
         record.to_numpy_ndarrays(keep_input=True), config
     )

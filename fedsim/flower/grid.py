@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.flower import messages as wire
@@ -90,11 +91,11 @@ class ChosenNodes(Grid):
         """Give the chosen nodes."""
         return list(self._node_ids)
 
-    def set_run(self, run: object) -> None:
+    def set_run(self, run: Run) -> None:
         """Do nothing: the grid behind has its run."""
 
     @property
-    def run(self) -> object:
+    def run(self) -> Run:
         """The run of the grid behind."""
         return self._grid.run
 
@@ -160,7 +161,9 @@ def map_partitions(
     replies = stream_replies(grid, queries, window=window, stop=stop)
     for node, reply in zip(nodes, replies, strict=True):
         if reply.has_error():
-            raise RunFailedError(f"a node could not say which partition it holds: {reply.error.reason}")
+            raise RunFailedError(
+                f"a node could not say which partition it holds: {reply.error.reason}"
+            )
         record = reply.content.metric_records[wire.METRICS]
         partition = int(record[wire.PARTITION])  # type: ignore[arg-type]
         if partition in held:
@@ -176,9 +179,7 @@ def _empty_query() -> RecordDict:
     return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})
 
 
-def _wait_for_nodes(
-    grid: Grid, clients: int, stop: threading.Event, patience: float
-) -> list[int]:
+def _wait_for_nodes(grid: Grid, clients: int, stop: threading.Event, patience: float) -> list[int]:
     waited = 0.0
     while len(nodes := list(grid.get_node_ids())) < clients:
         if waited >= patience:

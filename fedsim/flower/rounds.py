@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -153,7 +153,7 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
                 continue
-            reason = reply.error.reason
+            reason = reply.error.reason or "no reason given"
             failed.append(partition)
             self._writer.add_failure(
                 {"round": number, "partition": partition, "status": "failed", "error": reason}

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # Flower and Ray read these when they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -21,8 +21,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import torch
 from flwr.app import Context
+from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
@@ -33,6 +35,38 @@ from fedsim.flower.rounds import RunObserver
 from fedsim.flower.server_app import execute
 
 _RETRIES = 2
+
+
+class _KillablePool(BasicActorPool):
+    """Flower's pool of workers, but for its end: workers are killed, busy or not.
+
+    Flower asks idle workers to leave by a method call, which Ray takes for a crash and, because
+    our workers may be restarted, announces to repeat; busy ones it waits for.
+    """
+
+    _latest: ClassVar[_KillablePool | None] = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._everyone: list[Any] = []
+        _KillablePool._latest = self
+
+    def add_actors_to_pool(self, num_actors: int) -> None:
+        """Start workers and remember them."""
+        super().add_actors_to_pool(num_actors)
+        self._everyone.extend(self.pool[-num_actors:])
+
+    def terminate_all_actors(self) -> None:
+        """Kill the workers."""
+        for actor in self._everyone:
+            ray.kill(actor, no_restart=True)
+        self._everyone.clear()
+
+    @classmethod
+    def kill_latest(cls) -> None:
+        """Kill the workers of the pool made last, if there is one."""
+        if cls._latest is not None:
+            cls._latest.terminate_all_actors()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +113,8 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
             "client-cpus", config.client_cpus, f"1 to the {machine_cpus} CPU cores of this machine"
         )
     if config.client_gpus and config.client_gpus > machine_gpus:
-        has = f"at most the {machine_gpus} GPUs" if machine_gpus else "0: there is no GPU"
-        raise ConfigError("client-gpus", config.client_gpus, f"{has} of this machine")
+        has = f"at most {machine_gpus}, the GPUs here" if machine_gpus else "0: no GPU is here"
+        raise ConfigError("client-gpus", config.client_gpus, has)
     # Flower hands out work from min(32, cores + 4) threads; more workers would idle.
     most = min(32, machine_cpus + 4)
     if config.workers is not None and config.workers > most:
@@ -160,15 +194,15 @@ def simulate(
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            execute(
-                grid, plan, output, observer=observer, workers=pool.workers, stop=stop
-            )
+            execute(grid, plan, output, observer=observer, workers=pool.workers, stop=stop)
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
-            # Workers may be minutes from the end of their clients; nobody waits for them now.
-            ray.shutdown()
+            # Workers may be minutes from the end of clients that nobody waits for now.
+            _KillablePool.kill_latest()
 
+    # Flower has no hook for its pool: its engine finds this class under the name it imported.
+    setattr(raybackend, "BasicActorPool", _KillablePool)  # noqa: B010
     scratch = tempfile.mkdtemp(prefix="fedsim-")
     try:
         run_simulation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 TEMPORARY = ".partial"
 
@@ -36,13 +36,85 @@ def temporary(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one JSON object atomically, indented for people."""
     with temporary(path) as unfinished:
-        unfinished.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished.write_text(
+            json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+class TensorWriter:
+    """A safetensors file of known names and shapes, written tensor by tensor without a copy.
+
+    The library writes a file from a dictionary that holds all of it in memory. Here the header
+    comes first, so the data can follow as it is made.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it appears at `close`, whole.
+    entries : mapping of str to (str, tuple of int)
+        Name to safetensors dtype (``F32``, ``I64``, ...) and shape, in the order of `append`.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {}
+        offset = 0
+        for name, (dtype, shape) in entries.items():
+            end = offset + math.prod(shape) * _ITEM_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._path = path
+        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+        self._file = self._unfinished.open("wb", buffering=0)
+        self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
+
+    def append(self, array: NDArray[np.generic]) -> None:
+        """Write the bytes of the next array."""
+        # A scalar has no buffer of its own to view as bytes; ravel gives it one.
+        flat = np.ravel(array)
+        self._write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Rename the finished file into place."""
+        self._file.close()
+        self._unfinished.replace(self._path)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
+
+    def _write(self, view: memoryview) -> None:
+        while len(view):
+            view = view[self._file.write(view) :]
+
+
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_ITEM_BYTES = {code: np.dtype(name).itemsize for name, code in _DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write arrays as safetensors atomically; the file keeps no order of names."""
-    with temporary(path) as unfinished:
-        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, unfinished)
+    """Write arrays as one safetensors file, atomically, in the order given."""
+    entries = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in tensors.items()}
+    writer = TensorWriter(path, entries)
+    try:
+        for array in tensors.values():
+            writer.append(array)
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:

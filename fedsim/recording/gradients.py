@@ -2,88 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import queue
-import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.core.capture import CapturePolicy
 from fedsim.core.training import Step
-from fedsim.recording.files import TEMPORARY, LineFile
+from fedsim.recording.files import LineFile, TensorWriter
 from fedsim.recording.layout import gradient_key, shard_name
 
 SHARD_BYTES = 256 * 2**20
 """Shards close at the step that fills them to about this size."""
-
-
-class ShardWriter:
-    """One safetensors file of known contents, written tensor by tensor without a copy.
-
-    The library writes a file from a dictionary that holds all of it in memory; here the header
-    is known before the first gradient exists, so the data can follow as training makes it.
-
-    Parameters
-    ----------
-    path : Path
-        The file; it appears at `close`, whole.
-    steps : sequence of int
-        Local steps in the file.
-    shapes : mapping of str to tuple of int
-        Captured parameters and their shapes, in order; all are float32.
-    """
-
-    def __init__(
-        self, path: Path, steps: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        self._path = path
-        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-        entries: dict[str, Any] = {}
-        offset = 0
-        for step in steps:
-            for name, shape in shapes.items():
-                end = offset + 4 * math.prod(shape)
-                entries[gradient_key(step, name)] = {
-                    "dtype": "F32",
-                    "shape": list(shape),
-                    "data_offsets": [offset, end],
-                }
-                offset = end
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._file: BinaryIO = self._unfinished.open("wb", buffering=0)
-        self._write(struct.pack("<Q", len(header)) + header)
-
-    def append(self, tensor: Tensor) -> None:
-        """Write the next tensor's bytes; tensors come in the order of the header."""
-        array = tensor.detach().cpu().contiguous().numpy()
-        self._write(array.astype("<f4", copy=False).reshape(-1).view(np.uint8).data)
-
-    def close(self) -> None:
-        """Rename the finished file into place."""
-        self._file.close()
-        self._unfinished.replace(self._path)
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        self._file.close()
-        self._unfinished.unlink(missing_ok=True)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view) :]
 
 
 class FirstStepNorms:
@@ -158,7 +96,7 @@ class StepRecorder:
         for leftover in self._folder.iterdir():
             leftover.unlink()
         self._lines = LineFile(self._folder / "steps.jsonl")
-        self._shard: ShardWriter | None = None
+        self._shard: TensorWriter | None = None
         self._shards = 0
         self._written = 0
         self._thread.start()
@@ -231,10 +169,14 @@ class StepRecorder:
             return
         if self._shard is None:
             steps = self._kept[self._written : self._written + self._steps_per_shard]
-            path = self._folder / shard_name(self._shards)
-            self._shard = ShardWriter(path, steps, self._shapes)
+            entries = {
+                gradient_key(step, name): ("F32", shape)
+                for step in steps
+                for name, shape in self._shapes.items()
+            }
+            self._shard = TensorWriter(self._folder / shard_name(self._shards), entries)
         for gradient in gradients:
-            self._shard.append(gradient)
+            self._shard.append(gradient.numpy())
         self._written += 1
         if self._written == len(self._kept) or self._written % self._steps_per_shard == 0:
             self._shard.close()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,13 @@ class TensorFile(Mapping[str, Tensor]):
             raise InputError(f"{path} is not there") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a whole safetensors file: {error}") from None
-        self._names = list(self._file.keys())
+        self._names: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)  # type: ignore[no-any-return]
+        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -295,9 +296,6 @@ class Run:
         for row in self.round_rows:
             if row["round"] == number:
                 return Round(self, row)
-        self._no_round(number)
-
-    def _no_round(self, number: int) -> NoReturn:
         rounds = _ranges([row["round"] for row in self.round_rows])
         raise InputError(f"round {number} of {self.path} is not finished; finished are {rounds}")
 

@@ -25,6 +25,11 @@ _MOST_ROWS = 24
 _MOST_COLUMNS = 20
 
 
+def make_console() -> Console:
+    """Make a console on standard output; a pipe or a file gets lines wide enough for tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
 class TerminalObserver:
     """Tells a run to a person: a live bar on a terminal, plain lines elsewhere.
 
@@ -35,7 +40,7 @@ class TerminalObserver:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = console or make_console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0
@@ -144,9 +149,12 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
     layers = "" if config.capture_layers == ("*",) else f" of {', '.join(config.capture_layers)}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row(
-        "data", f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {spec.classes} classes"
+        "data",
+        f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {spec.classes} classes",
     )
-    table.add_row("partition", f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client")
+    table.add_row(
+        "partition", f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client"
+    )
     table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
     table.add_row("rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy}")
     table.add_row("capture", f"{config.capture}{layers}: {format_bytes(plan.step_bytes)} a step")
@@ -207,13 +215,17 @@ def print_run(console: Console, run: Run) -> None:
     table.add_row("status", status)
     table.add_row("created", manifest["created"])
     data = manifest["dataset"]
-    table.add_row(
-        "data", f"{data['name']}: {data['train_size']:,} + {data['test_size']:,} samples, {data['classes']} classes"
-    )
+    samples = f"{data['train_size']:,} + {data['test_size']:,} samples"
+    table.add_row("data", f"{data['name']}: {samples}, {data['classes']} classes")
     sizes = manifest["partition"]["sizes"]
-    table.add_row("partition", f"{config.partition}, {len(sizes)} clients, {min(sizes)} to {max(sizes)} samples")
+    table.add_row(
+        "partition",
+        f"{config.partition}, {len(sizes)} clients, {min(sizes)} to {max(sizes)} samples",
+    )
     parameters = sum(math.prod(p["shape"]) for p in manifest["model"]["parameters"])
-    table.add_row("model", f"{manifest['model']['arch']}, {config.norm} norm, {parameters:,} parameters")
+    table.add_row(
+        "model", f"{manifest['model']['arch']}, {config.norm} norm, {parameters:,} parameters"
+    )
     table.add_row("strategy", f"{config.strategy}, seed {config.seed}")
     captured = sum(row.get("bytes_captured", 0) for row in run.client_rows)
     steps = sum(row.get("num_steps_captured", 0) for row in run.client_rows)
