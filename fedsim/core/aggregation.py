@@ -32,7 +32,8 @@ def delta_of(local: State, reference: State) -> dict[str, Array]:
                 f"{name} has shape {found.shape} and dtype {found.dtype}; "
                 f"the global state has {array.shape} and {array.dtype}"
             )
-    return {name: np.subtract(local[name], array) for name, array in reference.items()}
+    # asarray: numpy turns the result of arithmetic on 0-d arrays into scalars.
+    return {n: np.asarray(np.subtract(local[n], array)) for n, array in reference.items()}
 
 
 class DeltaMean:
@@ -78,13 +79,13 @@ class DeltaMean:
             dtype = self._dtypes[name]
             if np.issubdtype(dtype, np.integer):
                 mean = np.rint(mean)
-            result[name] = mean.astype(dtype)
+            result[name] = np.asarray(mean, dtype=dtype)
         return result
 
 
 def apply_delta(reference: State, delta: State) -> dict[str, Array]:
     """Add a delta to the global state, each array in its own dtype."""
-    return {name: np.add(array, delta[name]) for name, array in reference.items()}
+    return {n: np.asarray(np.add(array, delta[n])) for n, array in reference.items()}
 
 
 def state_sha256(state: State) -> str:

@@ -1,0 +1,50 @@
+import threading
+
+import pytest
+
+from fedsim.core.config import RunConfig
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import execute
+from fedsim.recording.reader import load_run
+from tests.local_grid import LocalGrid
+from tests.observers import Memory
+
+SMALL = {
+    "dataset": "digits",
+    "model": "cnn",
+    "clients": 6,
+    "clients-per-round": 3,
+    "rounds": 2,
+    "capture": "all",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def run_locally(tmp_path):
+    """Run a configuration over the in-process grid and open its record."""
+
+    def run(name="run", *, workers=2, newest_first=False, before=None, observer=None, **values):
+        keys = {key.replace("_", "-"): value for key, value in values.items()}
+        plan = RunPlan.prepare(RunConfig.from_mapping({**SMALL, **keys}))
+        grid = LocalGrid(app, plan.config.clients, newest_first=newest_first, before=before)
+        execute(
+            grid,
+            plan,
+            tmp_path / name,
+            observer=observer or Memory(),
+            workers=workers,
+            stop=threading.Event(),
+        )
+        run.most_waiting = grid.most_waiting
+        return load_run(tmp_path / name)
+
+    return run
