@@ -69,14 +69,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="fedsim", description="Federated averaging that you can replay.")
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_run(commands)
+    # The keys come with torch: only who asks for a run waits for it.
+    _add_run(commands, with_keys="run" in arguments[:1])
     _add_inspect(commands)
     return parser.parse_args(arguments)
 
 
-def _add_run(commands: Any) -> None:
-    from fedsim.core.config import RunConfig
-
+def _add_run(commands: Any, *, with_keys: bool) -> None:
     command = commands.add_parser(
         "run",
         help="run a simulation and record it",
@@ -92,6 +91,13 @@ def _add_run(commands: Any) -> None:
         help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
     )
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    if with_keys:
+        _add_keys(command)
+
+
+def _add_keys(command: argparse.ArgumentParser) -> None:
+    from fedsim.core.config import RunConfig
+
     for name, field in RunConfig.model_fields.items():
         key = name.replace("_", "-")
         default = field.get_default(call_default_factory=True)

@@ -157,7 +157,8 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
     )
     table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
     table.add_row("rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy}")
-    table.add_row("capture", f"{config.capture}{layers}: {format_bytes(plan.step_bytes)} a step")
+    captured = f"{config.capture}{layers}, {format_bytes(plan.step_bytes)} a step"
+    table.add_row("capture", "none" if config.capture == "none" else captured)
     table.add_row("to write", f"{format_bytes(plan.run_bytes)} into {path}")
     table.add_row("workers", f"{workers} with {config.client_cpus} CPU each")
     console.print(table)

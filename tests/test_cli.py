@@ -1,0 +1,179 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsim import cli
+
+ROOT = Path(__file__).parents[1]
+
+BAD = [
+    (["--clients", "0"], "clients = 0"),
+    (["--clients", "ten"], "clients = 'ten'"),
+    (["--clients-per-round", "11"], "clients-per-round = 11"),
+    (["--rounds", "0"], "rounds = 0"),
+    (["--rounds", "1.5"], "rounds = 1.5"),
+    (["--alpha", "0"], "alpha = 0"),
+    (["--alpha", "nan"], "alpha = nan"),
+    (["--learning-rate", "-0.1"], "learning-rate = -0.1"),
+    (["--learning-rate", "inf"], "learning-rate = inf"),
+    (["--momentum", "1"], "momentum = 1"),
+    (["--weight-decay", "-1"], "weight-decay = -1"),
+    (["--batch-size", "[16, 1]"], "batch-size = 1"),
+    (["--batch-size", "[]"], "batch-size = ()"),
+    (["--local-steps", "0"], "local-steps = 0"),
+    (["--min-samples", "200"], "min-samples = 200"),
+    (["--partition", "random"], "partition = 'random'"),
+    (["--partition", "shards:500"], "partition = 'shards:500'"),
+    (["--dataset", "mnist"], "dataset = 'mnist'"),
+    (["--dataset", "synthetic:3"], "dataset = 'synthetic:3'"),
+    (["--model", "vgg"], "model = 'vgg'"),
+    (["--norm", "layer"], "norm = 'layer'"),
+    (["--optimizer", "lion"], "optimizer = 'lion'"),
+    (["--nesterov", "--momentum", "0"], "nesterov = True"),
+    (["--capture", "last"], "capture = 'last'"),
+    (["--capture", "first:0"], "capture = 'first:0'"),
+    (["--capture-layers", "head.*"], "capture-layers = ['head.*']"),
+    (["--strategy", "fedsgd"], "strategy = 'fedsgd'"),
+    (["--seed", "-1"], "seed = -1"),
+    (["--participants", "[[0, 1]]"], "participants = "),
+    (["--participants", "[[0, 10]]", "--rounds", "1"], "participants of round 1 = [0, 10]"),
+    (["--client", "{10 = {batch-size = 8}}"], "client.10 = "),
+    (["--client", "{1 = {batch = 8}}"], "client.1.batch = 8"),
+    (["--client-cpus", "4096"], "client-cpus = 4096"),
+    (["--workers", "33"], "workers = 33"),
+    (["--device", "tpu"], "device = 'tpu'"),
+    (["--max-failures", "-1"], "max-failures = -1"),
+    (["--evaluate-every", "0"], "evaluate-every = 0"),
+    (["--round", "3"], "--round"),
+    (["--rounds"], "--rounds"),
+    (["no-such-file.toml"], "no-such-file.toml"),
+]
+
+
+def call(arguments, capsys):
+    code = cli.run(arguments)
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD, ids=lambda value: " ".join(value)[:40])
+def test_bad_input_is_one_sentence_and_exit_2_and_writes_nothing(
+    flags, named, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(["run", *flags], capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("fedsim: ")
+    assert err.count("\n") == 1
+    assert named in err
+    assert "allowed" in err or "cannot be read" in err or "expected one argument" in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+@pytest.mark.skipif("cuda" in os.environ.get("FEDSIM_TEST_DEVICE", "cpu"), reason="has a GPU")
+@pytest.mark.parametrize("flags", [["--client-gpus", "0.5"], ["--device", "cuda"]])
+def test_gpus_where_there_are_none_are_refused(flags, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, _, err = call(["run", *flags], capsys)
+    assert code == 2
+    assert "GPU" in err or "CUDA" in err
+
+
+def test_an_existing_output_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "taken").mkdir()
+    code, _, err = call(["run", "--output", str(tmp_path / "taken")], capsys)
+    assert code == 2
+    assert "never overwritten" in err
+    assert list((tmp_path / "taken").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rounds = ", "cannot be parsed"),
+        ("round = 3", "round = 3 cannot be used; allowed is a known key, perhaps rounds"),
+        ("clients = 20\n[clients.3]\nbatch-size = 8", "[client.<partition>]"),
+        ("[clients.3]\nbatch-size = 8", "[client.<partition>]"),
+        ("[client.3]\nbatch-size = 'x'", "client.3.batch-size = 'x'"),
+        ('rounds = "3"', "rounds = '3'"),
+        ("clients = true", "clients = True"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_and_exit_2(text, said, capsys, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    code, _, err = call(["run", str(file)], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+
+
+def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "run.json").write_text("[1, 2]")
+    for name, said in (("run.toml", "not UTF-8"), ("run.json", "holds no configuration")):
+        code, _, err = call(["run", str(tmp_path / name)], capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+
+
+def test_inspect_of_something_else_is_one_sentence_and_exit_2(capsys, tmp_path):
+    code, _, err = call(["inspect", str(tmp_path)], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is no run directory" in err
+
+
+def test_help_lists_every_key_and_an_unknown_command_is_refused(capsys):
+    from fedsim.core.config import RunConfig
+
+    code, out, _ = call(["run", "--help"], capsys)
+    assert code == 0
+    for name in RunConfig.model_fields:
+        assert f"--{name.replace('_', '-')} " in out
+    code, _, err = call(["walk"], capsys)
+    assert code == 2
+    assert "'walk'" in err
+    assert call(["--version"], capsys)[:2] == (0, "fedsim 0.1.0\n")
+
+
+def test_the_command_line_starts_quickly_without_torch():
+    script = (
+        "import sys; from fedsim import cli; cli.run(['--version']); print('torch' in sys.modules)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert finished.stdout.splitlines() == ["fedsim 0.1.0", "False"]
+
+
+def test_run_simulation_takes_the_same_arguments():
+    finished = subprocess.run(
+        [sys.executable, "run_simulation.py", "--clients", "0"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "fedsim: clients = 0 cannot be used; allowed is a value of at least 1\n"
+    )
+
+
+def test_a_run_can_be_started_from_its_run_json(tmp_path):
+    from fedsim.core.config import RunConfig, read_config_file
+
+    config = RunConfig.from_mapping(
+        {"rounds": 3, "client": {"1": {"batch-size": 8}}, "output": "x"}
+    )
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"config": config.to_mapping()}))
+    again = RunConfig.from_mapping(read_config_file(file))
+    assert again == config.model_copy(update={"output": None})
