@@ -102,12 +102,13 @@ def _add_keys(command: argparse.ArgumentParser) -> None:
         key = name.replace("_", "-")
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, {}) else f" (default: {_shown(default)})"
+        # `--nesterov` alone means true.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         command.add_argument(
             f"--{key}",
             metavar="VALUE",
             dest=key,
-            # `--nesterov` alone means true.
-            **({"nargs": "?", "const": "true"} if field.annotation is bool else {}),
+            **alone,
             help=f"{field.description}{shown}".replace("%", "%%"),
         )
 
