@@ -21,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run what ``flwr run --run-config`` describes; an error fails the run in Flower too."""
     config = config_from_run_config(context.run_config)
     plan = RunPlan.prepare(config)
-    output = Path(config.output) if config.output else default_output()
+    output = Path(config.output) if config.output else Path.cwd() / default_output()
     check_output(output, plan.run_bytes)
     observer = TerminalObserver()
     workers = config.workers or len(config.participants_of(1))

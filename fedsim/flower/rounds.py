@@ -162,7 +162,7 @@ class RoundLoop:
             if len(failed) > self._config.max_failures:
                 raise RunFailedError(
                     f"client {partition} failed in round {number} "
-                    f"(max-failures = {self._config.max_failures}): {last_line(reason)}"
+                    f"(max-failures = {self._config.max_failures}): {cause_of(reason)}"
                 )
 
     def _messages(
@@ -232,7 +232,9 @@ class RoundLoop:
         self._observer.round_finished(row)
 
 
-def last_line(reason: str) -> str:
-    """Give the exception itself out of the traceback that Flower sends as text."""
-    lines = [line.strip() for line in reason.replace("\\n", "\n").splitlines() if line.strip()]
+def cause_of(reason: str) -> str:
+    """Give the client's own exception out of the traceback that Flower sends as text."""
+    # Flower raises its own exception from the client's; a chain is printed cause first.
+    first = reason.replace("\\n", "\n").partition("\nThe above exception was")[0]
+    lines = [line.strip() for line in first.splitlines() if line.strip()]
     return lines[-1].removesuffix("'>") if lines else "no reason given"

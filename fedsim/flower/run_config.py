@@ -25,11 +25,11 @@ def config_from_run_config(run_config: Mapping[str, Any]) -> RunConfig:
         As `RunConfig.from_mapping` and `read_config_file`.
     """
     values: dict[str, Any] = {}
+    for key in ("config", "output", "data-root"):
+        if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
+            raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
     if file := run_config.get("config"):
-        path = Path(str(file))
-        if not path.is_absolute():
-            raise ConfigError("config", file, "an absolute path: Flower runs a copy of the app")
-        values.update(read_config_file(path))
+        values.update(read_config_file(Path(str(file))))
     for key, value in run_config.items():
         if key != "config" and value != "":
             values[key] = parse_text(key, value) if isinstance(value, str) else value

@@ -175,7 +175,7 @@ def test_run_config_fills_what_it_leaves_empty_from_the_file(tmp_path):
 
 def test_run_config_reads_lists_from_strings():
     assert config_from_run_config({"batch-size": "[16, 32]"}).batch_size == (16, 32)
-    assert config_from_run_config({"output": "2024"}).output == "2024"
+    assert config_from_run_config({"output": "/2024"}).output == "/2024"
 
 
 def test_run_config_refuses_like_the_command_line(tmp_path):
@@ -183,7 +183,8 @@ def test_run_config_refuses_like_the_command_line(tmp_path):
         config_from_run_config({"clients": 0})
     with pytest.raises(ConfigError, match="round = 3"):
         config_from_run_config({"round": 3})
-    with pytest.raises(ConfigError, match="an absolute path"):
-        config_from_run_config({"config": "run.toml"})
+    for key in ("config", "output", "data-root"):
+        with pytest.raises(ConfigError, match="an absolute path"):
+            config_from_run_config({key: "here/run.toml"})
     with pytest.raises(InputError, match="cannot be read"):
         config_from_run_config({"config": str(tmp_path / "none.toml")})
