@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedsim.core.errors import InputError
+from fedsim.recording.layout import RunLayout, gradient_key, shard_name
+from fedsim.recording.writer import RunWriter
+from tests.recording.conftest import Recorded
+
+PARTITION = [np.array([1, 4]), np.array([0, 2, 3])]
+STATE = {"w": np.array([1, -2], np.float32), "n": np.array(3)}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def make(root: Path, **manifest: Any) -> RunWriter:
+    return RunWriter.create(root, manifest, PARTITION)
+
+
+@pytest.mark.parametrize(
+    ("number", "partition", "client"),
+    [
+        (0, 0, "rounds/0000/clients/0000"),
+        (7, 12, "rounds/0007/clients/0012"),
+        (123, 4567, "rounds/0123/clients/4567"),
+        (12345, 67890, "rounds/12345/clients/67890"),
+    ],
+)
+def test_rounds_and_clients_have_four_digits_or_more(
+    number: int, partition: int, client: str
+) -> None:
+    layout = RunLayout(Path("RUN"))
+    folder = client.partition("/clients")[0]
+    assert layout.round(number) == Path("RUN", folder)
+    assert layout.state(number) == Path("RUN", folder, "global.safetensors")
+    assert layout.aggregate(number) == Path("RUN", folder, "aggregate.safetensors")
+    assert layout.client(number, partition) == Path("RUN", client)
+    assert layout.delta(number, partition) == Path("RUN", client, "delta.safetensors")
+    assert layout.steps(number, partition) == Path("RUN", client, "steps.jsonl")
+
+
+def test_shards_have_five_digits_and_steps_six() -> None:
+    assert shard_name(0) == "gradients-00000.safetensors"
+    assert shard_name(12345) == "gradients-12345.safetensors"
+    assert gradient_key(0, "fc.weight") == "000000/fc.weight"
+    assert gradient_key(390, "layer4.1.conv2.weight") == "000390/layer4.1.conv2.weight"
+
+
+def test_a_new_run_says_that_it_runs_and_holds_its_partition_and_no_rows(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "run"
+    make(root, seed=42, loss=float("inf"))
+    assert set(contents(root)) == {
+        "run.json",
+        "partition.safetensors",
+        "clients.jsonl",
+        "rounds.jsonl",
+    }
+    assert json.loads((root / "run.json").read_text()) == {
+        "format": 1,
+        "status": "running",
+        "seed": 42,
+        "loss": None,
+    }
+    partition = safetensors.numpy.load_file(root / "partition.safetensors")
+    assert {key: (a.dtype.name, a.tolist()) for key, a in partition.items()} == {
+        "0": ("int64", [1, 4]),
+        "1": ("int64", [0, 2, 3]),
+    }
+    assert (root / "clients.jsonl").read_bytes() == b""
+    assert (root / "rounds.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("what", ["empty folder", "run", "file", "dangling link"])
+def test_what_exists_is_refused_by_its_path_and_left_alone(what: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    match what:
+        case "empty folder":
+            root.mkdir()
+        case "run":
+            make(root, seed=1).finish("finished")
+        case "file":
+            root.write_text("mine")
+        case "dangling link":
+            root.symlink_to(tmp_path / "nowhere")
+    before = contents(tmp_path)
+    with pytest.raises(InputError) as caught:
+        make(root, seed=2)
+    assert str(caught.value) == (
+        f"output = '{root}' exists already; allowed is a folder that does not, since a run is "
+        "never overwritten"
+    )
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "run"
+    with pytest.raises(InputError) as caught:
+        make(root)
+    assert str(caught.value) == f"output = '{root}' cannot be made: Not a directory"
+
+
+def test_the_last_status_and_the_error_are_in_the_manifest(tmp_path: Path) -> None:
+    make(tmp_path / "good", seed=3).finish("finished")
+    make(tmp_path / "bad", seed=3).finish("failed", "client 4 failed\nin round 2")
+    assert json.loads((tmp_path / "good" / "run.json").read_text()) == {
+        "format": 1,
+        "status": "finished",
+        "seed": 3,
+    }
+    assert json.loads((tmp_path / "bad" / "run.json").read_text()) == {
+        "format": 1,
+        "status": "failed",
+        "seed": 3,
+        "error": "client 4 failed\nin round 2",
+    }
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_each_artifact_has_its_place_its_dtypes_and_its_row(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    writer.add_state(0, STATE)
+    writer.add_round({"round": 0, "participants": []})
+    writer.add_client({"round": 1, "partition": 1, "local_loss": float("nan")}, STATE)
+    writer.add_failure({"round": 1, "partition": 0, "status": "failed", "error": "why\nso"})
+    writer.add_aggregate(1, STATE)
+    writer.add_state(1, STATE)
+    writer.add_round({"round": 1, "participants": [0, 1], "global_loss": float("inf")})
+    files = contents(root)
+    tensors = [
+        "rounds/0000/global.safetensors",
+        "rounds/0001/aggregate.safetensors",
+        "rounds/0001/clients/0001/delta.safetensors",
+        "rounds/0001/global.safetensors",
+    ]
+    assert set(files) == {
+        "run.json",
+        "partition.safetensors",
+        "clients.jsonl",
+        "rounds.jsonl",
+        *tensors,
+    }
+    for name in tensors:
+        found = safetensors.numpy.load(files[name])
+        assert {k: (a.dtype.name, a.shape, a.tolist()) for k, a in found.items()} == {
+            "w": ("float32", (2,), [1.0, -2.0]),
+            "n": ("int64", (), 3),
+        }
+    assert files["clients.jsonl"] == (
+        b'{"round":1,"partition":1,"local_loss":null}\n'
+        b'{"round":1,"partition":0,"status":"failed","error":"why\\nso"}\n'
+    )
+    assert files["rounds.jsonl"] == (
+        b'{"round":0,"participants":[]}\n{"round":1,"participants":[0,1],"global_loss":null}\n'
+    )
+
+
+def test_a_delta_that_cannot_be_written_has_no_row(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    (root / "rounds" / "0001" / "clients" / "0001" / "delta.safetensors").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        writer.add_client({"round": 1, "partition": 1}, STATE)
+    assert (root / "clients.jsonl").read_bytes() == b""
+    assert not list(root.rglob("*.partial"))
+
+
+def rows(files: dict[str, bytes], name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in files[name].splitlines()]
+
+
+def test_a_row_comes_after_everything_that_it_speaks_of(recorded: Recorded) -> None:
+    """At no moment of a real run is there a row without its files."""
+    told = [moment for moment, _ in recorded.moments]
+    assert told == [
+        "run started",
+        "round 0 finished",
+        "round 1 started",
+        "client 2 finished in round 1",
+        "client 0 finished in round 1",
+        "client 1 finished in round 1",
+        "round 1 finished",
+        "round 2 started",
+        "client 2 finished in round 2",
+        "client 3 finished in round 2",
+        "client 1 finished in round 2",
+        "round 2 finished",
+        "run finished",
+    ]
+    for moment, files in recorded.moments:
+        status = "finished" if moment == "run finished" else "running"
+        assert json.loads(files["run.json"])["status"] == status
+        for row in rows(files, "rounds.jsonl"):
+            folder = f"rounds/{row['round']:04d}"
+            assert f"{folder}/global.safetensors" in files
+            assert (f"{folder}/aggregate.safetensors" in files) == (row["round"] > 0)
+            trained = {
+                r["partition"] for r in rows(files, "clients.jsonl") if r["round"] == row["round"]
+            }
+            assert trained == set(row["participants"])
+        for row in rows(files, "clients.jsonl"):
+            folder = f"rounds/{row['round']:04d}/clients/{row['partition']:04d}"
+            assert {
+                f"{folder}/{name}"
+                for name in ("delta.safetensors", "steps.jsonl", "gradients-00000.safetensors")
+            } <= set(files)
+
+
+def test_each_call_of_the_observer_finds_its_rows_written(recorded: Recorded) -> None:
+    found = {
+        moment: (
+            [row["round"] for row in rows(files, "rounds.jsonl")],
+            [(row["round"], row["partition"]) for row in rows(files, "clients.jsonl")],
+        )
+        for moment, files in recorded.moments
+    }
+    first = [(1, 2), (1, 0), (1, 1)]
+    assert found["run started"] == ([], [])
+    assert found["round 0 finished"] == ([0], [])
+    assert found["client 2 finished in round 1"] == ([0], first[:1])
+    assert found["client 1 finished in round 1"] == ([0], first)
+    assert found["round 1 finished"] == ([0, 1], first)
+    assert found["client 3 finished in round 2"] == ([0, 1], [*first, (2, 2), (2, 3)])
+    assert found["run finished"] == ([0, 1, 2], [*first, (2, 2), (2, 3), (2, 1)])
+
+
+def test_files_of_a_run_are_never_changed_once_they_are_there(recorded: Recorded) -> None:
+    earlier: dict[str, bytes] = {}
+    for _, files in recorded.moments:
+        for name, content in earlier.items():
+            if name.endswith(".jsonl"):
+                assert files[name].startswith(content)
+            elif name != "run.json":
+                assert files[name] == content
+        earlier = files
+    assert not [name for name in earlier if name.endswith(".partial")]
