@@ -153,7 +153,7 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
                 continue
-            reason = reply.error.reason or "no reason given"
+            reason = traceback_of(reply.error.reason or "")
             failed.append(partition)
             self._writer.add_failure(
                 {"round": number, "partition": partition, "status": "failed", "error": reason}
@@ -162,7 +162,7 @@ class RoundLoop:
             if len(failed) > self._config.max_failures:
                 raise RunFailedError(
                     f"client {partition} failed in round {number} "
-                    f"(max-failures = {self._config.max_failures}): {cause_of(reason)}"
+                    f"(max-failures = {self._config.max_failures}): {reason.splitlines()[-1]}"
                 )
 
     def _messages(
@@ -232,9 +232,10 @@ class RoundLoop:
         self._observer.round_finished(row)
 
 
-def cause_of(reason: str) -> str:
-    """Give the client's own exception out of the traceback that Flower sends as text."""
-    # Flower raises its own exception from the client's; a chain is printed cause first.
+def traceback_of(reason: str) -> str:
+    """Give the client's own traceback out of the text that Flower sends for a failure."""
+    # Flower and Ray raise their own exceptions from the client's; a chain has its cause first.
     first = reason.replace("\\n", "\n").partition("\nThe above exception was")[0]
-    lines = [line.strip() for line in first.splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"
+    lines = first.removesuffix("'>").rstrip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
+    return "\n".join(lines[frames[0] if frames else 0 :]) or "no reason given"

@@ -87,11 +87,10 @@ class TerminalObserver:
     def client_failed(self, round_number: int, partition: int, reason: str) -> None:
         """Print the client's own traceback."""
         self._clients_done += 1
-        text = reason.replace("\\n", "\n").strip()
         self._console.print(
             f"round {round_number}: client {partition} failed:", style="red", markup=False
         )
-        self._console.print(textwrap.indent(text, "    "), markup=False)
+        self._console.print(textwrap.indent(reason, "    "), markup=False, soft_wrap=True)
 
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
