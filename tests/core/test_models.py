@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from fedsim.core.errors import ConfigError
+from fedsim.core.evaluation import evaluate
+from fedsim.core.models import build_model, needs_two_samples, resolve_device
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ["resnet18", "resnet18-cifar", "cnn"]
+MODELS = [(name, norm) for name in NAMES for norm in ("batch", "group")]
+
+
+def build(name, norm="batch", classes=100, seed=42):
+    return build_model(name, classes=classes, norm=norm, seed=seed)
+
+
+def parameters_of(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def output_of(module, model):
+    seen = []
+    module.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
+    with torch.no_grad():
+        model(torch.zeros(2, 3, 32, 32))
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "numbers", "tensors", "entries"),
+    [
+        ("resnet18", "batch", 11_227_812, 62, 122),
+        ("resnet18", "group", 11_227_812, 62, 62),
+        # The stem is 3x3 instead of 7x7: 64 * 3 * 40 fewer.
+        ("resnet18-cifar", "batch", 11_220_132, 62, 122),
+        # 432 + 4608 + 9216 of the convolutions, 160 of the norms, 51300 of the classifier.
+        ("cnn", "batch", 65_716, 11, 20),
+        ("cnn", "group", 65_716, 11, 11),
+    ],
+)
+def test_models_have_these_sizes_at_100_classes(name, norm, numbers, tensors, entries):
+    model = build(name, norm)
+    assert parameters_of(model) == numbers
+    assert len(list(model.parameters())) == tensors
+    assert len(model.state_dict()) == entries
+
+
+def test_resnet18_of_seed_42_is_torchvisions_with_a_new_head_drawn_after_it():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(42)
+        by_hand = resnet18(weights=None)
+        by_hand.fc = nn.Linear(512, 100)
+    found, expected = build("resnet18").state_dict(), by_hand.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_follow_from_the_seed_alone(name):
+    first, again, other = (build(name, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    drawn = [n for n in first if first[n].dim() in (2, 4)]
+    assert not any(torch.equal(first[n], other[n]) for n in drawn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_group_norm_has_no_buffers(name):
+    model = build(name, "group")
+    assert list(model.buffers()) == []
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_group_norm_has_32_groups_or_as_many_as_channels():
+    groups = [m.num_groups for m in build("cnn", "group").modules() if isinstance(m, nn.GroupNorm)]
+    assert groups == [16, 32, 32]
+    model = build("resnet18", "group")
+    groups = {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {32}
+
+
+def test_resnet18_ends_in_1x1_maps_and_its_cifar_form_in_4x4():
+    model = build("resnet18")
+    assert output_of(model.layer4, model) == (2, 512, 1, 1)
+    model = build("resnet18-cifar")
+    assert output_of(model.conv1, model) == (2, 64, 32, 32)
+    model = build("resnet18-cifar")
+    assert output_of(model.layer4, model) == (2, 512, 4, 4)
+
+
+@pytest.mark.parametrize(("name", "norm"), MODELS)
+def test_the_last_two_parameters_are_the_classifiers(name, norm):
+    model = build(name, norm, classes=7)
+    (weight_name, weight), (bias_name, bias) = list(model.named_parameters())[-2:]
+    prefix = "13" if name == "cnn" else "fc"
+    assert [weight_name, bias_name] == [f"{prefix}.weight", f"{prefix}.bias"]
+    assert tuple(weight.shape) == (7, 512)
+    assert tuple(bias.shape) == (7,)
+
+
+@pytest.mark.parametrize(("name", "norm"), MODELS)
+def test_a_new_model_is_in_training_mode_float32_on_the_cpu(name, norm):
+    model = build(name, norm, classes=7)
+    assert model.training
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+    assert all(p.requires_grad for p in model.parameters())
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "norm"), MODELS)
+def test_needs_two_samples_exactly_where_one_cannot_be_trained_on(name, norm):
+    assert needs_two_samples(name, norm) == ((name, norm) == ("resnet18", "batch"))
+    model = build(name, norm, classes=7)
+    one = torch.zeros(1, 3, 32, 32)
+    if needs_two_samples(name, norm):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(one)
+    else:
+        assert model(one).shape == (1, 7)
+
+
+@pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_where_there_is_one(available, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert resolve_device("auto") == torch.device(expected)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "module"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])
+def test_a_device_that_is_not_there_is_refused(name, module, monkeypatch):
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    assert resolve_device(name) == torch.device(name)
+    monkeypatch.setattr(module, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"^device = '{name}' cannot be used; allowed is 'auto'"):
+        resolve_device(name)
+
+
+@pytest.mark.slow
+def test_untrained_resnet18_scores_what_the_notebook_printed(cifar100):
+    result = evaluate(
+        build("resnet18"),
+        cifar100.test_images,
+        cifar100.test_labels,
+        cifar100.spec,
+        device=torch.device("cpu"),
+    )
+    assert round(result.loss, 4) == 4.6169
+    assert result.accuracy == 0.0095
+    assert result.num_samples == 10_000

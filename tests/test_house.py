@@ -1,0 +1,211 @@
+"""The direction of imports, and what no module may use."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the bottom; a module knows its own room and those below.
+ROOMS = [
+    ["fedsim.core"],
+    ["fedsim.recording"],
+    ["strategies"],
+    ["fedsim.flower"],
+    ["fedsim.report"],
+    ["fedsim.cli", "fedsim.app", "fedsim.__main__", "run_simulation"],
+]
+FILES = [
+    *sorted((ROOT / "fedsim").rglob("*.py")),
+    *sorted((ROOT / "strategies").rglob("*.py")),
+    ROOT / "run_simulation.py",
+]
+OURS = ("fedsim", "strategies", "run_simulation")
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def room_of(module):
+    for level, names in enumerate(ROOMS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return level
+    return None
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_by(module, tree):
+    """List every module that a tree imports, at its top or inside functions."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                if base == "fedsim" and alias.name in ("Run", "load_run"):
+                    yield "fedsim.recording.reader"
+                else:
+                    yield inner if base.split(".")[0] in OURS and is_module(inner) else base
+
+
+def test_every_module_is_in_a_room():
+    assert [m for m in MODULES if room_of(m) is None] == ["fedsim"]
+    assert {room_of(m) for m in MODULES} - {None} == set(range(len(ROOMS)))
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"fedsim"}))
+def test_a_module_knows_only_its_own_room_and_those_below(module):
+    imported = set(imported_by(module, parse(MODULES[module])))
+    ours = {name for name in imported if name.split(".")[0] in OURS} - {"fedsim"}
+    above = sorted(n for n in ours if room_of(n) is None or room_of(n) > room_of(module))
+    assert above == []
+    if room_of(module) <= 1:
+        assert {n.split(".")[0] for n in imported}.isdisjoint({"flwr", "ray"})
+
+
+def test_the_package_itself_imports_recording_alone_and_only_when_asked():
+    tree = parse(MODULES["fedsim"])
+    names = set(imported_by("fedsim", tree)) - {"__future__", "typing"}
+    assert {n for n in names if not n.startswith("fedsim.recording")} == set()
+    at_the_top = {
+        name
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in imported_by("fedsim", ast.Module([node], []))
+    }
+    assert at_the_top <= {"__future__", "typing"}
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "torch.save", "torch.serialization", "pandas.read_pickle"}
+# Drawn from or changed, a global generator makes results depend on what ran before.
+GLOBAL_DRAWS = {
+    *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.random.seed"),
+    *("torch.set_rng_state", "torch.random.set_rng_state", "torch.cuda.manual_seed"),
+    *("torch.cuda.manual_seed_all", "torch.rand", "torch.randn", "torch.randint"),
+    *("torch.randperm", "torch.rand_like", "torch.randn_like", "torch.normal"),
+    *("torch.bernoulli", "torch.multinomial"),
+}
+LOCAL_GENERATORS = {"Generator", "PCG64", "SeedSequence", "RandomState", "BitGenerator"}
+# Reading the state of `random`, and giving it back as it was, changes nothing.
+KEPT_RANDOM = {"getstate", "setstate", "Random"}
+
+
+def dotted(node, aliases):
+    """Give the full name of an attribute, module aliases resolved."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in aliases:
+        return None
+    return ".".join([aliases[node.id], *parts])
+
+
+def names_used(tree):
+    aliases = {}
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.split(".")[0]
+                aliases[alias.asname or name] = name
+                used.add(alias.name)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                used.add(f"{node.module}.{alias.name}")
+    used |= {dotted(n, aliases) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name))}
+    return used - {None}
+
+
+def forbidden(name):
+    top, _, rest = name.partition(".")
+    if top in UNSAFE_MODULES or name in UNSAFE_CALLS | GLOBAL_DRAWS:
+        return True
+    if name.startswith("numpy.random."):
+        return name.split(".")[2] not in LOCAL_GENERATORS
+    return top == "random" and rest != "" and rest not in KEPT_RANDOM
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_unpickles_or_touches_a_global_generator(module):
+    tree = parse(MODULES[module])
+    assert sorted(n for n in names_used(tree) if forbidden(n)) == []
+    keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+    assert "allow_pickle" not in keywords
+
+
+def test_torchs_global_generator_is_named_in_the_room_of_randomness_alone():
+    users = [m for m in MODULES if "default_generator" in MODULES[m].read_text(encoding="utf-8")]
+    assert users == ["fedsim.core.rng"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import numpy as np\nnp.random.seed(1)", "numpy.random.seed"),
+        ("from numpy import random\nrandom.shuffle(x)", "numpy.random.shuffle"),
+        ("from numpy.random import rand", "numpy.random.rand"),
+        ("def f():\n    import random as r\n    r.choice([1])", "random.choice"),
+        ("from random import sample", "random.sample"),
+        ("import torch\ntorch.manual_seed(1)", "torch.manual_seed"),
+        ("from torch import load", "torch.load"),
+        ("import torch as t\nt.load('x')", "torch.load"),
+        ("def f():\n    import pickle", "pickle"),
+    ],
+)
+def test_the_search_finds_what_is_forbidden(source, name):
+    assert name in {n for n in names_used(ast.parse(source)) if forbidden(n)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import numpy as np\nnp.random.Generator(np.random.PCG64(np.random.SeedSequence([1])))",
+        "import numpy as np\nnp.random.RandomState(1).shuffle(x)",
+        "import random\ns = random.getstate()\nrandom.setstate(s)",
+        "import torchvision\ntorchvision.datasets.CIFAR100(root='x')",
+        "random = 1\nrandom.choice",
+    ],
+)
+def test_the_search_lets_local_generators_pass(source):
+    assert [n for n in names_used(ast.parse(source)) if forbidden(n)] == []
+
+
+def test_importing_the_lower_rooms_brings_in_neither_flower_nor_ray():
+    rooms = [sorted(m for m in MODULES if m.startswith(room)) for room, *_ in ROOMS[:2]]
+    assert min(map(len, rooms)) > 3
+    program = (
+        "import importlib, sys\n"
+        f"for room in {rooms!r}:\n"
+        "    for name in room: importlib.import_module(name)\n"
+        "    found = {m.split('.')[0] for m in sys.modules}\n"
+        "    print(sorted(found & {'flwr', 'ray', 'strategies'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n") == ["[]", "[]", ""]
