@@ -48,6 +48,7 @@ def plan(cache: Path) -> RunPlan:
                 "batch-size": 64,
                 "client": {"1": {"batch-size": 113, "local-epochs": 2, "learning-rate": 0.02}},
                 "capture": "all",
+                "device": "cpu",
             }
         )
     )
