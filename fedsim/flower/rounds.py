@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
-from fedsim.core.errors import RunFailedError
+from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
@@ -153,6 +153,9 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
                 continue
+            if self._stop.is_set():
+                # Ctrl-C reaches the workers too: their complaint is not the cause.
+                raise RunInterruptedError("interrupted")
             reason = traceback_of(reply.error.reason or "")
             failed.append(partition)
             self._writer.add_failure(
