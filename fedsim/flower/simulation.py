@@ -112,6 +112,10 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
         raise ConfigError(
             "client-cpus", config.client_cpus, f"1 to the {machine_cpus} CPU cores of this machine"
         )
+    if config.client_gpus == 0 and machine_gpus:
+        raise ConfigError(
+            "client-gpus", 0, "a share above 0, or any with device = 'cpu': training runs on GPUs"
+        )
     if config.client_gpus and config.client_gpus > machine_gpus:
         has = f"at most {machine_gpus}, the GPUs here" if machine_gpus else "0: no GPU is here"
         raise ConfigError("client-gpus", config.client_gpus, has)

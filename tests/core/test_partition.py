@@ -101,6 +101,7 @@ def test_small_alpha_skews_and_large_alpha_balances_the_classes():
     assert skewed.max(axis=0).mean() > 120
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("alpha", [1e-6, 1e-300, 1e300])
 def test_an_extreme_alpha_still_covers_every_sample(alpha):
     partition = deal(np.repeat(np.arange(10), 30), clients=6, alpha=alpha, min_samples=5)

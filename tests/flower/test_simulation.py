@@ -331,6 +331,7 @@ def test_the_pool_fits_the_machine(values, cpus, gpus, expected):
         ({"client_cpus": 3}, 2, 0, "client-cpus = 3"),
         ({"client_gpus": 0.5}, 2, 0, "client-gpus = 0.5"),
         ({"client_gpus": 2}, 2, 1, "client-gpus = 2"),
+        ({"client_gpus": 0}, 2, 1, "client-gpus = 0"),
         ({"workers": 3, "client_gpus": 0.5}, 8, 1, "workers = 3"),
         ({"workers": 7}, 2, 0, "workers = 7"),
     ],
