@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -67,7 +68,11 @@ class TensorWriter:
         self._path = path
         self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
         self._file = self._unfinished.open("wb", buffering=0)
-        self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        try:
+            self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        except BaseException:
+            self.discard()
+            raise
 
     def append(self, array: NDArray[np.generic]) -> None:
         """Write the bytes of the next array."""
@@ -133,9 +138,19 @@ def _finite(value: Any) -> Any:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one row to a JSON Lines file with a single write."""
+    """Append one row to a JSON Lines file with a single write, or leave the file as it was.
+
+    Raises
+    ------
+    OSError
+        When the disk has no room for the whole row.
+    """
+    line = json_line(value)
     with path.open("ab", buffering=0) as file:
-        file.write(json_line(value))
+        before = file.tell()
+        if file.write(line) != len(line):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -159,9 +174,13 @@ class LineFile:
         self._file.write(json_line(value))
 
     def close(self) -> None:
-        """Flush and rename into place."""
-        self._file.close()
-        self._unfinished.replace(self._path)
+        """Flush and rename into place, or remove what was written where that fails."""
+        try:
+            self._file.close()
+            self._unfinished.replace(self._path)
+        except BaseException:
+            self._unfinished.unlink(missing_ok=True)
+            raise
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -135,11 +135,17 @@ class StepRecorder:
                 f"{self._written} of {len(self._kept)} steps to capture were made"
             )
         if failure is None:
-            self._lines.close()
-            return
+            try:
+                self._lines.close()
+                return
+            except OSError as full:
+                failure = full
         self._lines.discard()
         if self._shard is not None:
             self._shard.discard()
+        # Finished shards too: nothing will ever refer to them, and they may be gigabytes.
+        for path in self._folder.iterdir():
+            path.unlink()
         if error is None:
             raise failure
 

@@ -47,7 +47,8 @@ class TensorFile(Mapping[str, Tensor]):
             raise InputError(f"{path} is not there") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a whole safetensors file: {error}") from None
-        self._names: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
+        # In the order of the file, which the library's keys() would sort by name.
+        self._names: dict[str, None] = dict.fromkeys(self._file.offset_keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -112,10 +113,7 @@ class Client:
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The lines of ``steps.jsonl``: one for each local step."""
-        path = self._run.layout.steps(self._round, self.partition)
-        if not path.exists():
-            raise InputError(f"{path} is not there")
-        return list(read_lines(path))
+        return _rows(self._run.layout.steps(self._round, self.partition), "step")
 
     @cached_property
     def captured_steps(self) -> list[int]:
@@ -141,7 +139,7 @@ class Client:
         InputError
             When that step was not captured.
         """
-        order = [p["name"] for p in self._run.manifest["model"]["parameters"]]
+        order = [p["name"] for p in self._run.parameters]
         gradient = Gradient(self._gradient_files, step, order)
         if not gradient:
             raise InputError(
@@ -247,14 +245,24 @@ class Run:
     @property
     def status(self) -> str:
         """``running``, ``finished`` or ``failed``."""
-        return str(self.manifest["status"])
+        return str(self._entry("status"))
 
     @cached_property
     def config(self) -> RunConfig:
         """The complete configuration of the run."""
         return RunConfig.from_mapping(
-            {k: v for k, v in self.manifest["config"].items() if v is not None}
+            {k: v for k, v in self._entry("config").items() if v is not None}
         )
+
+    def _entry(self, key: str) -> Any:
+        if key not in self.manifest:
+            raise InputError(f"{self.layout.manifest} has no {key}")
+        return self.manifest[key]
+
+    @property
+    def parameters(self) -> list[dict[str, Any]]:
+        """Name, shape and dtype of the model's parameters, in ``model.parameters()`` order."""
+        return list(self._entry("model")["parameters"])
 
     @cached_property
     def partition(self) -> dict[int, NDArray[np.int64]]:
@@ -265,13 +273,14 @@ class Run:
     @cached_property
     def round_rows(self) -> list[dict[str, Any]]:
         """The lines of ``rounds.jsonl``."""
-        return self._rows(self.layout.rounds)
+        return _rows(self.layout.rounds, "round", absent_is_empty=True)
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
         """The lines of ``clients.jsonl`` that belong to finished rounds."""
         finished = {row["round"] for row in self.round_rows}
-        return [row for row in self._rows(self.layout.clients) if row["round"] in finished]
+        rows = _rows(self.layout.clients, "round", "partition", "status", absent_is_empty=True)
+        return [row for row in rows if row["round"] in finished]
 
     def rounds(self) -> pandas.DataFrame:
         """Give the finished rounds as a data frame, one row each, round 0 first."""
@@ -299,16 +308,25 @@ class Run:
         rounds = _ranges([row["round"] for row in self.round_rows])
         raise InputError(f"round {number} of {self.path} is not finished; finished are {rounds}")
 
-    def _rows(self, path: Path) -> list[dict[str, Any]]:
-        try:
-            return list(read_lines(path))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise InputError(f"{path} holds a line that is not JSON") from None
-
     def __repr__(self) -> str:
         return f"<run {self.path.name}: {self.status}, {len(self.round_rows)} rounds with round 0>"
+
+
+def _rows(path: Path, *keys: str, absent_is_empty: bool = False) -> list[dict[str, Any]]:
+    try:
+        rows = list(read_lines(path))
+    except FileNotFoundError:
+        if absent_is_empty:
+            return []
+        raise InputError(f"{path} is not there") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} holds a line that is not JSON") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or any(key not in row for key in keys):
+            raise InputError(f"{path}: line {number} is no object with {', '.join(keys)}")
+    return rows
 
 
 def _ranges(numbers: list[int]) -> str:

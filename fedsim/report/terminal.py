@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
@@ -23,6 +24,17 @@ from fedsim.recording.reader import Run
 _SHADES = " ▁▂▃▄▅▆▇█"
 _MOST_ROWS = 24
 _MOST_COLUMNS = 20
+_MOST_CLIENTS = 12
+
+
+class _Facts(Table):
+    """Two columns without lines; cells are printed as they are, whatever they look like."""
+
+    def __init__(self) -> None:
+        super().__init__(show_header=False, box=None, pad_edge=False)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(str(cell)) for cell in cells), **options)
 
 
 def make_console() -> Console:
@@ -44,7 +56,8 @@ class TerminalObserver:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0
-        self._clients_done = 0
+        self._clients_trained = 0
+        self._clients_failed = 0
         self._clients_total = 0
         self._rounds = 0
         self._started = 0.0
@@ -80,22 +93,20 @@ class TerminalObserver:
 
     def client_finished(self, row: Mapping[str, Any]) -> None:
         """Count the client and its captured bytes."""
-        self._clients_done += 1
+        self._clients_trained += 1
         self._bytes += int(row.get("bytes_captured", 0))
         self._update(None)
 
     def client_failed(self, round_number: int, partition: int, reason: str) -> None:
         """Print the client's own traceback."""
-        self._clients_done += 1
-        self._console.print(
-            f"round {round_number}: client {partition} failed:", style="red", markup=False
-        )
-        self._console.print(textwrap.indent(reason, "    "), markup=False, soft_wrap=True)
+        self._clients_failed += 1
+        self._console.print(Text(f"round {round_number}: client {partition} failed:", "red"))
+        self._console.print(Text(textwrap.indent(reason, "    ")), soft_wrap=True)
 
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
         self._rows.append(row)
-        self._console.print(round_line(row, self._rounds), markup=False)
+        self._console.print(Text(round_line(row, self._rounds)))
 
     def run_finished(self, path: Path) -> None:
         """Print the closing table."""
@@ -103,11 +114,13 @@ class TerminalObserver:
         measured = [row for row in self._rows if row["global_accuracy"] is not None]
         best = max(measured, key=lambda row: row["global_accuracy"])
         last = measured[-1]
-        table = Table(show_header=False, box=None, pad_edge=False)
+        failed = f", {self._clients_failed} failed" if self._clients_failed else ""
+        table = _Facts()
         table.add_row("accuracy", f"{last['global_accuracy']:.4f} at the end")
         table.add_row("", f"{best['global_accuracy']:.4f} at best, in round {best['round']}")
         table.add_row("loss", f"{_number(last['global_loss'])} at the end")
-        table.add_row("clients", f"{self._clients_done} trained in {self._rounds} rounds")
+        trained = f"{self._clients_trained} trained in {self._rounds} rounds"
+        table.add_row("clients", trained + failed)
         table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
         table.add_row("time", format_seconds(time.perf_counter() - self._started))
         table.add_row("state", f"sha256 {last['state_sha256'][:16]}")
@@ -125,16 +138,15 @@ class TerminalObserver:
         if self._progress is None or self._task is None:
             return
         left = f"{format_bytes(self._bytes)} captured"
-        if 0 < self._clients_done < self._clients_total:
+        done = self._clients_trained + self._clients_failed
+        if 0 < done < self._clients_total:
             spent = time.perf_counter() - self._started
-            rest = spent / self._clients_done * (self._clients_total - self._clients_done)
+            rest = spent / done * (self._clients_total - done)
             left = f"{format_seconds(rest)} left, {left}"
         if description is None:
-            self._progress.update(self._task, completed=self._clients_done, left=left)
+            self._progress.update(self._task, completed=done, left=left)
         else:
-            self._progress.update(
-                self._task, description=description, completed=self._clients_done, left=left
-            )
+            self._progress.update(self._task, description=description, completed=done, left=left)
 
 
 def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> None:
@@ -146,7 +158,7 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
     else:
         drawn = f"listed clients of {config.clients}"
     layers = "" if config.capture_layers == ("*",) else f" of {', '.join(config.capture_layers)}"
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = _Facts()
     table.add_row(
         "data",
         f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {spec.classes} classes",
@@ -175,14 +187,14 @@ def partition_table(
     columns = np.array_split(np.arange(classes), min(classes, _MOST_COLUMNS))
     grouped = np.stack([counts[:, members].sum(axis=1) for members in columns], axis=1)
     most = max(1, int(grouped.max()))
-    names = [str(m[0]) if len(m) == 1 else f"{m[0]}-{m[-1]}" for m in columns]
-    title = "classes " + (" ".join(names) if classes <= _MOST_COLUMNS else f"0 to {classes - 1}")
+    width = len(str(classes - 1)) if classes <= _MOST_COLUMNS else 1
+    names = " ".join(str(c).rjust(width) for c in range(classes)) + "  classes"
     table = Table(box=None, pad_edge=False)
     table.add_column("client", justify="right")
     table.add_column("samples", justify="right")
-    table.add_column(title)
+    table.add_column(names if classes <= _MOST_COLUMNS else f"classes 0 to {classes - 1}")
     for client, row in enumerate(grouped[:_MOST_ROWS]):
-        shades = [_SHADES[-(-int(n) * (len(_SHADES) - 1) // most)] for n in row]
+        shades = [_SHADES[-(-int(n) * (len(_SHADES) - 1) // most)].rjust(width) for n in row]
         table.add_row(str(client), str(len(partition[client])), " ".join(shades))
     if len(partition) > _MOST_ROWS:
         table.add_row("...", "", f"and {len(partition) - _MOST_ROWS} more clients")
@@ -199,9 +211,9 @@ def round_line(row: Mapping[str, Any], rounds: int) -> str:
         parts.append(f"loss {_number(row['global_loss'])}")
         parts.append(f"accuracy {row['global_accuracy']:.4f}")
     if row["round"]:
-        parts.append("clients " + " ".join(str(p) for p in row["participants"]))
+        parts.append("clients " + _listed(row["participants"]))
     if row["failed"]:
-        parts.append("failed " + " ".join(str(p) for p in row["failed"]))
+        parts.append("failed " + _listed(row["failed"]))
     parts.append(format_seconds(row["seconds"]["total"]))
     return "  ".join(parts)
 
@@ -209,7 +221,7 @@ def round_line(row: Mapping[str, Any], rounds: int) -> str:
 def print_run(console: Console, run: Run) -> None:
     """Print what a person wants to know of a run directory."""
     config, manifest = run.config, run.manifest
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = _Facts()
     table.add_row("run", str(run.path))
     status = run.status + (f": {manifest['error']}" if "error" in manifest else "")
     table.add_row("status", status)
@@ -243,24 +255,33 @@ def print_run(console: Console, run: Run) -> None:
             str(row["round"]),
             "" if accuracy is None else _number(row["global_loss"]),
             "" if accuracy is None else f"{accuracy:.4f}",
-            " ".join(str(p) for p in row["participants"]),
-            " ".join(str(p) for p in row["failed"]),
+            _listed(row["participants"]),
+            _listed(row["failed"]),
             f"{row['seconds']['total']:.1f}",
             row["state_sha256"][:16],
         )
     console.print(rounds)
 
 
+def _listed(clients: Sequence[int]) -> str:
+    shown = " ".join(str(p) for p in clients[:_MOST_CLIENTS])
+    rest = len(clients) - _MOST_CLIENTS
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
 def _number(value: float | None) -> str:
     # A loss that is not finite is null in a row.
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
 def format_bytes(count: int) -> str:
     """Write a number of bytes in decimal units."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        # Not 1000: what rounds up to it takes the next unit.
+        if size < 999.95:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
@@ -268,7 +289,7 @@ def format_bytes(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Write a duration: tenths of seconds, or minutes and seconds, or hours and minutes."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -100,3 +100,11 @@ def test_sums_of_losses_are_kept_in_float64(digits):
     data = replace(digits, test_labels=torch.zeros(359, dtype=torch.int64))
     found = evaluated(Steep(), data, 11, batch_size=1)
     assert found.loss * 11 == pytest.approx(2**24 + 10, abs=1e-3)
+
+
+def test_no_graph_is_built(digits):
+    seen = []
+    model = build()
+    model.register_forward_hook(lambda _, inputs, output: seen.append(output.requires_grad))
+    evaluated(model, digits, batch_size=100)
+    assert seen == [False] * 4

@@ -152,11 +152,6 @@ def test_a_full_disk_leaves_neither_the_tensors_nor_a_partial_file(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(
-    reason="the header is written outside the try that discards",
-    raises=AssertionError,
-    strict=True,
-)
 def test_a_disk_that_is_full_at_the_header_leaves_no_partial_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too large"), file_size_limit(16):
         write_tensors(tmp_path / "t", {"a": np.zeros(100)})
@@ -316,10 +311,9 @@ def test_a_row_is_appended_with_one_write(tmp_path: Path) -> None:
     assert [row["row"] for row in read_lines(path)] == [0, 1]
 
 
-@pytest.mark.xfail(reason="a short write is not noticed", raises=pytest.fail.Exception, strict=True)
 def test_a_row_that_the_disk_took_in_part_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(OSError, match="too large"), file_size_limit(10):
+    with pytest.raises(OSError, match="No space left"), file_size_limit(10):
         append_line(path, {"round": 1, "text": "longer than ten bytes"})
 
 

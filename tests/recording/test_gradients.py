@@ -453,11 +453,6 @@ def test_a_disk_that_fills_up_stops_training_at_the_next_step_and_nothing_is_lef
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.xfail(
-    reason="LineFile.close removes nothing when its last bytes do not fit",
-    raises=AssertionError,
-    strict=True,
-)
 def test_a_disk_that_is_full_at_the_last_line_leaves_no_partial_file(
     plan: RunPlan, eight: list[Step], tmp_path: Path
 ) -> None:
@@ -466,11 +461,6 @@ def test_a_disk_that_is_full_at_the_last_line_leaves_no_partial_file(
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.xfail(
-    reason="shards that are complete when an error comes stay, against the docstring",
-    raises=AssertionError,
-    strict=True,
-)
 def test_an_error_removes_the_shards_that_are_complete(
     plan: RunPlan, eight: list[Step], tmp_path: Path
 ) -> None:
