@@ -31,6 +31,7 @@ def test_a_delta_is_local_minus_global_in_each_arrays_own_dtype():
     assert delta["h"].tolist() == [2.0]
     assert [delta[n].dtype.name for n in delta] == ["float32", "int64", "float16"]
     assert delta["n"].shape == ()
+    assert all(isinstance(array, np.ndarray) for array in delta.values())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,7 @@ def test_an_integer_buffers_mean_rounds_half_to_even_and_keeps_dtype_and_shape(v
         for dtype in (np.int64, np.int32):
             deltas = [{"n": np.full(shape, v, dtype)} for v in values]
             mean = mean_of((deltas[0], 1), (deltas[1], 1))["n"]
+            assert isinstance(mean, np.ndarray)
             assert mean.shape == shape
             assert mean.dtype == dtype
             assert np.array_equal(mean, np.full(shape, expected, dtype))
@@ -139,6 +141,7 @@ def test_applying_a_delta_adds_it_in_each_arrays_own_dtype():
     assert new["w"].tolist() == [1.5, 1.0]
     assert new["n"] == 5
     assert (new["w"].dtype, new["n"].dtype, new["n"].shape) == (np.float32, np.int64, ())
+    assert all(isinstance(array, np.ndarray) for array in new.values())
     assert state["w"].tolist() == [1, 2]
 
 
