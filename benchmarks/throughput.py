@@ -1,13 +1,16 @@
 """Samples per second of a simulation, beside a sequential loop and beside the limit.
 
-Four ways to train ResNet18 on 3x32x32 images, batch 32, SGD with momentum and weight decay:
+Five ways to train ResNet18 on 3x32x32 images, batch 32, SGD with momentum and weight decay:
 
 - ``fedsim``: a whole run with one-thread workers, capture off; steady rounds (the first one,
   which loads the workers, is left out), from drawing the participants to the written state.
 - ``sequential``: the loop that a user writes first: DataLoader, torchvision's transforms,
   torch.optim.SGD, one process with all threads.
 - ``sequential, bare``: the same without any data pipeline and with the fused optimiser.
-- ``limit``: bare processes of one thread, as many as fedsim has workers, that only train.
+- ``limit``: bare processes of one thread, as many as fedsim has workers, that only train
+  torchvision's model with the fused optimiser.
+- ``limit, own model``: the same with fedsim's ResNet18, whose arithmetic skips what is always
+  zero, and its allocator settings: what a simulation without any cost of its own would reach.
 
 Machines are noisy: the ways take turns, and every ratio is the median over the turns.
 
@@ -32,14 +35,20 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 BATCH = 32
 CLIENTS = 8
-SAMPLES_PER_CLIENT = 960
+SAMPLES_PER_CLIENT = 2_400
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 
 
-def _model() -> Any:
-    from fedsim.core.models import build_model
+def _model(own: bool) -> Any:
+    if own:
+        from fedsim.core.allocator import keep_freed_memory
+        from fedsim.core.models import build_model
 
-    return build_model("resnet18", classes=100, norm="batch", seed=0)
+        keep_freed_memory()
+        return build_model("resnet18", classes=100, norm="batch", seed=0)
+    from torchvision.models import resnet18
+
+    return resnet18(weights=None, num_classes=100)
 
 
 def _optimizer(model: Any, *, fused: bool | None) -> Any:
@@ -50,12 +59,12 @@ def _optimizer(model: Any, *, fused: bool | None) -> Any:
     )
 
 
-def _bare(threads: int, seconds: float, ready: Barrier, results: Any) -> None:
+def _bare(threads: int, own: bool, seconds: float, ready: Barrier, results: Any) -> None:
     """Train on one batch that is already there."""
     import torch
 
     torch.set_num_threads(threads)
-    model = _model()
+    model = _model(own)
     optimizer = _optimizer(model, fused=True)
     inputs, targets = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 100, (BATCH,))
 
@@ -102,7 +111,7 @@ def _sequential(seconds: float, ready: Barrier, results: Any) -> None:
         def __getitem__(self, index: int) -> Any:
             return transform(self.images[index]), index % 100
 
-    model = _model()
+    model = _model(own=False)
     optimizer = _optimizer(model, fused=None)
     loader = DataLoader(Images(), batch_size=BATCH, shuffle=True, drop_last=True)
 
@@ -157,6 +166,7 @@ def measure_fedsim(workers: int, rounds: int) -> float:
         lines = Path(folder, "run/rounds.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
     steady = [row["seconds"]["clients"] for row in rows[2:]]
+    assert len(steady) == rounds - 1  # noqa: S101
     return CLIENTS * SAMPLES_PER_CLIENT * len(steady) / sum(steady)
 
 
@@ -165,21 +175,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each loop in a turn")
-    parser.add_argument("--rounds", type=int, default=3, help="of fedsim in a turn, 2 or more")
+    parser.add_argument("--rounds", type=int, default=2, help="of fedsim in a turn, 2 or more")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     workers = os.cpu_count() or 1
     rates: dict[str, list[float]] = {
         "fedsim": [],
         "limit": [],
+        "limit, own model": [],
         "sequential": [],
         "sequential, bare": [],
     }
     for turn in range(chosen.turns):
-        rates["limit"].append(measure_processes(_bare, (1, chosen.seconds), workers))
+        rates["limit"].append(measure_processes(_bare, (1, False, chosen.seconds), workers))
+        own = measure_processes(_bare, (1, True, chosen.seconds), workers)
+        rates["limit, own model"].append(own)
         rates["fedsim"].append(measure_fedsim(workers, chosen.rounds))
         rates["sequential"].append(measure_processes(_sequential, (chosen.seconds,), 1))
-        rates["sequential, bare"].append(measure_processes(_bare, (workers, chosen.seconds), 1))
+        bare = measure_processes(_bare, (workers, False, chosen.seconds), 1)
+        rates["sequential, bare"].append(bare)
         shown = ", ".join(f"{name} {rate[-1]:.0f}" for name, rate in rates.items())
         print(f"turn {turn + 1}: {shown} samples/s", flush=True)
     print()

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -49,7 +49,12 @@ def _globs_listed(value: Any) -> Any:
 def _table_of_ids(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {int(k) if str(k).isdecimal() else k: v for k, v in value.items()}
+    # "03" stays text, which is refused: as a number it would silently replace table 3.
+    return {int(k) if _is_plain(k) else k: v for k, v in value.items()}
+
+
+def _is_plain(key: Any) -> bool:
+    return isinstance(key, str) and key.isdecimal() and key.isascii() and key == str(int(key))
 
 
 def _finite(value: float) -> float:
@@ -227,7 +232,7 @@ class RunConfig(_Strict):
             if partition not in range(self.clients):
                 raise ConfigError(
                     f"client.{partition}",
-                    self.client[partition].model_dump(exclude_none=True),
+                    self.client[partition].model_dump(by_alias=True, exclude_none=True),
                     f"a table for one of the clients 0 to {self.clients - 1}",
                 )
         if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
@@ -330,13 +335,6 @@ def _one_of(value: Any, draw: np.random.Generator) -> Any:
     return value[int(position * len(value))] if isinstance(value, tuple) else value
 
 
-def _field_of(location: Iterable[int | str]) -> str:
-    # pydantic adds the branches of a union ("tuple[constrained-int, ...]") to the location.
-    parts = [p for p in location if isinstance(p, int) or p.replace("-", "").isalpha()]
-    named = [p for p in parts if p not in ("int", "float", "constrained-int", "constrained-float")]
-    return ".".join(str(p) for p in (named[:1] if named[0] != "client" else named))
-
-
 _TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -346,40 +344,47 @@ _TYPES = {
     "dict_type": "a table",
     "model_type": "a table",
     "model_attributes_type": "a table",
-    "missing": "a value",
+}
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+_ALLOWED = {
+    "batch-size": "a whole number of 1 or more, or a list of them",
+    "local-epochs": "a whole number of 1 or more, or a list of them",
+    "local-steps": "a whole number of 1 or more, or a list of them",
+    "learning-rate": "a finite number above 0, or a list of them",
+    "participants": "a list of client numbers for each round",
+    "client": "tables [client.<partition>] with whole numbers for partitions",
 }
 
 
 def _as_config_error(error: ValidationError) -> ConfigError:
-    problem = error.errors()[-1]
-    field, given, context = _field_of(problem["loc"]), problem["input"], problem.get("ctx", {})
-    kind = problem["type"]
+    """Turn pydantic's report into one sentence about the first field of it."""
+    problems = error.errors()
+    key = str(problems[0]["loc"][0])
+    # A value that may be one thing or a list has a report for either; the deepest is about what
+    # was meant, and of two as deep the last, for pydantic tries lists last.
+    problem = max(
+        (p for p in problems if p["loc"][0] == key),
+        key=lambda p: (len(p["loc"]), problems.index(p)),
+    )
+    location, given, kind = problem["loc"], problem["input"], problem["type"]
+    in_table = key == "client" and len(location) > 1 and "[key]" not in location
+    field = ".".join(str(part) for part in location) if in_table else key
     if kind == "extra_forbidden":
-        known = ClientSettings if field.startswith("client.") else RunConfig
-        return unknown_key(field, given, known)
+        return unknown_key(field, given, ClientSettings if in_table else RunConfig)
+    if kind == "too_short":
+        return ConfigError(field, given, "a list of one or more")
+    if key in _ALLOWED and not in_table:
+        return ConfigError(key, given, _ALLOWED[key])
+    context = problem.get("ctx", {})
     if kind == "literal_error":
-        options = get_args(RunConfig.model_fields[field.replace("-", "_")].annotation)
+        options = get_args(RunConfig.model_fields[key.replace("-", "_")].annotation)
         return ConfigError(field, given, "one of " + ", ".join(repr(o) for o in options))
     if kind == "value_error":
         return ConfigError(field, given, str(context["error"]))
-    bounds = [f"{name} {context[key]}" for key, name in _BOUNDS.items() if key in context]
+    bounds = [f"{name} {context[bound]}" for bound, name in _BOUNDS.items() if bound in context]
     if bounds:
         return ConfigError(field, given, f"a value {' and '.join(bounds)}")
-    if kind == "too_short":
-        return ConfigError(field, given, "a list of one or more")
-    allowed = _TYPES.get(kind, problem["msg"])
-    if field in ("batch-size", "local-epochs", "local-steps"):
-        allowed = "a whole number of 1 or more, or a list of them"
-    elif field == "learning-rate":
-        allowed = "a number above 0, or a list of them"
-    elif field == "participants":
-        allowed = "a list of client numbers for each round"
-    elif field == "client":
-        allowed = "tables [client.<partition>] with whole numbers for partitions"
-    return ConfigError(field, given, allowed)
-
-
-_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    return ConfigError(field, given, _TYPES.get(kind, problem["msg"]))
 
 
 def unknown_key(field: str, value: Any, known: type[_Strict] = RunConfig) -> ConfigError:
@@ -441,7 +446,14 @@ def parse_text(field: str, text: str) -> Any:
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
     if annotation is str or annotation == (str | None):
         return text
+    if "\n" in text:
+        return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        # TOML knows no ".5"; people do.
+        return float(text)
+    except ValueError:
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import urllib.error
@@ -178,15 +179,17 @@ def load_dataset(name: str, *, data_root: str | None, seed: int) -> Dataset:
     if cached is not None:
         return cached
     tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed)
+    # Processes that start together may all convert; each renames a whole file into place.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Processes that start together may all convert; each renames a whole file into place.
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(tensors, partial)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise InputError(
-            f"the dataset cache {path.parent} cannot be written ({error.strerror}); "
+            f"the dataset cache {path.parent} cannot be written ({_first_line(error)}); "
             "set FEDSIM_CACHE to a folder that can"
         ) from None
     mapped = _map_cache(path, spec)
@@ -207,8 +210,11 @@ def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:
             tensors = {key: file.get_tensor(key) for key in shapes}
     except (OSError, SafetensorError):
         return None
-    if any(tuple(tensors[key].shape) != shape for key, shape in shapes.items()):
-        return None
+    dtypes = {"images": torch.uint8, "labels": torch.int64}
+    for key, shape in shapes.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtypes[key.partition("_")[2]]:
+            return None
     return Dataset(spec=spec, **tensors)
 
 

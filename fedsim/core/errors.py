@@ -41,6 +41,10 @@ class RunInterruptedError(FedsimError):
     """The user asked a run to stop."""
 
 
+def _as_written(value: Any) -> Any:
+    return [_as_written(v) for v in value] if isinstance(value, tuple | list) else value
+
+
 def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
+    text = repr(_as_written(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -48,7 +48,7 @@ def evaluate(
     Returns
     -------
     Evaluation
-        Sums are kept in float64; a diverged model gives a non-finite loss, not an error.
+        Batches are summed up in float64; a diverged model gives a non-finite loss, not an error.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)

@@ -106,9 +106,10 @@ def _dirichlet(labels: NDArray[np.int64], clients: int, alpha: float, seed: int)
     dealt: list[list[Indices]] = [[] for _ in range(clients)]
     for members in classes:
         shares = random.dirichlet(np.full(clients, alpha))
-        # A tiny alpha can make every share of the draw underflow to zero or NaN.
+        # Below an alpha of about 1e-3 every share of a draw can underflow; its limit is one
+        # client that holds the whole class.
         if not np.isfinite(shares).all():
-            shares = np.full(clients, 1 / clients)
+            shares = np.eye(clients)[random.randint(clients)]
         cuts = (np.cumsum(shares) * len(members)).astype(int)[:-1]
         for indices, part in zip(dealt, np.split(members, cuts), strict=True):
             indices.append(part)

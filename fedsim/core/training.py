@@ -54,8 +54,8 @@ class TrainingSettings:
     local_steps : int or None
         Exact number of steps, in as many passes as that takes; replaces `local_epochs`.
     merge_single : bool
-        Let a last batch of one sample join the batch before it: batch normalisation cannot
-        take statistics of one value.
+        Let a last batch of one sample join the larger one before it: batch normalisation
+        cannot take statistics of one value.
     optimizer : OptimizerSettings
         A fresh one each round.
     """
@@ -70,7 +70,7 @@ class TrainingSettings:
         """Give the sizes of the batches of one pass over `num_samples`."""
         full, rest = divmod(num_samples, self.batch_size)
         sizes = [self.batch_size] * full + ([rest] if rest else [])
-        if self.merge_single and len(sizes) > 1 and sizes[-1] == 1:
+        if self.merge_single and len(sizes) > 1 and sizes[-1] == 1 < self.batch_size:
             sizes[-2:] = [sizes[-2] + 1]
         return sizes
 

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
 
+from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.config import RunConfig
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
@@ -45,6 +46,7 @@ class _Workplace:
 @functools.lru_cache(maxsize=1)
 def _workplace(run_config: str) -> _Workplace:
     config = RunConfig.from_json(run_config)
+    keep_freed_memory()
     torch.set_num_threads(config.client_cpus)
     plan = RunPlan.prepare(config)
     device = resolve_device(config.device)

@@ -26,6 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
+from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
 from fedsim.core.models import resolve_device
@@ -192,6 +193,7 @@ def simulate(
         What ended the run early.
     """
     _quieten(verbose)
+    keep_freed_memory()
     outcome: list[BaseException | None] = []
     server_app = ServerApp()
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 KEYS = [name.replace("_", "-") for name in RunConfig.model_fields]
 TWO = "2 or more: norm = 'batch' cannot normalise one sample in resnet18's last stage"
 SEVERAL = "a whole number of 1 or more, or a list of them"
-RATES = "a number above 0, or a list of them"
+RATES = "a finite number above 0, or a list of them"
 TABLES = "tables [client.<partition>] with whole numbers for partitions"
 
 # field of the message, what is given for it, what the message says is allowed
@@ -111,13 +111,16 @@ BAD_COMBINATIONS = [
     ({"nesterov": True, "optimizer": "adam"}, "nesterov", True, "only with optimizer = 'sgd'"),
     ({"clients": 3, "seed": 1}, "clients-per-round", 4, "1 to the number of clients, 3"),
     ({"clients": 144}, "min-samples", 10, "at most 9: digits has 1438 training samples"),
-    ({"learning-rate": [0.1, -1.0]}, "learning-rate", -1.0, "a value above 0.0"),
+    ({"learning-rate": [0.1, -1.0]}, "learning-rate", -1.0, RATES),
+    ({"learning-rate": [float("inf")]}, "learning-rate", float("inf"), RATES),
     ({"learning-rate": [0.1, "x"]}, "learning-rate", "x", RATES),
     ({"batch-size": [16, 1]}, "batch-size", 1, TWO),
-    ({"batch-size": [16, 0]}, "batch-size", 0, "a value of at least 1"),
+    ({"batch-size": [16, 0]}, "batch-size", 0, SEVERAL),
+    ({"batch-size": [0]}, "batch-size", 0, SEVERAL),
     ({"batch-size": [16, "x"]}, "batch-size", "x", SEVERAL),
-    ({"local-epochs": [1, 0]}, "local-epochs", 0, "a value of at least 1"),
-    ({"local-steps": [1, 0]}, "local-steps", 0, "a value of at least 1"),
+    ({"local-epochs": [1, 0]}, "local-epochs", 0, SEVERAL),
+    ({"local-steps": [1, 0]}, "local-steps", 0, SEVERAL),
+    ({"local-steps": [0]}, "local-steps", 0, SEVERAL),
     ({"capture-layers": ["fc.*", 3]}, "capture-layers", 3, "a text"),
     (
         {"participants": [[0, 1], [2, 2]], "rounds": 2},
@@ -146,6 +149,12 @@ BAD_COMBINATIONS = [
     ({"client": {"3": 5}}, "client.3", 5, "a table"),
     ({"client": {"10": {}}}, "client.10", {}, "a table for one of the clients 0 to 9"),
     ({"client": {"-1": {}}}, "client", "-1", TABLES),
+    ({"client": {"3": {}, "03": {}}}, "client", "03", TABLES),
+    ({"client": {"10": {"batch-size": 8}}}, "client.10", {"batch-size": 8}, "clients 0 to 9"),
+    ({"clients_per_round": 3}, "clients_per_round", 3, "perhaps clients-per-round"),
+    ({"a1": 3}, "a1", 3, "one of dataset"),
+    ({"": 3}, "", 3, "one of dataset"),
+    ({"participants": [[0, 1]]}, "participants", [[0, 1]], "each of the 5 rounds"),
     ({"learning-rat": 0.1}, "learning-rat", 0.1, "a known key, perhaps learning-rate"),
     ({"client-per-round": 3}, "client-per-round", 3, "perhaps clients-per-round"),
     ({"zzz": 1}, "zzz", 1, "one of dataset, data-root, clients,"),
@@ -456,6 +465,8 @@ def test_the_configuration_of_a_run_is_taken_without_its_output(tmp_path):
         ("capture-layers", '["fc.*"]', ["fc.*"]),
         ("client", "{3 = {batch-size = 8}}", {"3": {"batch-size": 8}}),
         ("clients", "ten", "ten"),
+        ("learning-rate", ".5", 0.5),
+        ("rounds", "3\nseed = 4", "3\nseed = 4"),
         ("dataset", "123", "123"),
         ("data-root", "true", "true"),
         ("output", "[1]", "[1]"),

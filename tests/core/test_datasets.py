@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from fedsim.core.datasets import cache_root, load_dataset, parse_name
@@ -295,3 +295,19 @@ def test_nothing_is_written_but_the_cache(own_cache, tmp_path, monkeypatch):
     load("synthetic:50:5")
     assert list(tmp_path.iterdir()) == [own_cache]
     assert list(own_cache.iterdir()) == [own_cache / "synthetic-50-5-seed42-v1.safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("/proc", str(tmp_path / "file" / "cache")):
+        monkeypatch.setenv("FEDSIM_CACHE", place)
+        with pytest.raises(InputError, match="set FEDSIM_CACHE to a folder that can"):
+            load_dataset("digits", data_root=None, seed=0)
+
+
+def test_a_cache_of_another_dtype_is_rebuilt(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    load_dataset("digits", data_root=None, seed=0)
+    (path,) = tmp_path.iterdir()
+    save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+    assert load_dataset("digits", data_root=None, seed=0).train_images.dtype == torch.uint8

@@ -102,6 +102,15 @@ def test_small_alpha_skews_and_large_alpha_balances_the_classes():
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("alpha", [1e-2, 1e-4, 1e-6, 1e-300])
+def test_a_tiny_alpha_gives_a_class_to_one_client(alpha):
+    labels = np.repeat(np.arange(100), 50)
+    counts = class_counts(deal(labels, alpha=alpha, min_samples=0), labels, 100)
+    assert (counts.max(axis=0) / 50).mean() > 0.9
+    # Not always to the same one.
+    assert len(set(counts.argmax(axis=0))) > 10
+
+
 @pytest.mark.parametrize("alpha", [1e-6, 1e-300, 1e300])
 def test_an_extreme_alpha_still_covers_every_sample(alpha):
     partition = deal(np.repeat(np.arange(10), 30), clients=6, alpha=alpha, min_samples=5)
