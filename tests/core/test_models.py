@@ -7,7 +7,7 @@ from torchvision.models import resnet18
 
 from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model, needs_two_samples, resolve_device
+from fedsim.core.models import LiveTapConv2d, build_model, needs_two_samples, resolve_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,3 +152,53 @@ def test_untrained_resnet18_scores_what_the_notebook_printed(cifar100):
     assert round(result.loss, 4) == 4.6169
     assert result.accuracy == 0.0095
     assert result.num_samples == 10_000
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        (1, 3, 1, 1),
+        (2, 3, 2, 1),
+        (1, 1, 1, 0),
+        (2, 1, 2, 0),
+        (2, 3, 1, 1),
+        (4, 3, 2, 1),
+        (1, 3, 2, 1),
+        (3, 3, 1, 0),
+        (2, 5, 3, 2),
+        (3, 3, 3, 1),
+    ],
+)
+def test_a_live_tap_convolution_equals_the_general_one(size, kernel, stride, padding):
+    random_numbers = torch.Generator().manual_seed(0)
+    plain = nn.Conv2d(5, 7, kernel, stride, padding, bias=False)
+    live = LiveTapConv2d(5, 7, kernel, stride, padding, bias=False)
+    live.load_state_dict(plain.state_dict())
+    inputs = torch.randn(4, 5, size, size, generator=random_numbers)
+    one, other = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    expected, found = plain(one), live(other)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=0)
+    torch.testing.assert_close(live.weight.grad, plain.weight.grad, atol=1e-5, rtol=0)
+    assert torch.equal(live.weight.grad == 0, plain.weight.grad == 0)
+
+
+def test_resnet18_equals_torchvisions_up_to_rounding_with_the_same_zeros():
+    ours = build_model("resnet18", classes=100, norm="batch", seed=42)
+    theirs = resnet18(weights=None, num_classes=100)
+    theirs.load_state_dict(ours.state_dict())
+    random_numbers = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 3, 32, 32, generator=random_numbers)
+    targets = torch.arange(8)
+    for model in (ours, theirs):
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+    zeros = entries = 0
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
+        zeros += int((mine.grad == 0).sum())
+        entries += mine.numel()
+    # Eight of nine taps of three kernels and five of nine of a fourth meet padding only.
+    assert 0.61 < zeros / entries < 0.63
