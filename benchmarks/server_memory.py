@@ -1,7 +1,7 @@
 """Peak memory of the server at 10 and at 100 clients a round, of a 44.9 MB model.
 
-Runs ``fedsim run`` twice with ResNet18 (100 classes, 44.9 MB a state) and one local step a
-client, and takes the peak resident memory of the server's process: its own high-water mark,
+Runs ``fedsim run`` with ResNet18 (100 classes, 44.9 MB a state) and one local step a client, for
+as many rounds as give the same number of replies in all, and takes the peak resident memory of the server's process: its own high-water mark,
 read from ``/proc`` while it runs. The server folds replies as they come, so the peak should
 not depend on how many there are.
 
@@ -61,13 +61,13 @@ def main() -> None:
     """Measure, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--replies", type=int, default=200, help="in each run, over all rounds")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     result: dict[str, Any] = {}
     print(f"{'clients a round':>15}{'server peak':>14}{'more than first':>18}{'wall':>9}")
     for clients in chosen.clients:
-        result[str(clients)] = found = peak_of(clients, chosen.rounds)
+        result[str(clients)] = found = peak_of(clients, chosen.replies // clients)
         more = found["peak_mb"] - result[str(chosen.clients[0])]["peak_mb"]
         models = f"{more:+.0f} MB"
         print(

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import DeltaFedAvg
+from strategies.delta_fedavg import DeltaFedAvg, view_of
 from strategies.registry import NAMES, build_strategy
 from tests.local_grid import LocalGrid
 
@@ -182,6 +182,24 @@ def test_a_weight_that_is_no_whole_number_is_refused():
     odd = reply(4, num_examples=0.5)
     with pytest.raises(ValueError, match=r"num-examples is 0\.5"):
         started(DeltaFedAvg()).aggregate_train(3, [odd])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+        np.array(7, dtype=np.int64),
+        np.zeros((0, 3), dtype=np.float32),
+    ],
+)
+def test_arrays_of_a_message_are_viewed_without_a_copy(array):
+    sent = Array(array)
+    seen = view_of(sent)
+    assert (seen.dtype, seen.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(seen, array)
+    assert not seen.flags.owndata
+    assert not seen.flags.writeable
 
 
 def test_it_runs_under_flowers_own_start_like_fedavg():
