@@ -1,9 +1,9 @@
 """Peak memory of the server at 10 and at 100 clients a round, of a 44.9 MB model.
 
 Runs ``fedsim run`` with ResNet18 (100 classes, 44.9 MB a state) and one local step a client, for
-as many rounds as give the same number of replies in all, and takes the peak resident memory of the server's process: its own high-water mark,
-read from ``/proc`` while it runs. The server folds replies as they come, so the peak should
-not depend on how many there are.
+as many rounds as give the same number of replies in all. Takes the peak resident memory of the
+server's process, shared memory included: its own high-water mark, read from ``/proc`` while it
+runs. The server folds replies as they come, so the peak should not depend on how many there are.
 
     python benchmarks/server_memory.py [--clients 10 100] [--json FILE]
 """
