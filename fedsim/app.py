@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def main(grid: Grid, context: Context) -> None:
     output = Path(config.output) if config.output else Path.cwd() / default_output()
     check_output(output, plan.run_bytes)
     observer = TerminalObserver()
-    workers = config.workers or len(config.participants_of(1))
+    # Flower sizes the workers here; this bounds the messages under way, and so our memory.
+    workers = config.workers or min(config.num_participants(1), os.cpu_count() or 1)
     try:
         execute(grid, plan, output, observer=observer, workers=workers, stop=threading.Event())
     finally:

@@ -72,7 +72,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # The keys come with torch: only who asks for a run waits for it.
     _add_run(commands, with_keys="run" in arguments[:1])
     _add_inspect(commands)
-    return parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(unknown[0], arguments, parsed.command)
+    return parsed
+
+
+def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
+    """Refuse what no command takes; a misspelt key of a run gets the nearest one."""
+    if command is _run and unknown.startswith("--"):
+        from fedsim.core.config import unknown_key
+
+        key, _, value = unknown.removeprefix("--").partition("=")
+        # From all arguments: argparse has taken the value for the name of the file.
+        after = arguments[arguments.index(unknown) + 1 :]
+        raise unknown_key(key, value or " ".join(a for a in after[:1] if not a.startswith("--")))
+    raise InputError(f"unrecognized argument {unknown!r}; `fedsim --help` lists what is allowed")
 
 
 def _add_run(commands: Any, *, with_keys: bool) -> None:

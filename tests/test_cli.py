@@ -47,7 +47,10 @@ BAD = [
     (["--device", "tpu"], "device = 'tpu'"),
     (["--max-failures", "-1"], "max-failures = -1"),
     (["--evaluate-every", "0"], "evaluate-every = 0"),
-    (["--round", "3"], "--round"),
+    (["--round", "3"], "round = '3' cannot be used; allowed is a known key, perhaps rounds"),
+    (["--learningrate=3"], "learningrate = '3' cannot be used; allowed is a known key"),
+    (["quick.toml", "second.toml"], "'second.toml'"),
+    (["--rounds", "1000000000"], "rounds = 1000000000"),
     (["--rounds"], "--rounds"),
     (["no-such-file.toml"], "no-such-file.toml"),
 ]

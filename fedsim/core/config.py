@@ -108,7 +108,7 @@ class RunConfig(_Strict):
     Raises
     ------
     ConfigError
-        From `from_mapping` and `load`: an unknown key, a wrong type or an impossible value.
+        From `from_mapping` and `from_json`: an unknown key, a wrong type or an impossible value.
     """
 
     dataset: Annotated[str, _parsed_by(datasets.parse_name)] = Field(
@@ -119,7 +119,7 @@ class RunConfig(_Strict):
     )
     clients: Count = Field(10, description="number of clients, one partition each")
     clients_per_round: Count = Field(4, description="participants drawn for each round")
-    rounds: Count = Field(5, description="rounds to run")
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
         "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
     )
@@ -304,6 +304,12 @@ class RunConfig(_Strict):
         if self.participants is not None:
             return list(self.participants[round_number - 1])
         return draw_participants(self.seed, round_number, self.clients, self.clients_per_round)
+
+    def num_participants(self, round_number: int) -> int:
+        """Count the clients of a round (from 1) without drawing them."""
+        if self.participants is not None:
+            return len(self.participants[round_number - 1])
+        return self.clients_per_round
 
     def training_of(self, partition: int) -> TrainingSettings:
         """Give the local training settings of one client, lists drawn and tables applied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -78,17 +79,17 @@ class RunPlan:
             initial_state=state_arrays(model),
         )
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Training samples of each client, by partition id."""
         return [len(indices) for indices in self.partition]
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """Bytes of one state, and of one delta."""
         return sum(array.nbytes for array in self.initial_state.values())
 
-    @property
+    @cached_property
     def step_bytes(self) -> int:
         """Bytes of one captured step."""
         layers = CapturePolicy.parse("all", self.config.capture_layers).layers_of(self.parameters)
@@ -98,10 +99,15 @@ class RunPlan:
         """Count the local steps of one client in a round."""
         return self.config.training_of(partition).num_steps(self.sizes[partition])
 
+    @cached_property
+    def _captured_steps(self) -> list[int]:
+        policy = self.config.policy
+        return [policy.count_of(self.steps_of(p)) for p in range(self.config.clients)]
+
     def round_bytes(self, round_number: int) -> int:
         """Count the bytes that a round will write, but for its rows."""
         participants = self.config.participants_of(round_number)
-        steps = sum(self.config.policy.count_of(self.steps_of(p)) for p in participants)
+        steps = sum(self._captured_steps[p] for p in participants)
         return steps * self.step_bytes + (len(participants) + 2) * self.state_bytes
 
     @property

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 import fedsim
-from fedsim.core.errors import InputError, RunInterruptedError
+from fedsim.core.errors import InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
@@ -142,18 +141,3 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         },
         "partition": {"sha256": partition_sha256(plan.partition), "sizes": plan.sizes},
     }
-
-
-def make_server_app(
-    plan: RunPlan, output: Path, *, observer: RunObserver, workers: int, stop: threading.Event
-) -> ServerApp:
-    """Make the ServerApp of one prepared run."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        if stop.is_set():
-            raise RunInterruptedError("interrupted")
-        execute(grid, plan, output, observer=observer, workers=workers, stop=stop)
-
-    return app

@@ -124,7 +124,7 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
     most = min(32, machine_cpus + 4)
     if config.workers is not None and config.workers > most:
         raise ConfigError("workers", config.workers, f"1 to {most} on this machine")
-    participants = max(len(config.participants_of(r)) for r in range(1, config.rounds + 1))
+    participants = max(config.num_participants(r) for r in range(1, config.rounds + 1))
     fitting = min(machine_cpus // config.client_cpus, participants, most)
     if config.client_gpus:
         slots = _gpu_slots(machine_gpus, config.client_gpus)

@@ -68,7 +68,7 @@ class TerminalObserver:
         print_summary(self._console, plan, workers, path)
         self._rounds = plan.config.rounds
         self._clients_total = sum(
-            len(plan.config.participants_of(r)) for r in range(1, self._rounds + 1)
+            plan.config.num_participants(r) for r in range(1, self._rounds + 1)
         )
         if self._console.is_terminal:
             self._progress = Progress(
