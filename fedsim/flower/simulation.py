@@ -34,8 +34,11 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app as client_app
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.server_app import execute
+from fedsim.recording.writer import mark_failed
 
 _RETRIES = 2
+_PATIENCE = 10.0
+"""Seconds that the server's thread has to notice a stop."""
 
 
 class _KillablePool(BasicActorPool):
@@ -195,6 +198,7 @@ def simulate(
     _quieten(verbose)
     keep_freed_memory()
     outcome: list[BaseException | None] = []
+    ended = threading.Event()
     server_app = ServerApp()
 
     @server_app.main()
@@ -206,6 +210,8 @@ def simulate(
             outcome.append(error)
             # Workers may be minutes from the end of clients that nobody waits for now.
             _KillablePool.kill_latest()
+        finally:
+            ended.set()
 
     # Flower has no hook for its pool: its engine finds this class under the name it imported.
     setattr(raybackend, "BasicActorPool", _KillablePool)  # noqa: B010
@@ -219,20 +225,30 @@ def simulate(
             verbose_logging=verbose,
         )
     except Exception as error:
-        # The engine could not start: the server's thread still waits for nodes.
-        stop.set()
+        # The engine could not start: the server's thread still waits for clients.
         if not outcome:
-            raise RunFailedError(f"Flower's Ray engine could not run: {error}") from error
+            stop.set()
+            ended.wait(_PATIENCE)
+            cause = f"Flower's Ray engine could not run: {_root_of(error)}"
+            mark_failed(output, cause)
+            raise RunFailedError(cause) from error
     finally:
         stop.set()
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
     if not outcome:
         raise RunFailedError("Flower's Ray engine ended before the run did")
-    if (cause := outcome[0]) is not None:
-        if isinstance(cause, FedsimError):
-            raise cause
-        raise RunFailedError(f"{type(cause).__name__}: {cause}") from cause
+    if (failure := outcome[0]) is not None:
+        if isinstance(failure, FedsimError):
+            raise failure
+        raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+
+def _root_of(error: BaseException) -> BaseException:
+    # Flower wraps what went wrong in "An error was encountered", twice.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from fedsim.recording.files import append_line, write_json, write_tensors
 from fedsim.recording.layout import FORMAT, RunLayout
 
 State = Mapping[str, NDArray[np.generic]]
+
+
+def mark_failed(root: Path, error: str) -> None:
+    """Give a run that failed, or never began, its true cause in place of what followed from it."""
+    manifest = RunLayout(root).manifest
+    if manifest.exists():
+        write_json(
+            manifest, {**json.loads(manifest.read_bytes()), "status": "failed", "error": error}
+        )
 
 
 class RunWriter:

@@ -238,8 +238,12 @@ def test_a_fraction_of_a_gpu_decides_how_many_workers_share_it(reference, folder
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_fails_and_ends(folder):
     out = with_fake_gpu(folder, 2)
-    assert "failed: " in out
+    cause = "Flower's Ray engine could not run: ActorPool is empty"
+    assert f"failed: {cause}" in out
     assert leftovers(folder) == ([], [])
+    run = load_run(folder / "run")
+    assert run.status == "failed"
+    assert run.manifest["error"].startswith(cause)
 
 
 def free_port():
