@@ -29,6 +29,7 @@ BAD = [
     (["--partition", "shards:500"], "partition = 'shards:500'"),
     (["--dataset", "mnist"], "dataset = 'mnist'"),
     (["--dataset", "synthetic:3"], "dataset = 'synthetic:3'"),
+    (["--dataset", "synthetic:99000000000"], "dataset = 'synthetic:99000000000'"),
     (["--model", "vgg"], "model = 'vgg'"),
     (["--norm", "layer"], "norm = 'layer'"),
     (["--optimizer", "lion"], "optimizer = 'lion'"),

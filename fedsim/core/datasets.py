@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import urllib.error
 from collections.abc import Callable
@@ -274,6 +275,13 @@ def _first_line(error: BaseException) -> str:
 
 def _make_synthetic(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
     """Draw images that are a smooth pattern of their class plus noise."""
+    needed = (spec.train_size + spec.test_size) * math.prod(IMAGE_SHAPE)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory // 2:
+        raise InputError(
+            f"dataset = {spec.name!r} needs {needed / 1e9:.1f} GB of images; allowed is what half "
+            f"of this machine's memory holds, {memory / 2e9:.1f} GB"
+        )
     draw = generator(seed, Purpose.SYNTHETIC_DATA)
     coarse = draw.uniform(64, 192, size=(spec.classes, 3, 4, 4))
     patterns = coarse.repeat(8, axis=2).repeat(8, axis=3)

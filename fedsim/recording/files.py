@@ -18,14 +18,18 @@ from numpy.typing import NDArray
 TEMPORARY = ".partial"
 
 
+def _unfinished(path: Path) -> Path:
+    # With the process id: a retry in another process never writes into the same file.
+    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+
+
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at a clean end.
 
-    Whatever kills the process, `path` holds a whole file or does not exist. The name carries
-    the process id, so that a retry in another process never writes into the same file.
+    Whatever kills the process, `path` holds a whole file or does not exist.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         unfinished.replace(path)
@@ -66,7 +70,7 @@ class TensorWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._path = path
-        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+        self._unfinished = _unfinished(path)
         self._file = self._unfinished.open("wb", buffering=0)
         try:
             self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
@@ -166,7 +170,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+        self._unfinished = _unfinished(path)
         self._file: BinaryIO = self._unfinished.open("wb")
 
     def write(self, value: Mapping[str, Any]) -> None:
