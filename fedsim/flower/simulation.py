@@ -25,6 +25,7 @@ from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+from ray._private import worker as ray_worker
 
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.config import RunConfig
@@ -280,3 +281,6 @@ def _backend(
 def _quieten(verbose: bool) -> None:
     # Flower logs every error that it also reports in a reply; the observer tells those.
     logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.CRITICAL + 1)
+    if not verbose:
+        # Ray announces retries and deaths of workers on stdout, whatever it is told to log.
+        setattr(ray_worker, "print_to_stdstream", lambda *_, **__: None)  # noqa: B010

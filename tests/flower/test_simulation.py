@@ -172,8 +172,9 @@ def test_an_interrupt_keeps_the_finished_rounds_and_leaves_nothing_behind(folder
     rows = folder / "run" / "rounds.jsonl"
     wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2, process)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process, timeout=60)
+    code, out, err = finish(process, timeout=60)
     assert code == 130
+    assert "ray" not in out.lower()
     assert "interrupted; the finished rounds are kept in run" in err
     assert "Traceback" not in err
     assert leftovers(folder) == ([], [])
