@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -22,11 +24,11 @@ from pydantic import (
 )
 
 from fedsim.core import datasets, models
-from fedsim.core.capture import CapturePolicy
+from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
-from fedsim.core.training import OptimizerSettings, TrainingSettings
+from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 
 Strategy = Literal["delta-fedavg"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -61,6 +63,32 @@ def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError("a finite number")
     return value
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes with a unit, like ``20 GB`` (decimal) or ``1.5 GiB`` (binary).
+
+    Raises
+    ------
+    ValueError
+        With the allowed form, when `text` is none.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) == 0:
+        raise ValueError("a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'")
+    return int(Decimal(found[1]) * _UNITS[found[2].lower()])
+
+
+def _bytes_written(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _parsed_by(parser: Any) -> AfterValidator:
@@ -157,11 +185,30 @@ class RunConfig(_Strict):
         default_factory=dict, description="tables [client.<partition>] for single clients"
     )
     capture: Annotated[str, _parsed_by(CapturePolicy.parse)] = Field(
-        "first:1", description="steps whose gradients are kept: none, all, first:K or every:K"
+        "first:1",
+        description="steps whose gradients are kept: none, all, first:K, last:K, every:K, or "
+        "sketch:K (a random projection of every step to K numbers)",
     )
     capture_layers: Annotated[
         tuple[str, ...], Field(min_length=1), BeforeValidator(_globs_listed)
     ] = Field(("*",), description="globs of parameter names to capture, like 'fc.*'")
+    capture_dtype: Dtype = Field(
+        "float32", description="stored numbers: float32 (exact), bfloat16 or float16"
+    )
+    capture_encoding: Encoding = Field(
+        "support",
+        description="support (leave out kernel taps that never get a gradient: lossless) or dense",
+    )
+    capture_budget: Annotated[
+        Annotated[str, _parsed_by(parse_bytes)] | None, BeforeValidator(_bytes_written)
+    ] = Field(
+        None,
+        description="most bytes of gradients that a run may keep, like '20 GB' (default: what the "
+        "disk has room for)",
+    )
+    gradient_statistics: bool = Field(
+        True, description="measure the gradient of every local step, kept or not"
+    )
     strategy: Strategy = Field("delta-fedavg", description="aggregation strategy")
     workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
@@ -170,6 +217,10 @@ class RunConfig(_Strict):
     client_gpus: Annotated[float, Field(ge=0), AfterValidator(_finite)] | None = Field(
         None, description="share of a GPU for a worker, like 0.5 (default: all, shared equally)"
     )
+    autocast: Autocast = Field(
+        "none", description="mixed precision of local training: none, bfloat16 or float16"
+    )
+    compile: bool = Field(False, description="compile the model (torch.compile) in each worker")
     device: Device = Field("auto", description="where training and evaluation run")
     evaluate_every: Count = Field(
         1, description="evaluate after every N rounds (and after the last)"
@@ -295,9 +346,16 @@ class RunConfig(_Strict):
             )
 
     @property
+    def budget(self) -> int | None:
+        """Most bytes that the run may write; None where the disk alone decides."""
+        return None if self.capture_budget is None else parse_bytes(self.capture_budget)
+
+    @property
     def policy(self) -> CapturePolicy:
         """Which gradients are kept."""
-        return CapturePolicy.parse(self.capture, self.capture_layers)
+        return CapturePolicy.parse(
+            self.capture, self.capture_layers, self.capture_dtype, self.capture_encoding
+        )
 
     def participants_of(self, round_number: int) -> list[int]:
         """Give the partitions of a round (from 1): listed, or drawn from the seed."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from fedsim.core.capture import CapturePolicy
+from fedsim.core.capture import ITEM_BYTES, CapturePolicy
 from fedsim.core.config import RunConfig
 from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import ConfigError
+from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, state_arrays
 
 
@@ -90,27 +93,66 @@ class RunPlan:
         return sum(array.nbytes for array in self.initial_state.values())
 
     @cached_property
+    def supports(self) -> dict[str, Taps | None]:
+        """Live taps of each parameter in one step of the initial model.
+
+        What a run will find, unless a gradient leaves it: taps are live or dead by the sizes of
+        the maps they work on. The recorder never relies on it.
+        """
+        model = build_model(
+            self.config.model,
+            classes=self.dataset.spec.classes,
+            norm=self.config.norm,
+            seed=self.config.seed,
+        )
+        rows = torch.arange(2)
+        spec = self.dataset.spec
+        inputs = normalise(self.dataset.train_images[rows], spec.mean, spec.std)
+        loss = nn.functional.cross_entropy(model(inputs), self.dataset.train_labels[rows])
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {
+            n: None if p.grad is None else live_taps(p.grad) for n, p in model.named_parameters()
+        }
+
+    @cached_property
     def step_bytes(self) -> int:
-        """Bytes of one captured step."""
-        layers = CapturePolicy.parse("all", self.config.capture_layers).layers_of(self.parameters)
-        return 4 * sum(math.prod(self.parameters[name]) for name in layers)
+        """Bytes of one captured step, as far as the first gradients tell."""
+        return self.step_bytes_of(self.config.policy)
+
+    def step_bytes_of(self, policy: CapturePolicy) -> int:
+        """Count the bytes of one step that `policy` keeps."""
+        if policy.steps == "sketch":
+            return ITEM_BYTES["float32"] * policy.count
+        supports = self.supports if policy.encoding == "support" else {}
+        return ITEM_BYTES[policy.dtype] * sum(
+            packed_size(self.parameters[name], supports.get(name))
+            for name in policy.layers_of(self.parameters)
+        )
 
     def steps_of(self, partition: int) -> int:
         """Count the local steps of one client in a round."""
         return self.config.training_of(partition).num_steps(self.sizes[partition])
 
     @cached_property
-    def _captured_steps(self) -> list[int]:
-        policy = self.config.policy
-        return [policy.count_of(self.steps_of(p)) for p in range(self.config.clients)]
+    def _local_steps(self) -> list[int]:
+        return [self.steps_of(p) for p in range(self.config.clients)]
+
+    def captured_bytes(self, policy: CapturePolicy | None = None) -> int:
+        """Count the bytes of gradients that the run will keep, by its own policy or another."""
+        policy = policy or self.config.policy
+        kept = [len(policy.kept_steps(steps)) for steps in self._local_steps]
+        rounds = range(1, self.config.rounds + 1)
+        steps = sum(kept[p] for r in rounds for p in self.config.participants_of(r))
+        return steps * self.step_bytes_of(policy)
 
     def round_bytes(self, round_number: int) -> int:
         """Count the bytes that a round will write, but for its rows."""
         participants = self.config.participants_of(round_number)
-        steps = sum(self._captured_steps[p] for p in participants)
+        kept = self.config.policy.kept_steps
+        steps = sum(len(kept(self._local_steps[p])) for p in participants)
         return steps * self.step_bytes + (len(participants) + 2) * self.state_bytes
 
-    @property
+    @cached_property
     def run_bytes(self) -> int:
         """Count the bytes that the run will write, but for its rows."""
         rounds = range(1, self.config.rounds + 1)

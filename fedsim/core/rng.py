@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     CLIENT_SETTINGS = 4
     PARTITION = 5
     SYNTHETIC_DATA = 6
+    SKETCH = 7
 
 
 def generator(
@@ -37,9 +38,10 @@ def generator(
     purpose : Purpose
         What the numbers are for.
     round_number : int
-        Round, from 1; 0 where the draw belongs to no round.
+        Round, from 1; 0 where the draw belongs to no round. For a sketch, the parameter's
+        position.
     partition : int
-        Partition id; 0 where the draw belongs to no client.
+        Partition id; 0 where the draw belongs to no client. For a sketch, the kernel's tap.
 
     Returns
     -------

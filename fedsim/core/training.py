@@ -16,6 +16,7 @@ from fedsim.core.datasets import DatasetSpec
 from fedsim.core.images import augment, normalise
 
 Arrays = dict[str, NDArray[np.generic]]
+Autocast = Literal["none", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,8 @@ def local_train(
     batches: Iterator[Batch],
     optimizer: OptimizerSettings,
     on_step: Callable[[Step], None] | None = None,
+    *,
+    autocast: Autocast = "none",
 ) -> LocalResult:
     """Train from `state` on `batches`, minimising the mean cross-entropy.
 
@@ -255,6 +258,10 @@ def local_train(
         A fresh optimiser is made from it.
     on_step : callable, optional
         Called with each `Step` between the backward pass and the update.
+    autocast : {"none", "bfloat16", "float16"}
+        Precision of the forward pass where torch finds it safe. With float16 the loss is scaled
+        up before the backward pass and the gradients down after it (Micikevicius et al. 2018):
+        observers see them as they are, and a step that overflows makes no update.
 
     Returns
     -------
@@ -265,6 +272,13 @@ def local_train(
     model.train()
     named = dict(model.named_parameters())
     optimiser = make_optimizer(list(named.values()), optimizer)
+    device = next(iter(named.values())).device
+    scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=autocast == "float16")
+    precision = torch.autocast(
+        device.type,
+        dtype=torch.float16 if autocast == "float16" else torch.bfloat16,
+        enabled=autocast != "none",
+    )
     losses: list[Tensor] = []
     batch_sizes: list[int] = []
     seconds = {"load": 0.0, "train": 0.0, "capture": 0.0}
@@ -280,8 +294,10 @@ def local_train(
         lap("load")
         # Dropping the gradients makes backward allocate fresh ones: an observer may keep them.
         optimiser.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with precision:
+            loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimiser)
         losses.append(loss.detach())
         batch_sizes.append(len(batch.indices))
         if on_step is not None:
@@ -299,7 +315,8 @@ def local_train(
             )
             del gradients
             lap("capture")
-        optimiser.step()
+        scaler.step(optimiser)
+        scaler.update()
         lap("train")
     return LocalResult(
         state=state_arrays(model),
@@ -307,6 +324,48 @@ def local_train(
         batch_sizes=batch_sizes,
         seconds=seconds,
     )
+
+
+class Replay:
+    """The local optimiser, run once more over gradients that are known.
+
+    Parameters
+    ----------
+    start : mapping of str to Tensor
+        The global state that training began with.
+    names : sequence of str
+        The parameters to follow.
+    optimizer : OptimizerSettings
+        The client's.
+    autocast : {"none", "bfloat16", "float16"}
+        That of the training: with float16, a step whose gradient overflowed made no update.
+
+    Attributes
+    ----------
+    parameters : dict of str to Tensor
+        Their present values; they change in place.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        names: Sequence[str],
+        optimizer: OptimizerSettings,
+        autocast: Autocast = "none",
+    ) -> None:
+        self._leaves = {n: nn.Parameter(start[n].clone()) for n in names}
+        self._optimiser = make_optimizer(list(self._leaves.values()), optimizer)
+        self._may_skip = autocast == "float16"
+        self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}
+
+    def step(self, gradient: Mapping[str, Tensor]) -> None:
+        """Make the update of one local step."""
+        gradients = {name: gradient[name].contiguous() for name in self._leaves}
+        if self._may_skip and not all(bool(g.isfinite().all()) for g in gradients.values()):
+            return
+        for name, leaf in self._leaves.items():
+            leaf.grad = gradients[name]
+        self._optimiser.step()
 
 
 def state_arrays(model: nn.Module) -> Arrays:

@@ -27,6 +27,7 @@ from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.sketch import Sketcher
 from fedsim.core.training import Step, load_batches, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.run_config import config_from_run_config
@@ -41,6 +42,7 @@ class _Workplace:
     plan: RunPlan
     device: torch.device
     model: nn.Module
+    sketcher: Sketcher | None
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,8 +54,15 @@ def _workplace(run_config: str) -> _Workplace:
     device = resolve_device(config.device)
     model = build_model(
         config.model, classes=plan.dataset.spec.classes, norm=config.norm, seed=config.seed
-    )
-    return _Workplace(plan=plan, device=device, model=model.to(device))
+    ).to(device)
+    if config.compile:
+        # In place: names of parameters stay as they are.
+        model.compile()
+    sketcher = None
+    if config.policy.steps == "sketch":
+        positions = {name: position for position, name in enumerate(plan.parameters)}
+        sketcher = Sketcher(config.seed, config.policy.count, positions)
+    return _Workplace(plan=plan, device=device, model=model, sketcher=sketcher)
 
 
 class FedSimClient(NumPyClient):
@@ -131,6 +140,8 @@ class FedSimClient(NumPyClient):
                     plan.config.policy,
                     num_steps=settings.num_steps(len(indices)),
                     shapes=plan.parameters,
+                    statistics=plan.config.gradient_statistics,
+                    sketcher=workplace.sketcher,
                 )
                 observers.append(stack.enter_context(recorder))
 
@@ -138,7 +149,14 @@ class FedSimClient(NumPyClient):
                 for observer in observers:
                     observer(step)
 
-            result = local_train(workplace.model, state, batches, settings.optimizer, observe)
+            result = local_train(
+                workplace.model,
+                state,
+                batches,
+                settings.optimizer,
+                observe,
+                autocast=plan.config.autocast,
+            )
         seconds = dict(result.seconds)
         if recorder is not None:
             seconds["capture"] -= recorder.seconds_waited
@@ -159,6 +177,7 @@ class FedSimClient(NumPyClient):
             "num_steps": len(result.losses),
             "num_steps_captured": recorder.num_steps_captured if recorder else 0,
             "bytes_captured": recorder.bytes_captured if recorder else 0,
+            "files": {name: c.to_json() for name, c in recorder.files.items()} if recorder else {},
             "class_distribution": np.bincount(
                 plan.dataset.train_labels.numpy()[indices], minlength=plan.dataset.spec.classes
             ).tolist(),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 TEMPORARY = ".partial"
@@ -23,7 +25,7 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at a clean end.
 
@@ -38,12 +40,79 @@ def temporary(path: Path) -> Iterator[Path]:
         raise
 
 
+@dataclass(frozen=True)
+class Checksum:
+    """What is known of the bytes of a file, or of its beginning.
+
+    Parameters
+    ----------
+    size : int
+        Number of bytes.
+    xxh3_128 : str
+        Their XXH3 hash of 128 bits (Collet, xxHash), 32 hexadecimal digits in lower case.
+    """
+
+    size: int
+    xxh3_128: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the two as a JSON object."""
+        return {"bytes": self.size, "xxh3_128": self.xxh3_128}
+
+    @classmethod
+    def of(cls, content: bytes) -> Checksum:
+        """Hash bytes in memory."""
+        return cls(len(content), xxhash.xxh3_128_hexdigest(content))
+
+    @classmethod
+    def of_file(cls, path: Path, size: int | None = None) -> Checksum:
+        """Hash a file, or its first `size` bytes, without holding it in memory.
+
+        Raises
+        ------
+        OSError
+            When the file cannot be read.
+        """
+        digest = Digest()
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(_READ_BYTES))
+            left = math.inf if size is None else size
+            while left and (count := file.readinto(buffer[: int(min(left, len(buffer)))])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest.checksum()
+
+
+_READ_BYTES = 4 * 2**20
+
+
+class Digest:
+    """A checksum in the making."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+        self._size = 0
+
+    def update(self, content: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._hash.update(content)
+        self._size += len(content)
+
+    def checksum(self) -> Checksum:
+        """Give the checksum of all bytes so far."""
+        return Checksum(self._size, self._hash.hexdigest())
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one JSON object atomically, indented for people."""
     with temporary(path) as unfinished:
-        unfinished.write_text(
-            json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        unfinished.write_bytes(json_document(value))
+
+
+def json_document(value: Mapping[str, Any]) -> bytes:
+    """Encode one JSON object, indented for people."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    return text.encode() + b"\n"
 
 
 class TensorWriter:
@@ -58,36 +127,59 @@ class TensorWriter:
         The file; it appears at `close`, whole.
     entries : mapping of str to (str, tuple of int)
         Name to safetensors dtype (``F32``, ``I64``, ...) and shape, in the order of `append`.
+
+    Attributes
+    ----------
+    data_bytes : int
+        Bytes of data so far, without the header.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {}
-        offset = 0
-        for name, (dtype, shape) in entries.items():
-            end = offset + math.prod(shape) * _ITEM_BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
         self._path = path
         self._unfinished = _unfinished(path)
-        self._file = self._unfinished.open("wb", buffering=0)
+        self._left = list(entries.items())[::-1]
+        self._header = _header(entries)
+        self._done: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._digest = Digest()
+        self.data_bytes = 0
+        self._file = self._unfinished.open("w+b", buffering=0)
         try:
-            self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
+            self._write(memoryview(self._header))
         except BaseException:
             self.discard()
             raise
 
     def append(self, array: NDArray[np.generic]) -> None:
-        """Write the bytes of the next array."""
+        """Write the bytes of the next array.
+
+        Raises
+        ------
+        ValueError
+            When its size in bytes is not that of the next entry.
+        """
+        name, (dtype, shape) = self._left[-1]
+        if array.nbytes != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{name} has {array.nbytes} bytes; {dtype} {shape} was announced")
         # A scalar has no buffer of its own to view as bytes; ravel gives it one.
         flat = np.ravel(array)
-        self._write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data)
+        view = flat.astype(flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+        self._write(view)
+        self.data_bytes += len(view)
+        self._done.update([self._left.pop()])
 
-    def close(self) -> None:
-        """Rename the finished file into place."""
+    def close(self) -> Checksum:
+        """Rename the finished file into place; entries never appended are not in it."""
+        if self._left:
+            # Rare: the shorter header is filled up with spaces, so that no data has to move.
+            header = _header(self._done, size=len(self._header))
+            self._file.seek(0)
+            self._write(memoryview(header))
+            checksum = Checksum.of_file(self._unfinished)
+        else:
+            checksum = self._digest.checksum()
         self._file.close()
         self._unfinished.replace(self._path)
+        return checksum
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -95,8 +187,21 @@ class TensorWriter:
         self._unfinished.unlink(missing_ok=True)
 
     def _write(self, view: memoryview) -> None:
+        self._digest.update(view)
         while len(view):
             view = view[self._file.write(view) :]
+
+
+def _header(entries: Mapping[str, tuple[str, tuple[int, ...]]], size: int = 0) -> bytes:
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape) in entries.items():
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * max(-len(encoded) % 8, size - 8 - len(encoded))
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 _DTYPES = {
@@ -110,17 +215,18 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-_ITEM_BYTES = {code: np.dtype(name).itemsize for name, code in _DTYPES.items()}
+ITEM_BYTES = {code: np.dtype(name).itemsize for name, code in _DTYPES.items()} | {"BF16": 2}
+"""Bytes of one number of each safetensors dtype that is written here."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> Checksum:
     """Write arrays as one safetensors file, atomically, in the order given."""
     entries = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in tensors.items()}
     writer = TensorWriter(path, entries)
     try:
         for array in tensors.values():
             writer.append(array)
-        writer.close()
+        return writer.close()
     except BaseException:
         writer.discard()
         raise
@@ -141,15 +247,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one row to a JSON Lines file with a single write, or leave the file as it was.
+def append_line(path: Path, line: bytes) -> None:
+    """Append a row to a JSON Lines file with a single write, or leave the file as it was.
 
     Raises
     ------
     OSError
         When the disk has no room for the whole row.
     """
-    line = json_line(value)
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         if file.write(line) != len(line):
@@ -171,13 +276,16 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._unfinished = _unfinished(path)
+        self._digest = Digest()
         self._file: BinaryIO = self._unfinished.open("wb")
 
     def write(self, value: Mapping[str, Any]) -> None:
         """Append one row."""
-        self._file.write(json_line(value))
+        line = json_line(value)
+        self._digest.update(line)
+        self._file.write(line)
 
-    def close(self) -> None:
+    def close(self) -> Checksum:
         """Flush and rename into place, or remove what was written where that fails."""
         try:
             self._file.close()
@@ -185,8 +293,11 @@ class LineFile:
         except BaseException:
             self._unfinished.unlink(missing_ok=True)
             raise
+        return self._digest.checksum()
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._file.close()
+        # The last lines may not reach a full disk; they are not wanted any more.
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._unfinished.unlink(missing_ok=True)

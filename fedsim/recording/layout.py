@@ -22,6 +22,7 @@ class RunLayout:
         self.partition = root / "partition.safetensors"
         self.rounds = root / "rounds.jsonl"
         self.clients = root / "clients.jsonl"
+        self.checksums = root / "checksums.jsonl"
 
     def round(self, number: int) -> Path:
         """Folder of a round; round 0 holds the initial state."""
@@ -45,7 +46,13 @@ class RunLayout:
 
     def steps(self, number: int, partition: int) -> Path:
         """Lines about the local steps of one client in a round."""
-        return self.client(number, partition) / "steps.jsonl"
+        return self.client(number, partition) / STEPS
+
+
+STEPS = "steps.jsonl"
+SKETCH = "sketch.safetensors"
+SKETCH_KEY = "sketch"
+SHARD_INDEX = "gradients.safetensors.index.json"
 
 
 def shard_name(shard: int) -> str:
@@ -56,3 +63,8 @@ def shard_name(shard: int) -> str:
 def gradient_key(step: int, parameter: str) -> str:
     """Key of one parameter's gradient at one local step inside a shard."""
     return f"{step:06d}/{parameter}"
+
+
+def support_key(parameter: str) -> str:
+    """Key of the live taps of a parameter inside a shard that leaves the others out."""
+    return f"support/{parameter}"

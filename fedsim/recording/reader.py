@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
+from fedsim.core.support import Taps, packed_shape, unpack
+from fedsim.core.training import Autocast, OptimizerSettings, Replay
 from fedsim.recording.files import read_lines
-from fedsim.recording.layout import FORMAT, RunLayout
+from fedsim.recording.layout import (
+    FORMAT,
+    SKETCH,
+    SKETCH_KEY,
+    RunLayout,
+    gradient_key,
+    support_key,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -67,25 +78,96 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 class Gradient(Mapping[str, Tensor]):
-    """The gradient of one local step: parameter name to float32 tensor."""
+    """The gradient of one local step: parameter name to float32 tensor, read when looked up.
 
-    def __init__(self, files: Mapping[str, TensorFile], step: int, order: list[str]) -> None:
-        prefix = f"{step:06d}/"
-        self._files = {n: files[prefix + n] for n in order if prefix + n in files}
-        self._prefix = prefix
+    Attributes
+    ----------
+    step : int
+        Local step of the round, from 0.
+    """
+
+    def __init__(self, shards: Mapping[str, Shard], step: int, order: list[str]) -> None:
+        self._shards = {n: s for n in order if (s := shards.get(gradient_key(step, n)))}
         self.step = step
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name][self._prefix + name]
+        return self._shards[name].gradient(self.step, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._shards)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._shards)
+
+    def numpy(self) -> dict[str, NDArray[np.float32]]:
+        """Read all of it as numpy arrays."""
+        return {name: tensor.numpy() for name, tensor in self.items()}
 
     def __repr__(self) -> str:
         return f"<gradient of step {self.step}: {len(self)} parameters>"
+
+
+class Shard:
+    """A file of captured gradients, whatever their encoding and dtype.
+
+    Parameters
+    ----------
+    path : Path
+        ``gradients-SSSSS.safetensors``.
+    shapes : mapping of str to tuple of int
+        Shapes of the model's parameters.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.file = TensorFile(path)
+        self._shapes = shapes
+        self._taps: dict[str, Taps | None] = {}
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of the gradients in it, ``SSSSSS/<parameter>``, in the order of the file."""
+        return [key for key in self.file if not key.startswith(support_key(""))]
+
+    def taps(self, parameter: str) -> Taps | None:
+        """Give the taps that are in the file; None where all are.
+
+        Raises
+        ------
+        InputError
+            When they cannot be those of the parameter.
+        """
+        if parameter not in self._taps:
+            key = support_key(parameter)
+            taps = tuple(self.file[key].tolist()) if key in self.file else None
+            size = math.prod(self._shapes[parameter][2:])
+            if taps is not None and (
+                list(taps) != sorted(set(taps)) or not {*taps} <= {*range(size)}
+            ):
+                raise InputError(f"{self.file.path}: {key} does not fit a kernel of {size} taps")
+            self._taps[parameter] = taps
+        return self._taps[parameter]
+
+    def packed(self, step: int, parameter: str) -> Tensor:
+        """Read a gradient as it is stored.
+
+        Raises
+        ------
+        InputError
+            When its shape is not that of the parameter and its taps.
+        """
+        key = gradient_key(step, parameter)
+        tensor, taps = self.file[key], self.taps(parameter)
+        expected = packed_shape(self._shapes[parameter], taps)
+        if tuple(tensor.shape) != expected:
+            raise InputError(
+                f"{self.file.path}: {key} has shape {tuple(tensor.shape)}, not {expected}"
+            )
+        return tensor
+
+    def gradient(self, step: int, parameter: str) -> Tensor:
+        """Read a gradient in its own shape, float32."""
+        packed = self.packed(step, parameter).float()
+        return unpack(packed, self._shapes[parameter], self.taps(parameter))
 
 
 class Client:
@@ -118,41 +200,182 @@ class Client:
     @cached_property
     def captured_steps(self) -> list[int]:
         """The local steps whose gradients were kept, ascending."""
-        return sorted({int(key.partition("/")[0]) for key in self._gradient_files})
+        return sorted({int(key.partition("/")[0]) for key in self.shards})
 
-    def gradient(self, step: int) -> Gradient:
+    @cached_property
+    def captured_parameters(self) -> list[str]:
+        """The parameters whose gradients were kept, in ``model.parameters()`` order."""
+        kept = {key.partition("/")[2] for key in self.shards}
+        return [name for name in self._run.shapes if name in kept]
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether the gradients of every local step were kept."""
+        return self.captured_steps == list(range(self.telemetry["num_steps"]))
+
+    def gradient(self, step: int, *, weight_decay: bool = False) -> Mapping[str, Tensor]:
         """Give the gradient of a local step.
 
         Parameters
         ----------
         step : int
             Local step of the round, from 0.
+        weight_decay : bool
+            Add ``weight-decay * p`` with the parameters before the step, which are found by
+            replaying the steps before it.
 
         Returns
         -------
-        Gradient
-            Parameter name to d(mean loss)/dp before the update, without weight decay, in
-            ``model.parameters()`` order.
+        mapping of str to Tensor of float32
+            Parameter name to d(mean loss)/dp before the update, without weight decay unless
+            asked for, in ``model.parameters()`` order.
 
         Raises
         ------
         InputError
-            When that step was not captured.
+            When that step was not captured, or with `weight_decay` one before it was not.
         """
-        order = [p["name"] for p in self._run.parameters]
-        gradient = Gradient(self._gradient_files, step, order)
+        gradient = Gradient(self.shards, step, list(self._run.shapes))
         if not gradient:
             raise InputError(
                 f"step {step} of client {self.partition} in round {self._round} was not captured; "
                 f"captured are {_ranges(self.captured_steps)}"
             )
-        return gradient
+        if not weight_decay:
+            return gradient
+        decay = self._run.config.weight_decay
+        parameters = self.parameters_at(step)
+        return {n: g.add(parameters[n], alpha=decay) for n, g in gradient.items()}
+
+    def layer(self, parameter: str, steps: slice = slice(None)) -> Tensor:
+        """Stack the gradients of one parameter over captured steps, reading no other parameter.
+
+        Parameters
+        ----------
+        parameter : str
+            Its name.
+        steps : slice
+            Of `captured_steps`.
+
+        Returns
+        -------
+        Tensor of float32, shape (steps, ...)
+
+        Raises
+        ------
+        InputError
+            When the parameter was not captured.
+        """
+        if parameter not in self.captured_parameters:
+            raise InputError(
+                f"{parameter} of client {self.partition} in round {self._round} was not captured; "
+                f"captured are {', '.join(self.captured_parameters) or 'none'}"
+            )
+        chosen = self.captured_steps[steps]
+        stacked = torch.empty(len(chosen), *self._run.shapes[parameter])
+        for position, step in enumerate(chosen):
+            shard = self.shards[gradient_key(step, parameter)]
+            stacked[position] = shard.gradient(step, parameter)
+        return stacked
+
+    def parameters_at(self, step: int) -> dict[str, Tensor]:
+        """Give the captured parameters as they were before a local step, by replay.
+
+        Parameters
+        ----------
+        step : int
+            Local step of the round, from 0; the number of steps gives the end of the round.
+
+        Returns
+        -------
+        dict of str to Tensor of float32
+            Bit for bit those of the training on the same version of torch and kind of device;
+            beside them by rounding errors elsewhere. Buffers do not follow from gradients.
+
+        Raises
+        ------
+        InputError
+            When a step before it was not captured.
+        """
+        if not 0 <= step <= self.telemetry["num_steps"]:
+            raise InputError(
+                f"step {step} of client {self.partition} in round {self._round} was not made; "
+                f"allowed is 0 to {self.telemetry['num_steps']}"
+            )
+        replay = Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
+        for before in range(step):
+            replay.step(self.gradient(before))
+        return replay.parameters
+
+    def replay(self) -> Iterator[tuple[Gradient, dict[str, Tensor]]]:
+        """Go through all local steps in one pass.
+
+        Yields
+        ------
+        tuple of (Gradient, dict of str to Tensor)
+            The step's gradient and the parameters before its update; the tensors of the
+            latter change in place with the next step.
+
+        Raises
+        ------
+        InputError
+            When a step was not captured.
+        """
+        replay = Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
+        for step in range(self.telemetry["num_steps"]):
+            gradient = Gradient(self.shards, step, self.captured_parameters)
+            if not gradient:
+                self.gradient(step)
+            yield gradient, replay.parameters
+            replay.step(gradient)
+
+    def sketch(self, step: int) -> NDArray[np.float32]:
+        """Give the random projection of a step's gradient, kept by ``capture = "sketch:K"``.
+
+        Returns
+        -------
+        ndarray of float32, shape (K,)
+            Inner products of sketches estimate those of gradients, over all steps, clients and
+            rounds of a run.
+
+        Raises
+        ------
+        InputError
+            When there is no sketch of that step.
+        """
+        path = self.folder / SKETCH
+        sketches = TensorFile(path)[SKETCH_KEY] if path.exists() else torch.empty(0, 0)
+        if not 0 <= step < len(sketches):
+            raise InputError(
+                f"step {step} of client {self.partition} in round {self._round} has no sketch; "
+                f"there are {len(sketches)}"
+            )
+        vector: NDArray[np.float32] = sketches[step].numpy()
+        return vector
+
+    @property
+    def folder(self) -> Path:
+        """Where the client's files of the round are."""
+        return self._run.layout.client(self._round, self.partition)
 
     @cached_property
-    def _gradient_files(self) -> dict[str, TensorFile]:
-        folder = self._run.layout.client(self._round, self.partition)
-        files = [TensorFile(p) for p in sorted(folder.glob("gradients-*.safetensors"))]
-        return {key: file for file in files for key in file}
+    def shards(self) -> dict[str, Shard]:
+        """The file of each captured gradient, by its key ``SSSSSS/<parameter>``."""
+        paths = sorted(self.folder.glob("gradients-*.safetensors"))
+        shards = [Shard(path, self._run.shapes) for path in paths]
+        return {key: shard for shard in shards for key in shard.keys}
+
+    @property
+    def _start(self) -> Mapping[str, Tensor]:
+        return self._run.round(self._round - 1).state
+
+    @property
+    def _optimizer(self) -> OptimizerSettings:
+        return self._run.config.training_of(self.partition).optimizer
+
+    @property
+    def _autocast(self) -> Autocast:
+        return self._run.config.autocast
 
     def __repr__(self) -> str:
         return f"<client {self.partition} in round {self._round}>"
@@ -258,6 +481,11 @@ class Run:
         if key not in self.manifest:
             raise InputError(f"{self.layout.manifest} has no {key}")
         return self.manifest[key]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's parameters by name, in ``model.parameters()`` order."""
+        return {p["name"]: tuple(p["shape"]) for p in self.parameters}
 
     @property
     def parameters(self) -> list[dict[str, Any]]:

@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.errors import InputError
-from fedsim.recording.files import append_line, write_json, write_tensors
+from fedsim.recording.checksums import checksum_line
+from fedsim.recording.files import (
+    Checksum,
+    Digest,
+    append_line,
+    json_document,
+    json_line,
+    temporary,
+    write_tensors,
+)
 from fedsim.recording.layout import FORMAT, RunLayout
 
 State = Mapping[str, NDArray[np.generic]]
@@ -21,9 +30,7 @@ def mark_failed(root: Path, error: str) -> None:
     """Give a run that failed, or never began, its true cause in place of what followed from it."""
     manifest = RunLayout(root).manifest
     if manifest.exists():
-        write_json(
-            manifest, {**json.loads(manifest.read_bytes()), "status": "failed", "error": error}
-        )
+        RunWriter(root, json.loads(manifest.read_bytes())).finish("failed", error)
 
 
 class RunWriter:
@@ -42,6 +49,8 @@ class RunWriter:
     def __init__(self, root: Path, manifest: Mapping[str, Any]) -> None:
         self.layout = RunLayout(root)
         self._manifest = dict(manifest)
+        self._round_files: dict[str, Checksum] = {}
+        self._grown = {path: _digest_of(path) for path in (self.layout.clients, self.layout.rounds)}
 
     @classmethod
     def create(
@@ -67,10 +76,12 @@ class RunWriter:
         except OSError as error:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
         writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
-        write_json(writer.layout.manifest, writer._manifest)
-        write_tensors(writer.layout.partition, {str(i): p for i, p in enumerate(partition)})
-        writer.layout.clients.touch()
-        writer.layout.rounds.touch()
+        layout = writer.layout
+        arrays = {str(i): p for i, p in enumerate(partition)}
+        writer._seal({layout.partition: write_tensors(layout.partition, arrays)})
+        writer._write_manifest()
+        layout.clients.touch()
+        layout.rounds.touch()
         return writer
 
     def add_client(self, row: Mapping[str, Any], delta: State) -> None:
@@ -79,38 +90,73 @@ class RunWriter:
         Parameters
         ----------
         row : mapping
-            A line of ``clients.jsonl``, with ``round`` and ``partition``.
+            A line of ``clients.jsonl``, with ``round`` and ``partition``; ``files`` says what
+            the client wrote.
         delta : mapping of str to ndarray
             Local minus global state.
         """
         path = self.layout.delta(row["round"], row["partition"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, delta)
-        append_line(self.layout.clients, row)
+        self._write_tensors(path, delta)
+        for name, file in row.get("files", {}).items():
+            self._round_files[self._name(path.parent / name)] = Checksum(
+                file["bytes"], file["xxh3_128"]
+            )
+        self._append(self.layout.clients, json_line(row))
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a client that failed."""
-        append_line(self.layout.clients, row)
+        self._append(self.layout.clients, json_line(row))
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""
-        path = self.layout.aggregate(round_number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, aggregate)
+        self._write_tensors(self.layout.aggregate(round_number), aggregate)
 
     def add_state(self, round_number: int, state: State) -> None:
         """Keep the global state after a round, or the initial one as round 0."""
-        path = self.layout.state(round_number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, state)
+        self._write_tensors(self.layout.state(round_number), state)
 
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Write the row that makes a round exist; everything else of it is in place by now."""
-        append_line(self.layout.rounds, row)
+        line = json_line(row)
+        self._grown[self.layout.rounds].update(line)
+        grown = {self._name(path): digest.checksum() for path, digest in self._grown.items()}
+        self._seal(self._round_files | grown)
+        self._round_files = {}
+        append_line(self.layout.rounds, line)
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Set the final status, ``finished`` or ``failed``, and the cause of a failure."""
         self._manifest["status"] = status
         if error is not None:
             self._manifest["error"] = error
-        write_json(self.layout.manifest, self._manifest)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        document = json_document(self._manifest)
+        # Before the file: a kill in between leaves the former one, whose checksum stays listed.
+        self._seal({self.layout.manifest: Checksum.of(document)})
+        with temporary(self.layout.manifest) as unfinished:
+            unfinished.write_bytes(document)
+
+    def _write_tensors(self, path: Path, arrays: State) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._round_files[self._name(path)] = write_tensors(path, arrays)
+
+    def _append(self, path: Path, line: bytes) -> None:
+        append_line(path, line)
+        self._grown[path].update(line)
+
+    def _seal(self, files: Mapping[str, Checksum] | Mapping[Path, Checksum]) -> None:
+        """List what was written since the last time."""
+        named = {self._name(path): checksum for path, checksum in files.items()}
+        append_line(self.layout.checksums, checksum_line(named))
+
+    def _name(self, path: str | Path) -> str:
+        return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
+
+
+def _digest_of(path: Path) -> Digest:
+    digest = Digest()
+    if path.exists():
+        digest.update(path.read_bytes())
+    return digest

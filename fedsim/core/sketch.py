@@ -1,0 +1,124 @@
+"""A seeded random projection of gradients to a few numbers that keeps their inner products.
+
+A sparse Johnson-Lindenstrauss transform with one entry in each column (CountSketch: Charikar,
+Chen, Farach-Colton 2002; Kane & Nelson 2014), laid out in rows so that it runs at the speed of
+memory. The gradient is cut into rows of K entries; row r is multiplied by K random signs, the
+same for all rows, rotated by a random shift, given a random sign of its own and added up:
+
+    S x = sum over r of sign[r] * rotate(signs * x[r], shift[r])
+
+Entries of a row never meet in a bucket; those of two rows meet with probability 1/K, and then
+with independent signs. So for all x and y
+
+    E <Sx, Sy> = <x, y>        Var <Sx, Sy> <= 6 |x|^2 |y|^2 / K
+
+and where no few entries dominate, the variance is (|x|^2 |y|^2 + <x, y>^2) / K: the error of a
+cosine is about ``1 / sqrt(K)``. The K x n matrix (183 GB for ResNet18 and K = 4096) never exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.core.rng import Purpose, generator
+from fedsim.core.support import Taps
+
+_ROWS = 32
+
+
+class Sketcher:
+    """Projects gradients of one model; the same for every step, client and round of a run.
+
+    Rows are cut from planes: a plane is a tap of a kernel, (outputs, inputs) in row-major
+    order, or the whole of another parameter. The projection of a plane does not depend on
+    which others are alive, so sketches of steps with different supports belong together.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    size : int
+        K, the numbers of a sketch.
+    positions : mapping of str to int
+        Position of each parameter in ``model.parameters()`` order.
+    """
+
+    def __init__(self, seed: int, size: int, positions: Mapping[str, int]) -> None:
+        self._seed = seed
+        self._size = size
+        self._positions = dict(positions)
+        self._rows: dict[tuple[str, int], list[tuple[int, bool]]] = {}
+        signs = generator(seed, Purpose.SKETCH).integers(0, 2, size=size)
+        self._signs = (1 - 2 * signs).astype(np.float32)
+
+    def sketch(
+        self, packed: Mapping[str, Tensor], taps: Mapping[str, Taps | None]
+    ) -> NDArray[np.float32]:
+        """Project the gradient of one step.
+
+        Parameters
+        ----------
+        packed : mapping of str to Tensor of float32
+            Packed gradients on the CPU.
+        taps : mapping of str to tuple of int or None
+            The support that each was packed with.
+
+        Returns
+        -------
+        ndarray of float32, shape (K,)
+        """
+        # Twice as wide: a rotated row is added without wrapping around.
+        total = np.zeros(2 * self._size, np.float32)
+        signed = np.empty((_ROWS, self._size), np.float32)
+        for name, tensor in packed.items():
+            values: NDArray[np.float32] = tensor.detach().numpy()
+            live = taps[name]
+            if live is not None:
+                planes = values.reshape(len(live), -1)
+            elif values.ndim > 2:
+                # Strided: the product with the signs lays the planes out as it reads them.
+                planes = values.reshape(-1, math.prod(values.shape[2:])).T
+            else:
+                planes = values.reshape(1, -1)
+            for tap, plane in zip(live or range(len(planes)), planes, strict=True):
+                self._add(plane, self._draw(name, tap, plane.size), signed, total)
+        return total[: self._size] + total[self._size :]
+
+    def _draw(self, name: str, tap: int, size: int) -> list[tuple[int, bool]]:
+        """Give the shift of each row of a plane, and whether its sign is minus."""
+        key = (name, tap)
+        if key not in self._rows:
+            rows = -(-size // self._size)
+            draw = generator(self._seed, Purpose.SKETCH, 1 + self._positions[name], tap)
+            shifts = draw.integers(0, self._size, size=rows)
+            minus = draw.integers(0, 2, size=rows)
+            self._rows[key] = [(int(s), bool(m)) for s, m in zip(shifts, minus, strict=True)]
+        return self._rows[key]
+
+    def _add(
+        self,
+        plane: NDArray[np.float32],
+        rows: list[tuple[int, bool]],
+        signed: NDArray[np.float32],
+        total: NDArray[np.float32],
+    ) -> None:
+        size = self._size
+        whole = plane.size // size
+        for first in range(0, whole, _ROWS):
+            last = min(first + _ROWS, whole)
+            block = plane[first * size : last * size].reshape(-1, size)
+            product = np.multiply(block, self._signs, out=signed[: last - first])
+            for row, (shift, minus) in zip(product, rows[first:last], strict=True):
+                target = total[shift : shift + size]
+                (np.subtract if minus else np.add)(target, row, target)
+        rest = plane[whole * size :]
+        if rest.size:
+            shift, minus = rows[whole]
+            target = total[shift : shift + rest.size]
+            product = np.multiply(rest, self._signs[: rest.size], out=signed[0, : rest.size])
+            (np.subtract if minus else np.add)(target, product, target)
