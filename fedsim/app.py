@@ -23,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
     config = config_from_run_config(context.run_config)
     plan = RunPlan.prepare(config)
     output = Path(config.output) if config.output else Path.cwd() / default_output()
-    check_output(output, plan.run_bytes)
+    check_output(output, plan)
     observer = TerminalObserver()
     # Flower sizes the workers here; this bounds the messages under way, and so our memory.
     workers = config.workers or min(config.num_participants(1), os.cpu_count() or 1)

@@ -9,10 +9,15 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim import __version__
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
+
+if TYPE_CHECKING:
+    from fedsim.core.config import RunConfig
+    from fedsim.core.plan import RunPlan
+    from fedsim.flower.simulation import WorkerPool
 
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -71,6 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     # The keys come with torch: only who asks for a run waits for it.
     _add_run(commands, with_keys="run" in arguments[:1])
+    _add_plan(commands, with_keys="plan" in arguments[:1])
     _add_inspect(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -80,7 +86,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
     """Refuse what no command takes; a misspelt key of a run gets the nearest one."""
-    if command is _run and unknown.startswith("--"):
+    if command in (_run, _plan) and unknown.startswith("--"):
         from fedsim.core.config import unknown_key
 
         key, _, value = unknown.removeprefix("--").partition("=")
@@ -106,6 +112,21 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
     )
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    if with_keys:
+        _add_keys(command)
+
+
+def _add_plan(commands: Any, *, with_keys: bool) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="say what a run would do and write, and whether there is room",
+        description="Say what a run would do and how many bytes it would write in a step, a round "
+        "and in all, without starting it. Takes what `fedsim run` takes; exit code 2 where that "
+        "would refuse.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_plan)
+    command.add_argument("config", nargs="?", type=Path, help="as for `fedsim run`")
     if with_keys:
         _add_keys(command)
 
@@ -140,7 +161,7 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
 
 
-def _run(parsed: argparse.Namespace) -> None:
+def _config_of(parsed: argparse.Namespace) -> RunConfig:
     from fedsim.core.config import RunConfig, parse_text, read_config_file
 
     values = read_config_file(parsed.config) if parsed.config else {}
@@ -148,17 +169,29 @@ def _run(parsed: argparse.Namespace) -> None:
         key = name.replace("_", "-")
         if (text := getattr(parsed, key)) is not None:
             values[key] = parse_text(key, text)
-    config = RunConfig.from_mapping(values)
+    return RunConfig.from_mapping(values)
+
+
+def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
+    config = _config_of(parsed)
 
     from fedsim.core.plan import RunPlan
-    from fedsim.flower.server_app import check_output, default_output
-    from fedsim.flower.simulation import machine_gpus, simulate, size_pool
-    from fedsim.report.terminal import TerminalObserver
+    from fedsim.flower.server_app import default_output
+    from fedsim.flower.simulation import machine_gpus, size_pool
 
     pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
-    plan = RunPlan.prepare(config)
     output = Path(config.output) if config.output else default_output()
-    check_output(output, plan.run_bytes)
+    return RunPlan.prepare(config), pool, output
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    plan, pool, output = _prepared(parsed)
+
+    from fedsim.flower.server_app import check_output
+    from fedsim.flower.simulation import simulate
+    from fedsim.report.terminal import TerminalObserver
+
+    check_output(output, plan)
     observer = TerminalObserver()
     stop = threading.Event()
     _stop_on_interrupt(stop)
@@ -170,6 +203,19 @@ def _run(parsed: argparse.Namespace) -> None:
         ) from None
     finally:
         observer.close()
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    plan, pool, output = _prepared(parsed)
+
+    from fedsim.flower.server_app import check_output, free_bytes
+    from fedsim.report.terminal import format_bytes, make_console, print_summary
+
+    console = make_console()
+    print_summary(console, plan, pool.workers, output)
+    sys.stdout.flush()
+    check_output(output, plan)
+    console.print(f"fits: {format_bytes(free_bytes(output))} are free on the disk of {output}")
 
 
 def _stop_on_interrupt(stop: threading.Event) -> None:

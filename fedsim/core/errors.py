@@ -37,6 +37,10 @@ class RunFailedError(FedsimError):
     """A run stopped before its last round; what it finished is kept."""
 
 
+class DiskFullError(RunFailedError):
+    """The disk has no room for the next file of a run."""
+
+
 class RunInterruptedError(FedsimError):
     """The user asked a run to stop."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -137,13 +140,81 @@ class RunPlan:
     def _local_steps(self) -> list[int]:
         return [self.steps_of(p) for p in range(self.config.clients)]
 
+    @cached_property
+    def _times_drawn(self) -> Counter[int]:
+        rounds = range(1, self.config.rounds + 1)
+        return Counter(p for r in rounds for p in self.config.participants_of(r))
+
     def captured_bytes(self, policy: CapturePolicy | None = None) -> int:
         """Count the bytes of gradients that the run will keep, by its own policy or another."""
         policy = policy or self.config.policy
-        kept = [len(policy.kept_steps(steps)) for steps in self._local_steps]
-        rounds = range(1, self.config.rounds + 1)
-        steps = sum(kept[p] for r in rounds for p in self.config.participants_of(r))
+        steps = sum(
+            times * len(policy.kept_steps(self._local_steps[partition]))
+            for partition, times in self._times_drawn.items()
+        )
         return steps * self.step_bytes_of(policy)
+
+    def fitting_change(self, room: int) -> str | None:
+        """Find the smallest change that keeps no more than `room` bytes of gradients.
+
+        What loses nothing is smaller than what loses precision, and that smaller than leaving
+        out steps, of which as few as possible are left out.
+
+        Returns
+        -------
+        str or None
+            Like ``capture = 'every:3'``; None where not even ``capture = none`` helps.
+        """
+        policy = self.config.policy
+        if room < 0:
+            return None
+        changes: list[tuple[str, CapturePolicy]] = []
+        if policy.keeps_gradients:
+            if policy.encoding == "dense":
+                changes.append(("capture-encoding", replace(policy, encoding="support")))
+            if policy.dtype == "float32":
+                changes.append(("capture-dtype", replace(policy, dtype="bfloat16")))
+        for key, changed in changes:
+            if self.captured_bytes(changed) <= room:
+                value = changed.encoding if key == "capture-encoding" else changed.dtype
+                return f"{key} = {value!r}"
+        fewer = self._fewer_steps(policy, room)
+        return f"capture = {str(fewer)!r}"
+
+    def _fewer_steps(self, policy: CapturePolicy, room: int) -> CapturePolicy:
+        """Thin out the steps of a policy as little as possible."""
+        longest = max(self._local_steps)
+        thinned: Sequence[CapturePolicy]
+        if policy.steps in ("all", "every"):
+            least = policy.count + 1
+            thinned = [replace(policy, steps="every", count=k) for k in range(least, longest + 1)]
+        else:
+            thinned = [replace(policy, count=k) for k in range(policy.count - 1, 0, -1)]
+        # Bytes only fall along the list, which may have a million sketches in it.
+        position = bisect.bisect_left(
+            thinned, True, key=lambda changed: self.captured_bytes(changed) <= room
+        )
+        if position < len(thinned):
+            return thinned[position]
+        return replace(policy, steps="none", count=1)
+
+    def check_budget(self) -> None:
+        """Refuse a run that would keep more bytes of gradients than ``capture-budget``.
+
+        Raises
+        ------
+        ConfigError
+            With what is needed and the smallest change that would fit.
+        """
+        budget = self.config.budget
+        if budget is None or (needed := self.captured_bytes()) <= budget:
+            return
+        raise ConfigError(
+            "capture-budget",
+            self.config.capture_budget,
+            f"at least {needed / 1e9:.2f} GB for capture = {self.config.capture!r}; "
+            f"{self.fitting_change(budget)} would fit",
+        )
 
     def round_bytes(self, round_number: int) -> int:
         """Count the bytes that a round will write, but for its rows."""
@@ -155,5 +226,5 @@ class RunPlan:
     @cached_property
     def run_bytes(self) -> int:
         """Count the bytes that the run will write, but for its rows."""
-        rounds = range(1, self.config.rounds + 1)
-        return self.state_bytes + sum(self.round_bytes(r) for r in rounds)
+        states = 1 + 2 * self.config.rounds + self._times_drawn.total()
+        return self.captured_bytes() + states * self.state_bytes

@@ -23,6 +23,7 @@ from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.config import RunConfig
+from fedsim.core.errors import DiskFullError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import RunPlan
@@ -31,6 +32,7 @@ from fedsim.core.sketch import Sketcher
 from fedsim.core.training import Step, load_batches, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.run_config import config_from_run_config
+from fedsim.recording.files import DISK_FULL
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import RunLayout
 
@@ -263,9 +265,15 @@ def train(message: Message, context: Context) -> Message:
     """Decode a training message, delegate to `FedSimClient.fit`, encode the reply."""
     record = message.content.array_records[messages.ARRAYS]
     config = _scalars(message.content.config_records[messages.CONFIG])
-    arrays, num_examples, metrics = _client_of(context).fit(
-        record.to_numpy_ndarrays(keep_input=True), config
-    )
+    try:
+        arrays, num_examples, metrics = _client_of(context).fit(
+            record.to_numpy_ndarrays(keep_input=True), config
+        )
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            # Without a chain: this line is the last one of what the server reads.
+            raise DiskFullError(f"{messages.DISK_FULL}: {error}") from None
+        raise
     local = messages.array_record(dict(zip(record, arrays, strict=True)))
     return Message(messages.reply_content(local, num_examples, metrics), reply_to=message)
 

@@ -22,6 +22,8 @@ PARTITION = "partition"
 RUN_FOLDER = "run-folder"
 """Key of the run directory; empty where the client is to record nothing."""
 NUM_EXAMPLES = "num-examples"
+DISK_FULL = "the disk is full"
+"""What a client's failure says when there was no room for its gradients."""
 
 _LEGACY_KEYS = (
     "fitins.parameters",

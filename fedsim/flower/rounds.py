@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
-from fedsim.core.errors import RunFailedError, RunInterruptedError
+from fedsim.core.errors import DiskFullError, RunFailedError, RunInterruptedError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
@@ -161,6 +161,12 @@ class RoundLoop:
             self._writer.add_failure(
                 {"round": number, "partition": partition, "status": "failed", "error": reason}
             )
+            if wire.DISK_FULL in reason.splitlines()[-1]:
+                # However many failures are allowed: the next client fares no better.
+                raise DiskFullError(
+                    f"the disk of {self._writer.layout.root} is full: client {partition} of round "
+                    f"{number} has no room for its gradients; the rounds before are kept"
+                )
             self._observer.client_failed(number, partition, reason)
             if len(failed) > self._config.max_failures:
                 raise RunFailedError(

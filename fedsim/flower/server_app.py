@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import shutil
@@ -14,11 +15,12 @@ import torch
 from flwr.serverapp import Grid
 
 import fedsim
-from fedsim.core.errors import InputError
+from fedsim.core.errors import DiskFullError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
 from fedsim.flower.rounds import RoundLoop, RunObserver
+from fedsim.recording.files import DISK_FULL
 from fedsim.recording.writer import RunWriter
 from strategies.registry import build_strategy
 
@@ -28,26 +30,34 @@ def default_output() -> Path:
     return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def check_output(path: Path, needed_bytes: int) -> None:
-    """Refuse a run directory that exists, or a disk that cannot hold the run.
+def check_output(path: Path, plan: RunPlan) -> None:
+    """Refuse a run directory that exists, or a run that its budget or its disk cannot hold.
 
     Raises
     ------
     InputError
-        Naming the folder and, for a full disk, both numbers.
+        Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
     if path.exists() or path.is_symlink():
         raise InputError(
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
         )
-    parent = next(p for p in path.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if needed_bytes > free:
+    plan.check_budget()
+    needed, free = plan.run_bytes, free_bytes(path)
+    if needed > free:
+        change = plan.fitting_change(free - (needed - plan.captured_bytes()))
         raise InputError(
-            f"output = {str(path)!r} needs {needed_bytes / 1e9:.1f} GB and its disk has "
-            f"{free / 1e9:.1f} GB free; capture fewer steps or layers, or name another disk"
+            f"output = {str(path)!r} needs {needed / 1e9:.1f} GB and its disk has "
+            f"{free / 1e9:.1f} GB free; "
+            + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Count the free bytes of the disk on which `path` is or would be."""
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(parent).free
 
 
 def execute(
@@ -79,7 +89,8 @@ def execute(
     Raises
     ------
     FedsimError
-        As `RunWriter.create` and `RoundLoop.run`; the run directory then says ``failed``.
+        As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
+        says ``failed``.
     """
     writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     try:
@@ -95,8 +106,16 @@ def execute(
         )
         loop.run()
     except BaseException as error:
-        writer.finish("failed", str(error) or type(error).__name__)
-        raise
+        failure = error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            failure = DiskFullError(f"the disk of {output} is full: {error}")
+        if isinstance(failure, DiskFullError):
+            # Makes room for the word that the run failed; a round without a row is nothing.
+            writer.drop_unfinished_round()
+        # Whatever ended the run is what the user must hear, not that this cannot be written.
+        with contextlib.suppress(OSError):
+            writer.finish("failed", str(failure) or type(failure).__name__)
+        raise failure from None if failure is error else error
     writer.finish("finished")
     observer.run_finished(output)
 

@@ -18,6 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 
 TEMPORARY = ".partial"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of writing where there is no room."""
 
 
 def _unfinished(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedsim.recording.files import (
     append_line,
     json_document,
     json_line,
+    read_lines,
     temporary,
     write_tensors,
 )
@@ -123,6 +125,13 @@ class RunWriter:
         self._seal(self._round_files | grown)
         self._round_files = {}
         append_line(self.layout.rounds, line)
+
+    def drop_unfinished_round(self) -> None:
+        """Remove the files of the round that has no row, however many gigabytes they are."""
+        finished = {row["round"] for row in read_lines(self.layout.rounds)}
+        for folder in (self.layout.root / "rounds").glob("*"):
+            if folder.name.isdecimal() and int(folder.name) not in finished:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Set the final status, ``finished`` or ``failed``, and the cause of a failure."""

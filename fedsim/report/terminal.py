@@ -157,7 +157,6 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
         drawn = f"{config.clients_per_round} of {config.clients} clients"
     else:
         drawn = f"listed clients of {config.clients}"
-    layers = "" if config.capture_layers == ("*",) else f" of {', '.join(config.capture_layers)}"
     table = _Facts()
     table.add_row(
         "data",
@@ -168,12 +167,28 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
     )
     table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
     table.add_row("rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy}")
-    captured = f"{config.capture}{layers}, {format_bytes(plan.step_bytes)} a step"
-    table.add_row("capture", "none" if config.capture == "none" else captured)
+    table.add_row("capture", _capture_line(plan))
+    if config.rounds > 1:
+        largest = max(plan.round_bytes(r) for r in range(1, config.rounds + 1))
+        table.add_row("a round", f"writes {format_bytes(largest)} at most")
     table.add_row("to write", f"{format_bytes(plan.run_bytes)} into {path}")
     table.add_row("workers", f"{workers} with {config.client_cpus} CPU each")
     console.print(table)
     console.print(partition_table(plan.partition, plan.dataset.train_labels.numpy(), spec.classes))
+
+
+def _capture_line(plan: RunPlan) -> str:
+    config = plan.config
+    if config.capture == "none":
+        return "none"
+    parts = [config.capture]
+    if config.capture_layers != ("*",):
+        parts[0] += f" of {', '.join(config.capture_layers)}"
+    if config.policy.keeps_gradients:
+        parts += [config.capture_dtype, config.capture_encoding]
+    parts.append(f"{format_bytes(plan.step_bytes)} a step")
+    parts.append(f"{format_bytes(plan.captured_bytes())} in all")
+    return ", ".join(parts)
 
 
 def partition_table(
