@@ -78,6 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_run(commands, with_keys="run" in arguments[:1])
     _add_plan(commands, with_keys="plan" in arguments[:1])
     _add_inspect(commands)
+    _add_verify(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -159,6 +160,65 @@ def _add_inspect(commands: Any) -> None:
     )
     command.set_defaults(command=_inspect)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="prove that a run directory holds what happened",
+        description="Check a run directory against itself: files, partition, participants, "
+        "batches, deltas, states, and the recorded gradients by replay. Says what could not be "
+        "proven and why. Exit code 1 where something is wrong.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_verify)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument(
+        "--round", type=int, action="append", metavar="R", help="this round only (repeatable)"
+    )
+    command.add_argument(
+        "--client", type=int, action="append", metavar="P", help="this client only (repeatable)"
+    )
+    command.add_argument(
+        "--recompute",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compute the gradients of N captured steps once more from the data",
+    )
+    command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+    command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    import time
+
+    for name in ("recompute", "jobs"):
+        least = 0 if name == "recompute" else 1
+        if (value := getattr(parsed, name)) is not None and value < least:
+            raise InputError(f"--{name} = {value} cannot be used; allowed is {least} or more")
+
+    from fedsim.recording.verify import verify
+    from fedsim.report.terminal import ByteProgress, make_console, print_verification
+
+    console = make_console()
+    started = time.perf_counter()
+    with ByteProgress(console, f"verifying {parsed.run}") as progress:
+        verification = verify(
+            parsed.run,
+            rounds=parsed.round,
+            clients=parsed.client,
+            recompute=parsed.recompute,
+            data_root=parsed.data_root,
+            jobs=parsed.jobs,
+            progress=progress,
+        )
+    print_verification(console, verification, time.perf_counter() - started)
+    if not (violations := verification.violations):
+        return SUCCESS
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    _say(f"{parsed.run} is not what was recorded: {violations[0]}{more}")
+    return FAILURE
 
 
 def _config_of(parsed: argparse.Namespace) -> RunConfig:

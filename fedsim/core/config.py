@@ -82,9 +82,10 @@ def parse_bytes(text: str) -> int:
         With the allowed form, when `text` is none.
     """
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in _UNITS or float(found[1]) == 0:
+    count = int(Decimal(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
+    if not count:
         raise ValueError("a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'")
-    return int(Decimal(found[1]) * _UNITS[found[2].lower()])
+    return count
 
 
 def _bytes_written(value: Any) -> Any:

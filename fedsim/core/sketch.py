@@ -79,7 +79,8 @@ class Sketcher:
             values: NDArray[np.float32] = tensor.detach().numpy()
             live = taps[name]
             if live is not None:
-                planes = values.reshape(len(live), -1)
+                # Not -1 for the second: a kernel whose every tap is dead has no entries.
+                planes = values.reshape(len(live), math.prod(values.shape[1:]))
             elif values.ndim > 2:
                 # Strided: the product with the signs lays the planes out as it reads them.
                 planes = values.reshape(-1, math.prod(values.shape[2:])).T

@@ -119,6 +119,7 @@ class Shard:
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = path
         self.file = TensorFile(path)
         self._shapes = shapes
         self._taps: dict[str, Taps | None] = {}
@@ -143,7 +144,7 @@ class Shard:
             if taps is not None and (
                 list(taps) != sorted(set(taps)) or not {*taps} <= {*range(size)}
             ):
-                raise InputError(f"{self.file.path}: {key} does not fit a kernel of {size} taps")
+                raise InputError(f"{self.path}: {key} does not fit a kernel of {size} taps")
             self._taps[parameter] = taps
         return self._taps[parameter]
 
@@ -159,9 +160,7 @@ class Shard:
         tensor, taps = self.file[key], self.taps(parameter)
         expected = packed_shape(self._shapes[parameter], taps)
         if tuple(tensor.shape) != expected:
-            raise InputError(
-                f"{self.file.path}: {key} has shape {tuple(tensor.shape)}, not {expected}"
-            )
+            raise InputError(f"{self.path}: {key} has shape {tuple(tensor.shape)}, not {expected}")
         return tensor
 
     def gradient(self, step: int, parameter: str) -> Tensor:
@@ -175,6 +174,8 @@ class Client:
 
     Attributes
     ----------
+    round : int
+        The round.
     partition : int
         The client's partition id.
     telemetry : dict
@@ -183,19 +184,19 @@ class Client:
 
     def __init__(self, run: Run, round_number: int, telemetry: dict[str, Any]) -> None:
         self._run = run
-        self._round = round_number
+        self.round = round_number
         self.telemetry = telemetry
         self.partition: int = telemetry["partition"]
 
     @cached_property
     def delta(self) -> Mapping[str, Tensor]:
         """Local minus global state, ``state_dict`` names."""
-        return TensorFile(self._run.layout.delta(self._round, self.partition))
+        return TensorFile(self._run.layout.delta(self.round, self.partition))
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The lines of ``steps.jsonl``: one for each local step."""
-        return _rows(self._run.layout.steps(self._round, self.partition), "step")
+        return _rows(self._run.layout.steps(self.round, self.partition), "step")
 
     @cached_property
     def captured_steps(self) -> list[int]:
@@ -209,9 +210,19 @@ class Client:
         return [name for name in self._run.shapes if name in kept]
 
     @property
+    def has_all_parameters(self) -> bool:
+        """Whether the gradients of every parameter were kept, in the steps that were."""
+        return self.captured_parameters == list(self._run.shapes)
+
+    @property
     def is_replayable(self) -> bool:
-        """Whether the gradients of every local step were kept."""
-        return self.captured_steps == list(range(self.telemetry["num_steps"]))
+        """Whether the optimiser can be replayed over all local steps.
+
+        Every step must have been kept. With float16 autocast a step whose gradient overflowed
+        made no update, so every parameter must have been kept too.
+        """
+        complete = self.captured_steps == list(range(self.telemetry["num_steps"]))
+        return complete and (self._autocast != "float16" or self.has_all_parameters)
 
     def gradient(self, step: int, *, weight_decay: bool = False) -> Mapping[str, Tensor]:
         """Give the gradient of a local step.
@@ -238,7 +249,7 @@ class Client:
         gradient = Gradient(self.shards, step, list(self._run.shapes))
         if not gradient:
             raise InputError(
-                f"step {step} of client {self.partition} in round {self._round} was not captured; "
+                f"step {step} of client {self.partition} in round {self.round} was not captured; "
                 f"captured are {_ranges(self.captured_steps)}"
             )
         if not weight_decay:
@@ -268,7 +279,7 @@ class Client:
         """
         if parameter not in self.captured_parameters:
             raise InputError(
-                f"{parameter} of client {self.partition} in round {self._round} was not captured; "
+                f"{parameter} of client {self.partition} in round {self.round} was not captured; "
                 f"captured are {', '.join(self.captured_parameters) or 'none'}"
             )
         chosen = self.captured_steps[steps]
@@ -299,7 +310,7 @@ class Client:
         """
         if not 0 <= step <= self.telemetry["num_steps"]:
             raise InputError(
-                f"step {step} of client {self.partition} in round {self._round} was not made; "
+                f"step {step} of client {self.partition} in round {self.round} was not made; "
                 f"allowed is 0 to {self.telemetry['num_steps']}"
             )
         replay = Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
@@ -347,16 +358,29 @@ class Client:
         sketches = TensorFile(path)[SKETCH_KEY] if path.exists() else torch.empty(0, 0)
         if not 0 <= step < len(sketches):
             raise InputError(
-                f"step {step} of client {self.partition} in round {self._round} has no sketch; "
+                f"step {step} of client {self.partition} in round {self.round} has no sketch; "
                 f"there are {len(sketches)}"
             )
         vector: NDArray[np.float32] = sketches[step].numpy()
         return vector
 
+    def shard(self, step: int, parameter: str) -> Shard:
+        """Give the file that holds a parameter's gradient of a step.
+
+        Raises
+        ------
+        InputError
+            When it was not captured.
+        """
+        key = gradient_key(step, parameter)
+        if key not in self.shards:
+            raise InputError(f"{self.folder} holds no gradient {key}")
+        return self.shards[key]
+
     @property
     def folder(self) -> Path:
         """Where the client's files of the round are."""
-        return self._run.layout.client(self._round, self.partition)
+        return self._run.layout.client(self.round, self.partition)
 
     @cached_property
     def shards(self) -> dict[str, Shard]:
@@ -367,7 +391,7 @@ class Client:
 
     @property
     def _start(self) -> Mapping[str, Tensor]:
-        return self._run.round(self._round - 1).state
+        return self._run.round(self.round - 1).state
 
     @property
     def _optimizer(self) -> OptimizerSettings:
@@ -378,7 +402,7 @@ class Client:
         return self._run.config.autocast
 
     def __repr__(self) -> str:
-        return f"<client {self.partition} in round {self._round}>"
+        return f"<client {self.partition} in round {self.round}>"
 
 
 class Round:

@@ -8,23 +8,34 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
 from fedsim.recording.reader import Run
+from fedsim.recording.verify import Verification
 
 _SHADES = " ▁▂▃▄▅▆▇█"
 _MOST_ROWS = 24
 _MOST_COLUMNS = 20
 _MOST_CLIENTS = 12
+_MOST_LINES = 50
 
 
 class _Facts(Table):
@@ -276,6 +287,62 @@ def print_run(console: Console, run: Run) -> None:
             row["state_sha256"][:16],
         )
     console.print(rounds)
+
+
+def print_verification(console: Console, verification: Verification, seconds: float) -> None:
+    """Print what was proven, what could not be and why, and what is wrong."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("check", "left"), ("proven", "right"), ("", "left"), ("what", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for check in verification.checks:
+        outcome = "none" if not check.proven else f"{check.proven:,} {check.unit}"
+        if check.violations:
+            outcome += f", {len(check.violations)} wrong"
+        detail = "; ".join([check.meaning, *check.notes])
+        table.add_row(check.name, outcome, "", Text(detail))
+    console.print(table)
+    unproven = [f"{c.name}: {reason}" for c in verification.checks for reason in c.unproven]
+    wrong = [f"{c.name}: {what}" for c in verification.checks for what in c.violations]
+    for title, lines, style in (("not proven", unproven, ""), ("wrong", wrong, "red")):
+        if lines:
+            console.print(f"\n{title}")
+        for line in lines[:_MOST_LINES]:
+            console.print(Text(f"  {line}", style), soft_wrap=True)
+        if len(lines) > _MOST_LINES:
+            console.print(f"  and {len(lines) - _MOST_LINES} more")
+    rate = verification.bytes_read / max(seconds, 1e-9)
+    console.print(
+        f"\n{format_bytes(verification.bytes_read)} looked at in {format_seconds(seconds)}, "
+        f"{format_bytes(int(rate))}/s"
+    )
+
+
+class ByteProgress:
+    """A bar of bytes on a terminal, nothing elsewhere; told from several threads."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(description, total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
 
 def _listed(clients: Sequence[int]) -> str:
