@@ -79,6 +79,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_plan(commands, with_keys="plan" in arguments[:1])
     _add_inspect(commands)
     _add_verify(commands)
+    _add_export(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -190,6 +191,98 @@ def _add_verify(commands: Any) -> None:
     command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
 
 
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write recorded gradients in the form of another program",
+        description="Write recorded gradients in the form of another program.",
+        allow_abbrev=False,
+    )
+    forms = command.add_subparsers(metavar="FORM", required=True)
+    breaching = forms.add_parser(
+        "breaching",
+        help="local steps of a client, for the gradient-inversion tool of that name",
+        description="Write local steps of one client for the gradient-inversion tool breaching, "
+        "with the images that they were computed from.",
+        allow_abbrev=False,
+    )
+    notebook = forms.add_parser(
+        "notebook",
+        help="a round in one file of tensors and one of figures",
+        description="Write a round as PREFIX_RR_tensors.pt and PREFIX_RR_meta.json.",
+        allow_abbrev=False,
+    )
+    for form in (breaching, notebook):
+        form.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+        form.add_argument("--round", type=int, required=True, metavar="R", help="a training round")
+    breaching.set_defaults(command=_export_breaching)
+    breaching.add_argument("--client", type=int, required=True, metavar="P", help="whose steps")
+    breaching.add_argument("--step", type=int, required=True, metavar="S", help="the first, from 0")
+    breaching.add_argument(
+        "--steps", type=int, default=1, metavar="N", help="how many (default: %(default)s)"
+    )
+    breaching.add_argument(
+        "--allow-not-replayable",
+        action="store_true",
+        help="export several steps even where breaching cannot repeat them from the images",
+    )
+    breaching.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+    breaching.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="a folder that does not exist"
+    )
+    notebook.set_defaults(command=_export_notebook)
+    notebook.add_argument(
+        "--client",
+        type=int,
+        action="append",
+        default=[],
+        metavar="P",
+        help="this client only (repeatable)",
+    )
+    notebook.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="how the names begin"
+    )
+
+
+def _export_breaching(parsed: argparse.Namespace) -> None:
+    from fedsim.recording.export import export_breaching
+    from fedsim.recording.reader import load_run
+    from fedsim.report.terminal import make_console
+
+    reasons = export_breaching(
+        load_run(parsed.run),
+        parsed.round,
+        parsed.client,
+        parsed.step,
+        steps=parsed.steps,
+        output=parsed.output,
+        allow_not_replayable=parsed.allow_not_replayable,
+        data_root=parsed.data_root,
+    )
+    console = make_console()
+    console.print(f"written: {parsed.output}", markup=False, soft_wrap=True)
+    if reasons:
+        console.print(f"not replayable: {', '.join(reasons)}", markup=False, soft_wrap=True)
+
+
+def _export_notebook(parsed: argparse.Namespace) -> None:
+    from fedsim.recording.export import export_notebook
+    from fedsim.recording.reader import load_run
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    console = make_console()
+    with ByteProgress(console, f"collecting round {parsed.round}") as progress:
+        paths = export_notebook(
+            load_run(parsed.run),
+            parsed.round,
+            output=parsed.output,
+            clients=parsed.client,
+            progress=progress,
+        )
+    for path in paths:
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+
 def _verify(parsed: argparse.Namespace) -> int:
     import time
 
@@ -199,12 +292,12 @@ def _verify(parsed: argparse.Namespace) -> int:
             raise InputError(f"--{name} = {value} cannot be used; allowed is {least} or more")
 
     from fedsim.recording.verify import verify
-    from fedsim.report.terminal import ByteProgress, make_console, print_verification
+    from fedsim.report.terminal import ByteProgress, make_console, print_findings
 
     console = make_console()
     started = time.perf_counter()
     with ByteProgress(console, f"verifying {parsed.run}") as progress:
-        verification = verify(
+        findings = verify(
             parsed.run,
             rounds=parsed.round,
             clients=parsed.client,
@@ -213,8 +306,8 @@ def _verify(parsed: argparse.Namespace) -> int:
             jobs=parsed.jobs,
             progress=progress,
         )
-    print_verification(console, verification, time.perf_counter() - started)
-    if not (violations := verification.violations):
+    print_findings(console, findings, time.perf_counter() - started)
+    if not (violations := findings.violations):
         return SUCCESS
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
     _say(f"{parsed.run} is not what was recorded: {violations[0]}{more}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -183,19 +182,18 @@ class RunPlan:
 
     def _fewer_steps(self, policy: CapturePolicy, room: int) -> CapturePolicy:
         """Thin out the steps of a policy as little as possible."""
-        longest = max(self._local_steps)
-        thinned: Sequence[CapturePolicy]
         if policy.steps in ("all", "every"):
-            least = policy.count + 1
-            thinned = [replace(policy, steps="every", count=k) for k in range(least, longest + 1)]
+            base = replace(policy, steps="every")
+            counts = range(policy.count + 1, max(self._local_steps) + 1)
         else:
-            thinned = [replace(policy, count=k) for k in range(policy.count - 1, 0, -1)]
-        # Bytes only fall along the list, which may have a million sketches in it.
+            base = policy
+            counts = range(policy.count - 1, 0, -1)
+        # Bytes only fall along the counts, of which a sketch may have a million.
         position = bisect.bisect_left(
-            thinned, True, key=lambda changed: self.captured_bytes(changed) <= room
+            counts, True, key=lambda k: self.captured_bytes(replace(base, count=k)) <= room
         )
-        if position < len(thinned):
-            return thinned[position]
+        if position < len(counts):
+            return replace(base, count=counts[position])
         return replace(policy, steps="none", count=1)
 
     def check_budget(self) -> None:

@@ -91,7 +91,9 @@ def pack(gradient: Tensor, taps: Taps | None) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, shape: Sequence[int], taps: Taps | None) -> Tensor:
+def unpack(
+    packed: Tensor, shape: Sequence[int], taps: Taps | None, *, out: Tensor | None = None
+) -> Tensor:
     """Put zeros where taps were left out.
 
     Parameters
@@ -100,6 +102,9 @@ def unpack(packed: Tensor, shape: Sequence[int], taps: Taps | None) -> Tensor:
     shape : sequence of int
         Of the parameter.
     taps : tuple of int or None
+    out : Tensor, optional
+        Takes the result in place of a new tensor: an earlier result for the same taps, whose
+        zeros need not be written again.
 
     Returns
     -------
@@ -108,7 +113,7 @@ def unpack(packed: Tensor, shape: Sequence[int], taps: Taps | None) -> Tensor:
     """
     if taps is None:
         return packed
-    gradient = packed.new_zeros(tuple(shape))
+    gradient = packed.new_zeros(tuple(shape)) if out is None else out
     planes = gradient.flatten(2)
     for position, tap in enumerate(taps):
         planes[:, :, tap] = packed[position]

@@ -139,13 +139,11 @@ class Shard:
         """
         if parameter not in self._taps:
             key = support_key(parameter)
-            taps = tuple(self.file[key].tolist()) if key in self.file else None
-            size = math.prod(self._shapes[parameter][2:])
-            if taps is not None and (
-                list(taps) != sorted(set(taps)) or not {*taps} <= {*range(size)}
-            ):
-                raise InputError(f"{self.path}: {key} does not fit a kernel of {size} taps")
-            self._taps[parameter] = taps
+            kernel = self._shapes[parameter][2:]
+            taps = self.file.get(key)
+            if taps is not None and not _are_taps(taps, kernel):
+                raise InputError(f"{self.path}: {key} does not fit a kernel of shape {kernel}")
+            self._taps[parameter] = None if taps is None else tuple(taps.tolist())
         return self._taps[parameter]
 
     def packed(self, step: int, parameter: str) -> Tensor:
@@ -163,10 +161,17 @@ class Shard:
             raise InputError(f"{self.path}: {key} has shape {tuple(tensor.shape)}, not {expected}")
         return tensor
 
-    def gradient(self, step: int, parameter: str) -> Tensor:
-        """Read a gradient in its own shape, float32."""
+    def gradient(self, step: int, parameter: str, *, out: Tensor | None = None) -> Tensor:
+        """Read a gradient in its own shape, float32; `out` as for `unpack`."""
         packed = self.packed(step, parameter).float()
-        return unpack(packed, self._shapes[parameter], self.taps(parameter))
+        return unpack(packed, self._shapes[parameter], self.taps(parameter), out=out)
+
+
+def _are_taps(tensor: Tensor, kernel: tuple[int, ...]) -> bool:
+    if tensor.ndim != 1 or tensor.dtype != torch.int64 or not kernel:
+        return False
+    taps = tensor.tolist()
+    return taps == sorted(set(taps)) and {*taps} <= {*range(math.prod(kernel))}
 
 
 class Client:

@@ -28,8 +28,8 @@ from rich.text import Text
 
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
+from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
-from fedsim.recording.verify import Verification
 
 _SHADES = " ▁▂▃▄▅▆▇█"
 _MOST_ROWS = 24
@@ -289,20 +289,20 @@ def print_run(console: Console, run: Run) -> None:
     console.print(rounds)
 
 
-def print_verification(console: Console, verification: Verification, seconds: float) -> None:
+def print_findings(console: Console, findings: Findings, seconds: float) -> None:
     """Print what was proven, what could not be and why, and what is wrong."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("check", "left"), ("proven", "right"), ("", "left"), ("what", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for check in verification.checks:
+    for check in findings.checks.values():
         outcome = "none" if not check.proven else f"{check.proven:,} {check.unit}"
         if check.violations:
             outcome += f", {len(check.violations)} wrong"
         detail = "; ".join([check.meaning, *check.notes])
         table.add_row(check.name, outcome, "", Text(detail))
     console.print(table)
-    unproven = [f"{c.name}: {reason}" for c in verification.checks for reason in c.unproven]
-    wrong = [f"{c.name}: {what}" for c in verification.checks for what in c.violations]
+    unproven = [f"{c.name}: {reason}" for c in findings.checks.values() for reason in c.unproven]
+    wrong = [f"{c.name}: {what}" for c in findings.checks.values() for what in c.violations]
     for title, lines, style in (("not proven", unproven, ""), ("wrong", wrong, "red")):
         if lines:
             console.print(f"\n{title}")
@@ -310,9 +310,9 @@ def print_verification(console: Console, verification: Verification, seconds: fl
             console.print(Text(f"  {line}", style), soft_wrap=True)
         if len(lines) > _MOST_LINES:
             console.print(f"  and {len(lines) - _MOST_LINES} more")
-    rate = verification.bytes_read / max(seconds, 1e-9)
+    rate = findings.bytes_read / max(seconds, 1e-9)
     console.print(
-        f"\n{format_bytes(verification.bytes_read)} looked at in {format_seconds(seconds)}, "
+        f"\n{format_bytes(findings.bytes_read)} read in {format_seconds(seconds)}, "
         f"{format_bytes(int(rate))}/s"
     )
 
