@@ -100,6 +100,8 @@ def test_the_package_itself_imports_recording_alone_and_only_when_asked():
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "torch.serialization", "pandas.read_pickle"}
+# The one form that is a pickle, for readers that take nothing else: written, never read.
+MAY_SAVE = {"fedsim.recording.export"}
 # Drawn from or changed, a global generator makes results depend on what ran before.
 GLOBAL_DRAWS = {
     *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.random.seed"),
@@ -153,7 +155,8 @@ def forbidden(name):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_module_unpickles_or_touches_a_global_generator(module):
     tree = parse(MODULES[module])
-    assert sorted(n for n in names_used(tree) if forbidden(n)) == []
+    allowed = {"torch.save"} if module in MAY_SAVE else set()
+    assert sorted(n for n in names_used(tree) - allowed if forbidden(n)) == []
     keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
     assert "allow_pickle" not in keywords
 

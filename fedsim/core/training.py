@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -315,7 +315,10 @@ def local_train(
             )
             del gradients
             lap("capture")
-        scaler.step(optimiser)
+        # Not scaler.step: with fused SGD a first step that it skips leaves momentum in memory that
+        # nothing was written to, and the next step goes on from there.
+        if autocast != "float16" or _are_finite(p.grad for p in named.values()):
+            optimiser.step()
         scaler.update()
         lap("train")
     return LocalResult(
@@ -324,6 +327,12 @@ def local_train(
         batch_sizes=batch_sizes,
         seconds=seconds,
     )
+
+
+def _are_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Say whether no entry overflowed, waiting for the gradients' device once."""
+    found = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
+    return bool(torch.stack(found).all())
 
 
 class Replay:
@@ -361,7 +370,7 @@ class Replay:
     def step(self, gradient: Mapping[str, Tensor]) -> None:
         """Make the update of one local step."""
         gradients = {name: gradient[name].contiguous() for name in self._leaves}
-        if self._may_skip and not all(bool(g.isfinite().all()) for g in gradients.values()):
+        if self._may_skip and not _are_finite(gradients.values()):
             return
         for name, leaf in self._leaves.items():
             leaf.grad = gradients[name]

@@ -308,7 +308,7 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-# --- what breaching needs
+# What breaching needs
 
 
 def _check_steps(client: Client, step: int, steps: int) -> None:
@@ -408,7 +408,7 @@ def _ground_truth(batches: Sequence[Batch]) -> dict[str, Tensor]:
     }
 
 
-# --- what a notebook needs
+# What a notebook needs
 
 
 def _chosen_clients(of_round: Round, partitions: Sequence[int]) -> list[Client]:
@@ -477,7 +477,7 @@ def _notebook_gradients(
     return result
 
 
-# --- files
+# Files
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -318,7 +318,7 @@ class Client:
                 f"step {step} of client {self.partition} in round {self.round} was not made; "
                 f"allowed is 0 to {self.telemetry['num_steps']}"
             )
-        replay = Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
+        replay = self._new_replay()
         for before in range(step):
             replay.step(self.gradient(before))
         return replay.parameters
@@ -337,7 +337,7 @@ class Client:
         InputError
             When a step was not captured.
         """
-        replay = Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
+        replay = self._new_replay()
         for step in range(self.telemetry["num_steps"]):
             gradient = Gradient(self.shards, step, self.captured_parameters)
             if not gradient:
@@ -393,6 +393,12 @@ class Client:
         paths = sorted(self.folder.glob("gradients-*.safetensors"))
         shards = [Shard(path, self._run.shapes) for path in paths]
         return {key: shard for shard in shards for key in shard.keys}
+
+    def _new_replay(self) -> Replay:
+        if not self.shards:
+            # There is nothing to follow; this says so.
+            self.gradient(0)
+        return Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
 
     @property
     def _start(self) -> Mapping[str, Tensor]:

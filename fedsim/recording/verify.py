@@ -134,14 +134,19 @@ class _Verifier:
         """Check the files that say what there is; give the run where they can be relied on."""
         lines: list[ChecksumLine] = []
         run, finished = None, True
+        checksums = self._path / "checksums.jsonl"
         with self.findings.guarded(FILES, "checksums.jsonl"):
-            lines = list(read_checksums(self._path / "checksums.jsonl"))
+            lines = list(read_checksums(checksums))
         with self.findings.guarded(FILES, "run.json"):
             opened = load_run(self._path)
             finished = opened.status == "finished"
             # Looks at all of it once: what cannot be read is found here.
             known = opened.config, opened.round_rows, opened.client_rows
             run = opened if all(part is not None for part in known) else None
+        with self.findings.guarded(FILES, "checksums.jsonl"):
+            whole_lines = checksums.is_file() and checksums.read_bytes().endswith(b"\n")
+            if finished and not whole_lines:
+                self.findings.violate(FILES, "checksums.jsonl ends within a line")
         lines = self._without_unfinished_round(lines, finished)
         for line in lines:
             self._listed.update(line.files)

@@ -1,0 +1,539 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from fedsim.cli import run as command
+from fedsim.core.aggregation import state_sha256
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import InputError
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import execute
+from fedsim.recording.checksums import checksum_line, read_checksums
+from fedsim.recording.files import Checksum, read_lines, write_tensors
+from fedsim.recording.findings import Findings
+from fedsim.recording.verify import verify
+from tests.local_grid import LocalGrid
+from tests.observers import Memory
+from tests.recording.conftest import Recorded
+
+SHARD = "rounds/0001/clients/0002/gradients-00000.safetensors"
+Arrays = dict[str, NDArray[Any]]
+
+
+def record(plan: RunPlan, path: Path, **changes: Any) -> Path:
+    """Make a run of one round of the plan with some settings changed."""
+    values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
+    config = RunConfig.from_mapping({**values, "rounds": 1, **changes})
+    changed = replace(plan, config=config)
+    execute(
+        LocalGrid(app, config.clients),
+        changed,
+        path,
+        observer=Memory(),
+        workers=2,
+        stop=threading.Event(),
+    )
+    return path
+
+
+def reseal(root: Path) -> None:
+    """Make every checksum that of what is there now, as a forger would."""
+    lines = []
+    listed = list(read_checksums(root / "checksums.jsonl"))
+    for line in listed:
+        files = {}
+        for name, checksum in line.files.items():
+            # What grows keeps its beginning; the last line speaks for all of it.
+            whole = not name.endswith(("rounds.jsonl", "clients.jsonl")) or line is listed[-2]
+            path = root / name
+            size = None if whole or name.startswith("rounds/") else checksum.size
+            files[name] = Checksum.of_file(path, size) if path.exists() else checksum
+        lines.append(checksum_line(files))
+    (root / "checksums.jsonl").write_bytes(b"".join(lines))
+
+
+def rewrite_tensors(path: Path, change: Callable[[Arrays], None]) -> None:
+    order = list(safetensors.safe_open(path, framework="np").offset_keys())
+    arrays = safetensors.numpy.load_file(path)
+    change(arrays)
+    write_tensors(path, {name: arrays[name] for name in order})
+
+
+def rewrite_lines(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    rows = list(read_lines(path))
+    change(rows)
+    lines = [json.dumps(row, separators=(",", ":")) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def rewrite_client(root: Path, number: int, partition: int, name: str) -> None:
+    """Let the client's row tell the present checksum of one of its files."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        (row,) = [r for r in rows if (r["round"], r["partition"]) == (number, partition)]
+        path = root / f"rounds/{number:04d}/clients/{partition:04d}/{name}"
+        row["files"][name] = Checksum.of_file(path).to_json()
+
+    rewrite_lines(root / "clients.jsonl", change)
+
+
+def violations_of(findings: Findings) -> dict[str, list[str]]:
+    return {name: c.violations for name, c in findings.checks.items() if c.violations}
+
+
+def test_of_a_whole_run_everything_is_proven(recorded: Recorded) -> None:
+    findings = verify(recorded.path, recompute=4)
+    assert violations_of(findings) == {}
+    assert {name: check.unproven for name, check in findings.checks.items()} == {
+        name: [] for name in findings.checks
+    }
+    files = [p for p in recorded.path.rglob("*") if p.is_file() and p.name != "checksums.jsonl"]
+    steps = sum(row["num_steps"] for row in read_lines(recorded.path / "clients.jsonl"))
+    assert {name: check.proven for name, check in findings.checks.items()} == {
+        "files": len(files),
+        "partition": 4,
+        "participants": 2,
+        "initial state": 1,
+        "steps": steps,
+        "gradients": 0,
+        "replay": steps,
+        "aggregate": 2,
+        "state": 3,
+        "recomputed": 4,
+    }
+    assert findings.checks["replay"].notes == ["bit for bit"]
+    assert findings.bytes_read == sum(p.stat().st_size for p in files)
+
+
+def test_what_an_interrupted_run_finished_is_proven(recorded: Recorded) -> None:
+    findings = verify(recorded.killed)
+    assert violations_of(findings) == {}
+    assert findings.checks["state"].proven == 2
+
+
+def test_a_row_that_was_being_written_when_the_run_was_killed_is_no_damage(copied: Path) -> None:
+    text = (copied / "run.json").read_text().replace('"finished"', '"running"')
+    (copied / "run.json").write_text(text)
+    rows = (copied / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    # As a kill leaves it: the line of checksums is there, that of the round is not.
+    sealed = list(read_checksums(copied / "checksums.jsonl"))[:-1]
+    sealed[1].files["run.json"] = Checksum.of_file(copied / "run.json")
+    lines = [checksum_line(line.files) for line in sealed]
+    (copied / "checksums.jsonl").write_bytes(b"".join(lines))
+    for torn in (b"".join(rows[:-1]), b"".join(rows)[:-1], b"".join(rows[:-1]) + rows[-1][:9]):
+        (copied / "rounds.jsonl").write_bytes(torn)
+        findings = verify(copied)
+        assert violations_of(findings) == {}
+        assert findings.checks["state"].proven == 2
+    (copied / "rounds.jsonl").write_bytes(b"".join(rows))
+    assert verify(copied).checks["state"].proven == 3
+
+
+def test_a_finished_run_without_its_last_round_is_damaged(copied: Path) -> None:
+    rows = (copied / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    (copied / "rounds.jsonl").write_bytes(b"".join(rows[:-1]))
+    assert verify(copied).checks["files"].violations == ["rounds.jsonl is not what was written"]
+
+
+def test_two_hundred_flipped_bits_are_all_reported_by_file(copied: Path) -> None:
+    files = [p for p in sorted(copied.rglob("*")) if p.is_file() and p.stat().st_size]
+    draw = random.Random(7)
+    for number in range(200):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        bit = draw.randrange(8 * len(whole))
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        violations = verify(copied, jobs=2).violations
+        assert any(path.name in violation for violation in violations), (path, bit, violations)
+        path.write_bytes(whole)
+    assert verify(copied).violations == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "rounds.jsonl",
+        "clients.jsonl",
+        "checksums.jsonl",
+        "partition.safetensors",
+        "rounds/0000/global.safetensors",
+        "rounds/0001/aggregate.safetensors",
+        "rounds/0001/clients/0002/delta.safetensors",
+        "rounds/0001/clients/0002/steps.jsonl",
+        SHARD,
+    ],
+)
+def test_a_file_that_is_gone_cut_or_no_file_is_reported(copied: Path, name: str) -> None:
+    path = copied / name
+    whole = path.read_bytes()
+
+    def reported() -> bool:
+        return any(path.name in violation for violation in verify(copied).violations)
+
+    path.write_bytes(whole[: len(whole) // 2])
+    assert reported()
+    path.write_bytes(b"")
+    assert reported()
+    path.unlink()
+    assert reported()
+    path.mkdir()
+    assert reported()
+    path.rmdir()
+    path.write_bytes(whole)
+    assert not verify(copied).violations
+
+
+def test_a_shard_that_nobody_listed_is_reported(copied: Path) -> None:
+    shutil.copy(copied / SHARD, copied / SHARD.replace("00000", "00001"))
+    assert verify(copied).checks["files"].violations == [
+        "rounds/0001/clients/0002 has other shards than clients.jsonl says"
+    ]
+
+
+def test_a_path_out_of_the_run_is_reported_and_not_read(copied: Path) -> None:
+    secret = copied.parent / "secret"
+    secret.write_text("x")
+    line = checksum_line({"../secret": Checksum.of_file(secret)})
+    with (copied / "checksums.jsonl").open("ab") as file:
+        file.write(line)
+    assert verify(copied).violations == ["../secret leads out of the run directory"]
+
+
+# Forgeries: the checksums are made anew, so that only what the files mean is left to tell.
+
+
+def test_a_resealed_run_is_still_whole(copied: Path) -> None:
+    reseal(copied)
+    assert violations_of(verify(copied)) == {}
+
+
+def test_one_changed_bit_of_one_gradient_is_found_by_replay(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        flat = arrays["000001/8.weight"].reshape(-1).view(np.int32)
+        flat[flat.argmax()] ^= 1 << 10
+
+    rewrite_tensors(copied / SHARD, change)
+    rewrite_client(copied, 1, 2, "gradients-00000.safetensors")
+    reseal(copied)
+    (violation,) = verify(copied).violations
+    assert "clients/0002/delta.safetensors: 8.weight is not where the gradients lead" in violation
+
+
+def test_a_scaled_gradient_is_found_by_step_and_tensor(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["000003/8.weight"] *= 1.01
+
+    rewrite_tensors(copied / SHARD, change)
+    rewrite_client(copied, 1, 2, "gradients-00000.safetensors")
+    reseal(copied)
+    found = violations_of(verify(copied))
+    assert list(found) == ["gradients", "replay"]
+    assert "gradients-00000.safetensors: step 3, 8.weight has norm" in found["gradients"][0]
+
+
+def test_a_changed_delta_is_found_by_replay_and_aggregate(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["13.bias"][4] *= 2
+
+    rewrite_tensors(copied / "rounds/0001/clients/0002/delta.safetensors", change)
+    reseal(copied)
+    found = violations_of(verify(copied))
+    assert list(found) == ["replay", "aggregate"]
+    assert "13.bias" in found["replay"][0]
+    assert "aggregate.safetensors: 13.bias is not" in found["aggregate"][0]
+
+
+def test_a_changed_buffer_of_a_delta_is_found_by_the_aggregate(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["1.running_var"][0] += 1
+
+    rewrite_tensors(copied / "rounds/0002/clients/0003/delta.safetensors", change)
+    reseal(copied)
+    assert list(violations_of(verify(copied))) == ["aggregate"]
+
+
+def test_a_changed_aggregate_is_found_twice(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["13.bias"][4] += 1
+
+    rewrite_tensors(copied / "rounds/0001/aggregate.safetensors", change)
+    reseal(copied)
+    assert list(violations_of(verify(copied))) == ["aggregate", "state"]
+
+
+def test_a_changed_state_is_found_with_its_row_and_without(copied: Path) -> None:
+    path = copied / "rounds/0002/global.safetensors"
+
+    def change(arrays: Arrays) -> None:
+        arrays["13.bias"][4] = np.nextafter(arrays["13.bias"][4], np.float32(9))
+
+    rewrite_tensors(path, change)
+    reseal(copied)
+    assert list(violations_of(verify(copied))) == ["state"]
+
+    def follow(rows: list[dict[str, Any]]) -> None:
+        rows[2]["state_sha256"] = state_sha256(safetensors.numpy.load_file(path))
+
+    rewrite_lines(copied / "rounds.jsonl", follow)
+    reseal(copied)
+    (violation,) = verify(copied).violations
+    assert "13.bias is not the state before plus the aggregate" in violation
+
+
+def test_a_changed_initial_state_is_found(copied: Path) -> None:
+    path = copied / "rounds/0000/global.safetensors"
+
+    def change(arrays: Arrays) -> None:
+        arrays["0.weight"] *= 1.5
+
+    def follow(rows: list[dict[str, Any]]) -> None:
+        rows[0]["state_sha256"] = state_sha256(safetensors.numpy.load_file(path))
+
+    rewrite_tensors(path, change)
+    rewrite_lines(copied / "rounds.jsonl", follow)
+    reseal(copied)
+    found = violations_of(verify(copied))
+    assert "0.weight does not follow from the seed" in found["initial state"][0]
+
+
+def test_other_participants_than_the_drawn_are_found(copied: Path) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[1]["participants"] = rows[1]["participants"][::-1]
+
+    rewrite_lines(copied / "rounds.jsonl", change)
+    reseal(copied)
+    assert list(violations_of(verify(copied))) == ["participants"]
+
+
+def test_a_sample_that_changed_hands_is_found(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["0"][0], arrays["1"][0] = arrays["1"][0], arrays["0"][0]
+
+    rewrite_tensors(copied / "partition.safetensors", change)
+    reseal(copied)
+    found = violations_of(verify(copied))
+    assert "partition.safetensors has another hash than run.json" in found["partition"]
+    assert "is not the one drawn" in found["steps"][0]
+
+
+def test_a_sample_that_two_clients_have_is_found(copied: Path) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["0"][0] = arrays["1"][0]
+
+    rewrite_tensors(copied / "partition.safetensors", change)
+    reseal(copied)
+    assert (
+        "partition.safetensors does not deal each of 1438 samples once"
+        in verify(copied).checks["partition"].violations
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("indices", list(range(64)), "the batch of step 1 is not the one drawn"),
+        ("loss", 0.5, "has other losses than clients.jsonl"),
+        ("learning_rate", 0.5, "step 1 is not as the configuration says"),
+    ],
+)
+def test_a_changed_row_of_a_step_is_found(
+    copied: Path, key: str, value: Any, sentence: str
+) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[1][key] = value
+
+    rewrite_lines(copied / "rounds/0001/clients/0002/steps.jsonl", change)
+    rewrite_client(copied, 1, 2, "steps.jsonl")
+    reseal(copied)
+    (violation,) = verify(copied).checks["steps"].violations
+    assert sentence in violation
+
+
+def test_class_counts_that_are_not_those_of_the_data_are_found(copied: Path) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        counts = rows[0]["class_distribution"]
+        counts[0], counts[1] = counts[1] + 1, counts[0] - 1
+
+    rewrite_lines(copied / "clients.jsonl", change)
+    reseal(copied)
+    (violation,) = verify(copied).violations
+    assert "class_distribution of client 2 in round 1" in violation
+
+
+def test_a_gradient_forged_with_its_norms_is_found_by_computing_it_again(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    root = record(plan, tmp_path / "run", capture="first:1")
+
+    def change(arrays: Arrays) -> None:
+        arrays["000000/8.weight"] = arrays["000000/8.weight"][::-1].copy()
+
+    rewrite_tensors(root / SHARD, change)
+    rewrite_client(root, 1, 2, "gradients-00000.safetensors")
+    reseal(root)
+    assert verify(root).violations == []
+    (violation,) = verify(root, recompute=10).violations
+    assert "rounds/0001/clients/0002: the gradient of step 0 is off by" in violation
+    assert verify(root, recompute=10).checks["recomputed"].proven == 2
+
+
+# What cannot be proven is said.
+
+
+def test_with_some_steps_the_norms_are_proven_and_the_replay_is_not(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    findings = verify(record(plan, tmp_path / "run", capture="every:2"))
+    assert findings.violations == []
+    assert findings.checks["replay"].proven == 0
+    assert findings.checks["replay"].unproven == [
+        "capture = 'every:2' keeps 5 of 10 steps",
+        "capture = 'every:2' keeps 2 of 4 steps",
+        "capture = 'every:2' keeps 3 of 5 steps",
+    ]
+    assert findings.checks["gradients"].proven == 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_gradients_lead_near_the_delta(plan: RunPlan, tmp_path: Path, dtype: str) -> None:
+    findings = verify(record(plan, tmp_path / "run", **{"capture-dtype": dtype}), recompute=3)
+    assert findings.violations == []
+    (note,) = findings.checks["replay"].notes
+    assert note.endswith(f"gradients are stored as {dtype}")
+    assert findings.checks["recomputed"].proven == 3
+
+
+@pytest.mark.parametrize("capture", ["none", "sketch:64"])
+def test_without_gradients_the_rest_is_proven(plan: RunPlan, tmp_path: Path, capture: str) -> None:
+    findings = verify(record(plan, tmp_path / "run", capture=capture), recompute=2)
+    assert findings.violations == []
+    assert findings.checks["replay"].unproven == [f"capture = {capture!r} keeps no gradients"]
+    assert findings.checks["recomputed"].unproven
+    assert findings.checks["state"].proven == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam", "learning-rate": 0.001},
+        {"nesterov": True},
+        {"momentum": 0.0, "weight-decay": 0.0},
+        {"capture-layers": ["8.*", "13.*"]},
+        {"capture-encoding": "dense"},
+        {"gradient-statistics": False},
+        {"autocast": "bfloat16"},
+        {"autocast": "float16"},
+        {"local-steps": 3},
+    ],
+)
+def test_every_way_of_local_training_is_replayed_to_the_bit(
+    plan: RunPlan, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    findings = verify(record(plan, tmp_path / "run", **changes))
+    assert findings.violations == []
+    assert findings.checks["replay"].notes == ["bit for bit"]
+    rows = read_lines(tmp_path / "run" / "clients.jsonl")
+    assert findings.checks["replay"].proven == sum(row["num_steps"] for row in rows)
+
+
+def test_a_failed_client_is_no_violation(plan: RunPlan, tmp_path: Path) -> None:
+    values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
+    config = RunConfig.from_mapping({**values, "rounds": 1, "max-failures": 1})
+
+    def fail(partition: int, message: Any) -> None:
+        if message.metadata.message_type == "train" and partition == 2:
+            raise ValueError("no")
+
+    execute(
+        LocalGrid(app, 4, before=fail),
+        replace(plan, config=config),
+        tmp_path / "run",
+        observer=Memory(),
+        workers=2,
+        stop=threading.Event(),
+    )
+    findings = verify(tmp_path / "run")
+    assert findings.violations == []
+    assert findings.checks["aggregate"].proven == 1
+
+
+def test_without_the_data_its_checks_are_named(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(recorded.path, tmp_path / "run"))
+    manifest = json.loads((root / "run.json").read_bytes())
+    manifest["dataset"]["sha256"] = "0" * 64
+    (root / "run.json").write_text(json.dumps(manifest))
+    reseal(root)
+    findings = verify(root, recompute=1)
+    assert findings.violations == []
+    reason = "the data at hand has another hash than that of the run"
+    assert findings.checks["partition"].unproven == [f"class counts: {reason}"]
+    assert findings.checks["recomputed"].unproven == [reason]
+
+
+# Parts of a run, and the command.
+
+
+def test_one_round_and_one_client_can_be_asked_for(recorded: Recorded) -> None:
+    findings = verify(recorded.path, rounds=[2], clients=[3])
+    rows = read_lines(recorded.path / "clients.jsonl")
+    (row,) = [r for r in rows if (r["round"], r["partition"]) == (2, 3)]
+    assert findings.violations == []
+    assert findings.checks["replay"].proven == row["num_steps"]
+    assert findings.checks["aggregate"].proven == 1
+    assert findings.checks["initial state"].proven == 0
+
+
+def test_progress_ends_at_the_whole(recorded: Recorded) -> None:
+    told: list[tuple[int, int]] = []
+    verify(recorded.path, jobs=1, progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    done, total = told[-1]
+    assert 0.99 < done / total <= 1
+
+
+def test_what_is_not_in_the_run_is_refused(recorded: Recorded, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--round = 7 is not in the run; there are 0, 1, 2"):
+        verify(recorded.path, rounds=[1, 7])
+    with pytest.raises(InputError, match=r"--client = 9 is not in the run"):
+        verify(recorded.path, clients=[9])
+    with pytest.raises(InputError, match="is no folder"):
+        verify(tmp_path / "absent")
+
+
+def test_the_command_prints_a_table_and_ends_with_what_was_found(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["verify", str(copied), "--recompute", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "replay" in out
+    assert "bit for bit" in out
+    assert err == ""
+    path = copied / SHARD
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert command(["verify", str(copied)]) == 1
+    out, err = capsys.readouterr()
+    assert f"files: {SHARD} is not what was written" in out
+    assert f"replay: {SHARD} is damaged" not in err
+    assert err.count("\n") == 1
+    assert f"is not what was recorded: {SHARD} is not what was written" in err
+    assert command(["verify", str(copied.parent / "absent")]) == 2
+    assert command(["verify", str(copied), "--round", "9"]) == 2
+    assert command(["verify", str(copied), "--jobs", "0"]) == 2
