@@ -361,8 +361,9 @@ def _run(parsed: argparse.Namespace) -> None:
 def _plan(parsed: argparse.Namespace) -> None:
     plan, pool, output = _prepared(parsed)
 
+    from fedsim.core.units import format_bytes
     from fedsim.flower.server_app import check_output, free_bytes
-    from fedsim.report.terminal import format_bytes, make_console, print_summary
+    from fedsim.report.terminal import make_console, print_summary
 
     console = make_console()
     print_summary(console, plan, pool.workers, output)

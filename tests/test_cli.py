@@ -36,7 +36,15 @@ BAD = [
     (["--nesterov", "--momentum", "0"], "nesterov = True"),
     (["--capture", "last"], "capture = 'last'"),
     (["--capture", "first:0"], "capture = 'first:0'"),
+    (["--capture", "last:0"], "capture = 'last:0'"),
+    (["--capture", "sketch"], "capture = 'sketch'"),
     (["--capture-layers", "head.*"], "capture-layers = ['head.*']"),
+    (["--capture-dtype", "float64"], "capture-dtype = 'float64'"),
+    (["--capture-encoding", "zip"], "capture-encoding = 'zip'"),
+    (["--capture-budget", "much"], "capture-budget = 'much'"),
+    (["--capture-budget", "20 kB"], "capture-budget = '20 kB'"),
+    (["--gradient-statistics", "some"], "gradient-statistics = 'some'"),
+    (["--autocast", "int8"], "autocast = 'int8'"),
     (["--strategy", "fedsgd"], "strategy = 'fedsgd'"),
     (["--seed", "-1"], "seed = -1"),
     (["--participants", "[[0, 1]]"], "participants = "),
@@ -177,3 +185,65 @@ def test_a_run_can_be_started_from_its_run_json(tmp_path):
     file.write_text(json.dumps({"config": config.to_mapping()}))
     again = RunConfig.from_mapping(read_config_file(file))
     assert again == config.model_copy(update={"output": None})
+
+
+def plan_lines(capsys, *flags):
+    assert cli.run(["plan", "--model", "cnn", "--clients", "4", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if "  " in line}
+
+
+def test_plan_tells_the_bytes_and_starts_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = plan_lines(capsys, "--capture", "all", "--rounds", "2", "--clients-per-round", "2")
+    # 19,546 parameters of four bytes.
+    assert lines["capture"].startswith("all, float32, support, 78.2 kB a step, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--capture-dtype", "bfloat16"],
+            "first:1, bfloat16, support, 39.1 kB a step, 156",
+        ),
+        (
+            ["--capture-encoding", "dense"],
+            "first:1, float32, dense, 78.2 kB a step, 312.7",
+        ),
+        (["--capture", "sketch:100"], "sketch:100, 400 B a step, "),
+        (["--capture-layers", "13.*"], "first:1 of 13.*, float32, support, 20.5 kB a step, "),
+        (["--capture", "none"], "none"),
+    ],
+)
+def test_plan_tells_what_is_kept(capsys, flags, told):
+    lines = plan_lines(capsys, "--rounds", "2", "--clients-per-round", "2", *flags)
+    assert lines["capture"].startswith(told)
+
+
+@pytest.mark.parametrize("name", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            ["--capture", "first:9", "--capture-budget", "1 MB"],
+            "capture-budget = '1 MB' cannot be used; allowed is at least ",
+        ),
+        (["--rounds", "100000"], "and its disk has"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    capsys,
+    tmp_path,
+    monkeypatch,
+    name,
+    flags,
+    sentence,
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([name, "--model", "cnn", *flags]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

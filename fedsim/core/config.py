@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -29,6 +27,7 @@ from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
+from fedsim.core.units import parse_bytes
 
 Strategy = Literal["delta-fedavg"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -63,29 +62,6 @@ def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError("a finite number")
     return value
-
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes with a unit, like ``20 GB`` (decimal) or ``1.5 GiB`` (binary).
-
-    Raises
-    ------
-    ValueError
-        With the allowed form, when `text` is none.
-    """
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)\s*", text)
-    count = int(Decimal(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
-    if not count:
-        raise ValueError("a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'")
-    return count
 
 
 def _bytes_written(value: Any) -> Any:

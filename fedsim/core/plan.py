@@ -22,6 +22,7 @@ from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, state_arrays
+from fedsim.core.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,8 @@ class RunPlan:
         raise ConfigError(
             "capture-budget",
             self.config.capture_budget,
-            f"at least {needed / 1e9:.2f} GB for capture = {self.config.capture!r}; "
+            f"at least {needed:,} bytes ({format_bytes(needed)}) for capture = "
+            f"{self.config.capture!r}; "
             f"{self.fitting_change(budget)} would fit",
         )
 

@@ -19,6 +19,7 @@ from fedsim.core.errors import DiskFullError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
+from fedsim.core.units import format_bytes
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.writer import RunWriter
@@ -48,8 +49,8 @@ def check_output(path: Path, plan: RunPlan) -> None:
     if needed > free:
         change = plan.fitting_change(free - (needed - plan.captured_bytes()))
         raise InputError(
-            f"output = {str(path)!r} needs {needed / 1e9:.1f} GB and its disk has "
-            f"{free / 1e9:.1f} GB free; "
+            f"output = {str(path)!r} needs {format_bytes(needed)} and its disk has "
+            f"{format_bytes(free)} free; "
             + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
 

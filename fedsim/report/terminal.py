@@ -28,6 +28,7 @@ from rich.text import Text
 
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
+from fedsim.core.units import format_bytes
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
 
@@ -356,17 +357,6 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
-
-
-def format_bytes(count: int) -> str:
-    """Write a number of bytes in decimal units."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        # Not 1000: what rounds up to it takes the next unit.
-        if size < 999.95:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def format_seconds(seconds: float) -> str:
