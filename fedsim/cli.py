@@ -77,6 +77,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # The keys come with torch: only who asks for a run waits for it.
     _add_run(commands, with_keys="run" in arguments[:1])
     _add_plan(commands, with_keys="plan" in arguments[:1])
+    _add_resume(commands, with_keys="resume" in arguments[:1])
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
@@ -88,7 +89,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
     """Refuse what no command takes; a misspelt key of a run gets the nearest one."""
-    if command in (_run, _plan) and unknown.startswith("--"):
+    if command in (_run, _plan, _resume) and unknown.startswith("--"):
         from fedsim.core.config import unknown_key
 
         key, _, value = unknown.removeprefix("--").partition("=")
@@ -129,6 +130,22 @@ def _add_plan(commands: Any, *, with_keys: bool) -> None:
     )
     command.set_defaults(command=_plan)
     command.add_argument("config", nargs="?", type=Path, help="as for `fedsim run`")
+    if with_keys:
+        _add_keys(command)
+
+
+def _add_resume(commands: Any, *, with_keys: bool) -> None:
+    command = commands.add_parser(
+        "resume",
+        help="continue a run after its last whole round",
+        description="Continue a run after its last whole round, with the configuration that it "
+        "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
+        "data-root, max-failures, capture-budget) may change; any other change is refused.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_resume)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
     if with_keys:
         _add_keys(command)
 
@@ -314,10 +331,9 @@ def _verify(parsed: argparse.Namespace) -> int:
     return FAILURE
 
 
-def _config_of(parsed: argparse.Namespace) -> RunConfig:
-    from fedsim.core.config import RunConfig, parse_text, read_config_file
+def _config_of(parsed: argparse.Namespace, values: dict[str, Any]) -> RunConfig:
+    from fedsim.core.config import RunConfig, parse_text
 
-    values = read_config_file(parsed.config) if parsed.config else {}
     for name in RunConfig.model_fields:
         key = name.replace("_", "-")
         if (text := getattr(parsed, key)) is not None:
@@ -326,7 +342,9 @@ def _config_of(parsed: argparse.Namespace) -> RunConfig:
 
 
 def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
-    config = _config_of(parsed)
+    from fedsim.core.config import read_config_file
+
+    config = _config_of(parsed, read_config_file(parsed.config) if parsed.config else {})
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -341,18 +359,41 @@ def _run(parsed: argparse.Namespace) -> None:
     plan, pool, output = _prepared(parsed)
 
     from fedsim.flower.server_app import check_output
+
+    check_output(output, plan)
+    _simulate(plan, pool, output, verbose=parsed.verbose)
+
+
+def _resume(parsed: argparse.Namespace) -> None:
+    from fedsim.core.plan import RunPlan
+    from fedsim.flower.server_app import check_resume
+    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.recording.reader import load_run
+
+    run = load_run(parsed.run)
+    recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
+    config = _config_of(parsed, recorded)
+    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    plan = RunPlan.prepare(config)
+    check_resume(run, plan)
+    _simulate(plan, pool, parsed.run, verbose=parsed.verbose, resume=True)
+
+
+def _simulate(
+    plan: RunPlan, pool: WorkerPool, output: Path, *, verbose: bool, resume: bool = False
+) -> None:
     from fedsim.flower.simulation import simulate
     from fedsim.report.terminal import TerminalObserver
 
-    check_output(output, plan)
     observer = TerminalObserver()
     stop = threading.Event()
     _stop_on_interrupt(stop)
     try:
-        simulate(plan, output, pool, observer=observer, stop=stop, verbose=parsed.verbose)
+        simulate(plan, output, pool, observer=observer, stop=stop, verbose=verbose, resume=resume)
     except RunInterruptedError:
         raise RunInterruptedError(
-            f"interrupted; the finished rounds are kept in {output}"
+            f"interrupted; the finished rounds are kept in {output}, and "
+            f"`fedsim resume {output}` continues"
         ) from None
     finally:
         observer.close()

@@ -101,8 +101,13 @@ class RoundLoop:
             seed=self._config.seed,
         ).to(self._device)
 
-    def run(self) -> None:
-        """Run all rounds.
+    def run(self, *, after: int | None = None) -> None:
+        """Run all rounds, or those after one that the run directory holds.
+
+        Parameters
+        ----------
+        after : int, optional
+            The last whole round.
 
         Raises
         ------
@@ -114,11 +119,13 @@ class RoundLoop:
         nodes = map_partitions(
             self._grid, clients=self._config.clients, window=self._window, stop=self._stop
         )
-        state: State = self._plan.initial_state
-        self._writer.add_state(0, state)
-        started = time.perf_counter()
-        self._close_round(0, [], [], state, started, clients_seconds=0.0)
-        for number in range(1, self._config.rounds + 1):
+        if after is None:
+            state: State = self._plan.initial_state
+            self._writer.add_state(0, state)
+            self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
+        else:
+            state = self._writer.state(after)
+        for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
             self._observer.round_started(number, participants)

@@ -15,13 +15,14 @@ import torch
 from flwr.serverapp import Grid
 
 import fedsim
-from fedsim.core.errors import DiskFullError, InputError
+from fedsim.core.errors import ConfigError, DiskFullError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
+from fedsim.recording.reader import Run
 from fedsim.recording.writer import RunWriter
 from strategies.registry import build_strategy
 
@@ -55,6 +56,40 @@ def check_output(path: Path, plan: RunPlan) -> None:
         )
 
 
+MAY_CHANGE = ("rounds", "workers", "data-root", "max-failures", "capture-budget", "output")
+"""Keys that a run may be resumed with another value of: none of them decides what a round is."""
+
+
+def check_resume(run: Run, plan: RunPlan) -> None:
+    """Refuse to continue a run that is complete, or with anything that would change its rounds.
+
+    Raises
+    ------
+    InputError
+        Naming the key, the file or the disk.
+    """
+    recorded, asked = run.config.to_mapping(), plan.config.to_mapping()
+    for key, value in asked.items():
+        if value != recorded[key] and key not in MAY_CHANGE:
+            raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
+    if plan.dataset.sha256() != run.manifest["dataset"]["sha256"]:
+        raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
+    if partition_sha256(plan.partition) != run.manifest["partition"]["sha256"]:
+        raise InputError(f"{run.path} has another partition than follows from its configuration")
+    if not run.round_rows:
+        raise InputError(f"{run.path} holds no whole round; allowed is a new run")
+    last = run.round_rows[-1]["round"]
+    if last >= plan.config.rounds:
+        raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+    plan.check_budget()
+    needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
+    if needed > (free := free_bytes(run.path)):
+        raise InputError(
+            f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
+            "free; allowed is fewer rounds, or more room"
+        )
+
+
 def free_bytes(path: Path) -> int:
     """Count the free bytes of the disk on which `path` is or would be."""
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -69,8 +104,9 @@ def execute(
     observer: RunObserver,
     workers: int,
     stop: threading.Event,
+    resume: bool = False,
 ) -> None:
-    """Run a plan over a grid into a new run directory, and leave its true status there.
+    """Run a plan over a grid into a run directory, and leave its true status there.
 
     Parameters
     ----------
@@ -86,6 +122,8 @@ def execute(
         Clients that train at the same time.
     stop : threading.Event
         Set by whoever wants the run to end.
+    resume : bool
+        Continue the run directory after its last whole round instead.
 
     Raises
     ------
@@ -93,7 +131,10 @@ def execute(
         As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
         says ``failed``.
     """
-    writer = RunWriter.create(output, manifest_of(plan), plan.partition)
+    if resume:
+        writer = RunWriter.reopen(output, plan.config.to_mapping())
+    else:
+        writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     try:
         observer.run_started(plan, workers, output)
         loop = RoundLoop(
@@ -105,7 +146,7 @@ def execute(
             workers=workers,
             stop=stop,
         )
-        loop.run()
+        loop.run(after=writer.last_round if resume else None)
     except BaseException as error:
         failure = error
         if isinstance(error, OSError) and error.errno in DISK_FULL:

@@ -170,6 +170,7 @@ def simulate(
     stop: threading.Event,
     verbose: bool = False,
     ray_gpus: int | None = None,
+    resume: bool = False,
 ) -> None:
     """Run a plan on a private Ray engine on this machine.
 
@@ -190,6 +191,8 @@ def simulate(
     ray_gpus : int, optional
         GPUs that Ray is told of; by default as many as the pool uses. A machine without a GPU
         can be told of some to test how fractions are scheduled.
+    resume : bool
+        Continue the run directory instead of making it.
 
     Raises
     ------
@@ -205,7 +208,15 @@ def simulate(
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            execute(grid, plan, output, observer=observer, workers=pool.workers, stop=stop)
+            execute(
+                grid,
+                plan,
+                output,
+                observer=observer,
+                workers=pool.workers,
+                stop=stop,
+                resume=resume,
+            )
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)

@@ -23,6 +23,7 @@ class RunLayout:
         self.rounds = root / "rounds.jsonl"
         self.clients = root / "clients.jsonl"
         self.checksums = root / "checksums.jsonl"
+        self.lock = root / "lock"
 
     def round(self, number: int) -> Path:
         """Folder of a round; round 0 holds the initial state."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
-from fedsim.recording.checksums import checksum_line
+from fedsim.recording.checksums import ChecksumLine, checksum_line, read_checksums
 from fedsim.recording.files import (
     Checksum,
     Digest,
@@ -24,6 +27,7 @@ from fedsim.recording.files import (
     write_tensors,
 )
 from fedsim.recording.layout import FORMAT, RunLayout
+from fedsim.recording.reader import TensorFile, load_run
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -78,6 +82,7 @@ class RunWriter:
         except OSError as error:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
         writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
+        writer._lock()
         layout = writer.layout
         arrays = {str(i): p for i, p in enumerate(partition)}
         writer._seal({layout.partition: write_tensors(layout.partition, arrays)})
@@ -85,6 +90,78 @@ class RunWriter:
         layout.clients.touch()
         layout.rounds.touch()
         return writer
+
+    @classmethod
+    def reopen(cls, root: Path, config: Mapping[str, Any]) -> RunWriter:
+        """Continue a run directory after its last whole round.
+
+        What an unfinished round left is removed: its folder, its rows, its checksums.
+
+        Parameters
+        ----------
+        root : Path
+            A run directory that nobody else writes to.
+        config : mapping
+            The configuration to go on with; it may have more rounds.
+
+        Raises
+        ------
+        InputError
+            When it is no run directory, is in use, or holds no whole round.
+        """
+        run = load_run(root)
+        manifest = {k: v for k, v in run.manifest.items() if k != "error"}
+        writer = cls(root, {**manifest, "status": "running", "config": dict(config)})
+        writer._lock()
+        layout = writer.layout
+        rows = layout.rounds.stat().st_size if layout.rounds.exists() else 0
+        lines = list(read_checksums(layout.checksums))
+        whole = [n for n, line in enumerate(lines) if _rows_of(line) and _rows_of(line) <= rows]
+        if not whole:
+            raise InputError(f"{root} holds no whole round; allowed is a new run")
+        kept = lines[: whole[-1] + 1]
+        for path in (layout.rounds, layout.clients):
+            os.truncate(path, kept[-1].files[path.name].size)
+        writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
+        # The present run.json stays listed until the new one is there.
+        present = Checksum.of_file(layout.manifest)
+        seals = [checksum_line(line.files) for line in kept]
+        with temporary(layout.checksums) as unfinished:
+            unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
+        writer._write_manifest()
+        writer.drop_unfinished_round()
+        return writer
+
+    @property
+    def last_round(self) -> int:
+        """The last whole round."""
+        return max(int(row["round"]) for row in read_lines(self.layout.rounds))
+
+    def state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
+        """Read a global state back.
+
+        Raises
+        ------
+        InputError
+            When it is not the one that the round's row tells of.
+        """
+        path = self.layout.state(round_number)
+        state = {name: tensor.numpy().copy() for name, tensor in TensorFile(path).items()}
+        hashes = {row["round"]: row["state_sha256"] for row in read_lines(self.layout.rounds)}
+        if state_sha256(state) != hashes[round_number]:
+            raise InputError(f"{path} is not the state that round {round_number} ended with")
+        return state
+
+    def _lock(self) -> None:
+        """Keep every other writer out for as long as this process lives."""
+        # The kernel gives the lock of a dead process back, however it died.
+        self._lock_file = self.layout.lock.open("ab")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{self.layout.root} is being written by another process; allowed is one at a time"
+            ) from None
 
     def add_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Keep one client's delta and telemetry of a round.
@@ -162,6 +239,11 @@ class RunWriter:
 
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
+
+
+def _rows_of(line: ChecksumLine) -> int:
+    """Give the bytes of ``rounds.jsonl`` after the round of a line; 0 for lines of no round."""
+    return line.files["rounds.jsonl"].size if "rounds.jsonl" in line.files else 0
 
 
 def _digest_of(path: Path) -> Digest:

@@ -72,6 +72,7 @@ class TerminalObserver:
         self._clients_failed = 0
         self._clients_total = 0
         self._rounds = 0
+        self._rounds_trained = 0
         self._started = 0.0
         self._rows: list[Mapping[str, Any]] = []
 
@@ -79,9 +80,8 @@ class TerminalObserver:
         """Print what will be run and start the progress bar."""
         print_summary(self._console, plan, workers, path)
         self._rounds = plan.config.rounds
-        self._clients_total = sum(
-            plan.config.num_participants(r) for r in range(1, self._rounds + 1)
-        )
+        self._clients_of = plan.config.num_participants
+        self._clients_total = sum(self._clients_of(r) for r in range(1, self._rounds + 1))
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -99,8 +99,13 @@ class TerminalObserver:
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Move the bar to the round."""
-        if round_number == 1:
+        if not self._started:
             self._started = time.perf_counter()
+            self._clients_total -= sum(self._clients_of(r) for r in range(1, round_number))
+            if round_number > 1:
+                self._console.print(Text(f"continuing after round {round_number - 1}"))
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, total=self._clients_total)
         self._update(f"round {round_number}/{self._rounds}")
 
     def client_finished(self, row: Mapping[str, Any]) -> None:
@@ -118,6 +123,7 @@ class TerminalObserver:
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
         self._rows.append(row)
+        self._rounds_trained += row["round"] > 0
         self._console.print(Text(round_line(row, self._rounds)))
 
     def run_finished(self, path: Path) -> None:
@@ -131,7 +137,7 @@ class TerminalObserver:
         table.add_row("accuracy", f"{last['global_accuracy']:.4f} at the end")
         table.add_row("", f"{best['global_accuracy']:.4f} at best, in round {best['round']}")
         table.add_row("loss", f"{_number(last['global_loss'])} at the end")
-        trained = f"{self._clients_trained} trained in {self._rounds} rounds"
+        trained = f"{self._clients_trained} trained in {self._rounds_trained} rounds"
         table.add_row("clients", trained + failed)
         table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
         table.add_row("time", format_seconds(time.perf_counter() - self._started))
