@@ -158,8 +158,11 @@ def execute(
         with contextlib.suppress(OSError):
             writer.finish("failed", str(failure) or type(failure).__name__)
         raise failure from None if failure is error else error
-    writer.finish("finished")
-    observer.run_finished(output)
+    else:
+        writer.finish("finished")
+        observer.run_finished(output)
+    finally:
+        writer.close()
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ class RunWriter:
         self.layout = RunLayout(root)
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
+        self._lock_file: BinaryIO | None = None
         self._grown = {path: _digest_of(path) for path in (self.layout.clients, self.layout.rounds)}
 
     @classmethod
@@ -162,6 +163,11 @@ class RunWriter:
             raise InputError(
                 f"{self.layout.root} is being written by another process; allowed is one at a time"
             ) from None
+
+    def close(self) -> None:
+        """Let others write to the run."""
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def add_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Keep one client's delta and telemetry of a round.

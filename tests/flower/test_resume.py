@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedsim import cli
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import FedsimError, InputError
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import execute, manifest_of
+from fedsim.recording.files import read_lines
+from fedsim.recording.verify import verify
+from fedsim.recording.writer import RunWriter
+from tests.local_grid import LocalGrid
+from tests.observers import Memory
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def plan() -> RunPlan:
+    return RunPlan.prepare(
+        RunConfig.from_mapping(
+            {
+                "dataset": "digits",
+                "model": "cnn",
+                "clients": 4,
+                "clients-per-round": 3,
+                "rounds": ROUNDS,
+                "batch-size": 64,
+                "capture": "all",
+                "device": "cpu",
+            }
+        )
+    )
+
+
+def go(plan: RunPlan, path: Path, *, before: Any = None, resume: bool = False) -> Memory:
+    observer = Memory()
+    execute(
+        LocalGrid(app, plan.config.clients, before=before),
+        plan,
+        path,
+        observer=observer,
+        workers=2,
+        stop=threading.Event(),
+        resume=resume,
+    )
+    return observer
+
+
+def fail_in(number: int, partition: int) -> Any:
+    def before(here: int, message: Any) -> None:
+        if message.metadata.message_type != "train" or here != partition:
+            return
+        if int(message.content.config_records["config"]["server-round"]) == number:
+            raise ValueError("enough")
+
+    return before
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All recorded tensors, which must not depend on how often the run was stopped."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    go(plan, path)
+    return path
+
+
+def hashes(path: Path) -> list[str]:
+    return [row["state_sha256"] for row in read_lines(path / "rounds.jsonl")]
+
+
+@pytest.mark.parametrize(("number", "position"), [(1, 0), (2, 2), (4, 1)])
+def test_a_run_that_failed_anywhere_resumes_to_the_same_bytes(
+    plan: RunPlan, whole: Path, tmp_path: Path, number: int, position: int
+) -> None:
+    partition = plan.config.participants_of(number)[position]
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=fail_in(number, partition))
+    assert verify(tmp_path / "run").violations == []
+    observer = go(plan, tmp_path / "run", resume=True)
+    assert [event[1] for event in observer.of("round finished")] == list(range(number, ROUNDS + 1))
+    assert hashes(tmp_path / "run") == hashes(whole)
+    assert contents(tmp_path / "run") == contents(whole)
+    findings = verify(tmp_path / "run")
+    assert findings.violations == []
+    assert findings.checks["replay"].proven == verify(whole).checks["replay"].proven
+
+
+def test_a_run_stopped_in_every_round_ends_the_same(
+    plan: RunPlan, whole: Path, tmp_path: Path
+) -> None:
+    for number in range(1, ROUNDS + 1):
+        partition = plan.config.participants_of(number)[-1]
+        with pytest.raises(FedsimError, match="enough"):
+            go(plan, tmp_path / "run", before=fail_in(number, partition), resume=number > 1)
+    go(plan, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
+    assert verify(tmp_path / "run").violations == []
+
+
+def test_a_finished_run_can_be_extended(plan: RunPlan, whole: Path, tmp_path: Path) -> None:
+    short = replace(plan, config=plan.config.model_copy(update={"rounds": 2}))
+    go(short, tmp_path / "run")
+    go(plan, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
+    assert verify(tmp_path / "run").violations == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, -1])
+def test_a_torn_row_is_dropped(plan: RunPlan, whole: Path, tmp_path: Path, cut: int) -> None:
+    """As a kill in the middle of writing the last row leaves it."""
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=fail_in(4, plan.config.participants_of(4)[0]))
+    rows = tmp_path / "run" / "rounds.jsonl"
+    lines = rows.read_bytes().splitlines(keepends=True)
+    rows.write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
+    observer = go(plan, tmp_path / "run", resume=True)
+    assert observer.of("round finished")[0][1] == 3
+    assert contents(tmp_path / "run") == contents(whole)
+    assert verify(tmp_path / "run").violations == []
+
+
+def test_a_state_that_is_not_that_of_its_row_is_not_continued(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=fail_in(2, plan.config.participants_of(2)[0]))
+    path = tmp_path / "run/rounds/0001/global.safetensors"
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(InputError, match=r"0001/global\.safetensors is not the state that round 1"):
+        go(plan, tmp_path / "run", resume=True)
+
+
+def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = RunWriter.create(path, manifest_of(plan), plan.partition)
+    with pytest.raises(InputError, match="is being written by another process"):
+        RunWriter.reopen(path, plan.config.to_mapping())
+    del first
+    # The lock is gone with its owner; what is missing now is a round.
+    with pytest.raises(InputError, match="holds no whole round"):
+        RunWriter.reopen(path, plan.config.to_mapping())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "rounds = 4 cannot be used; allowed is 5 or more"),
+        (["--rounds", "3"], "rounds = 3 cannot be used; allowed is 5 or more"),
+        (["--rounds", "9", "--seed", "1"], "seed = 1 cannot be used; allowed is 42"),
+        (["--rounds", "9", "--model", "resnet18"], "model = 'resnet18' cannot be used; allowed is"),
+        (["--rounds", "9", "--capture-budget", "9 kB"], "capture-budget = '9 kB' cannot be used"),
+        (["--rouns", "9"], "perhaps rounds"),
+    ],
+)
+def test_what_would_change_a_run_is_refused(
+    whole: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    before = contents(whole)
+    assert cli.run(["resume", str(whole), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert contents(whole) == before
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["resume", str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(tmp_path: Path) -> None:
+    flags = "--model cnn --clients 4 --clients-per-round 3 --rounds 3 --capture all --device cpu"
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedsim", *arguments],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    assert start("run", *flags.split(), "--output", f"{tmp_path}/whole").wait(120) == 0
+    process = start("run", *flags.split(), "--output", f"{tmp_path}/run")
+    rows = tmp_path / "run" / "rounds.jsonl"
+    end = time.monotonic() + 120
+    while not rows.exists() or rows.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < end
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(60)
+    assert verify(tmp_path / "run").violations == []
+    assert start("resume", f"{tmp_path}/run").wait(120) == 0
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "run").violations == []
