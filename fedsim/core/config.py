@@ -267,6 +267,9 @@ class RunConfig(_Strict):
             raise ConfigError(
                 "nesterov", True, "true only with optimizer = 'sgd' and a momentum above 0"
             )
+        if self.compile and self.model == "cnn":
+            # torch compiles nothing of a plain sequence of layers, and does not say so.
+            raise ConfigError("compile", True, "false with model = 'cnn', or another model")
         if self.client_gpus and self.client_gpus > 1 and self.client_gpus % 1:
             raise ConfigError(
                 "client-gpus", self.client_gpus, "a share up to 1 or a whole number of GPUs"
@@ -388,6 +391,7 @@ _TYPES = {
 }
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _ALLOWED = {
+    "capture-budget": "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'",
     "batch-size": "a whole number of 1 or more, or a list of them",
     "local-epochs": "a whole number of 1 or more, or a list of them",
     "local-steps": "a whole number of 1 or more, or a list of them",

@@ -21,7 +21,7 @@ def parse_bytes(text: str) -> int:
     ValueError
         With the allowed form, when `text` is none.
     """
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)\s*", text)
     count = int(Decimal(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
     if not count:
         raise ValueError("a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'")

@@ -295,7 +295,10 @@ class StepRecorder:
             count = count_nonzero(gradient)
             nonzero += count
             if taps is not None and count_nonzero(packed[name]) != count:
-                self._taps[name] = join_taps(taps, live_taps(gradient))
+                joined = join_taps(taps, live_taps(gradient))
+                # Live throughout: nothing is left to leave out.
+                whole = joined is None or len(joined) == gradient[0, 0].numel()
+                self._taps[name] = None if whole else joined
                 packed[name] = pack(gradient, self._taps[name])
         return packed, nonzero
 

@@ -398,6 +398,12 @@ class Client:
         if not self.shards:
             # There is nothing to follow; this says so.
             self.gradient(0)
+        if self._autocast == "float16" and not self.has_all_parameters:
+            raise InputError(
+                f"client {self.partition} in round {self.round} cannot be replayed: with autocast "
+                "= 'float16' all parameters decide whether a step made an update, and not all "
+                "were captured"
+            )
         return Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
 
     @property

@@ -137,7 +137,8 @@ class TerminalObserver:
         table.add_row("accuracy", f"{last['global_accuracy']:.4f} at the end")
         table.add_row("", f"{best['global_accuracy']:.4f} at best, in round {best['round']}")
         table.add_row("loss", f"{_number(last['global_loss'])} at the end")
-        trained = f"{self._clients_trained} trained in {self._rounds_trained} rounds"
+        rounds = "1 round" if self._rounds_trained == 1 else f"{self._rounds_trained} rounds"
+        trained = f"{self._clients_trained} trained in {rounds}"
         table.add_row("clients", trained + failed)
         table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
         table.add_row("time", format_seconds(time.perf_counter() - self._started))

@@ -4,9 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.core.capture import CapturePolicy
-
-LENGTHS = (0, 1, 2, 3, 7, 8, 9, 100)
+from fedsim.core.capture import LARGEST_SKETCH, CapturePolicy
 
 
 @pytest.mark.parametrize(
@@ -17,45 +15,86 @@ LENGTHS = (0, 1, 2, 3, 7, 8, 9, 100)
         ("first:1", [0]),
         ("first:3", [0, 1, 2]),
         ("first:9", [0, 1, 2, 3, 4, 5, 6]),
+        ("last:1", [6]),
+        ("last:3", [4, 5, 6]),
+        ("last:7", [0, 1, 2, 3, 4, 5, 6]),
+        ("last:9", [0, 1, 2, 3, 4, 5, 6]),
         ("every:1", [0, 1, 2, 3, 4, 5, 6]),
         ("every:2", [0, 2, 4, 6]),
         ("every:3", [0, 3, 6]),
         ("every:7", [0]),
         ("every:100", [0]),
+        ("sketch:1", [0, 1, 2, 3, 4, 5, 6]),
+        ("sketch:4096", [0, 1, 2, 3, 4, 5, 6]),
     ],
 )
 def test_of_seven_steps_a_policy_keeps_these(text, kept):
-    policy = CapturePolicy.parse(text)
-    assert [step for step in range(7) if policy.keeps_step(step)] == kept
-    assert policy.count_of(7) == len(kept)
+    assert list(CapturePolicy.parse(text).kept_steps(7)) == kept
+
+
+COUNTED = ("first", "last", "every", "sketch")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.sampled_from(["none", "all", "first", "every"]), st.integers(1, 50))
-def test_the_count_is_the_number_of_kept_steps(name, count):
-    policy = CapturePolicy.parse(name if name in ("none", "all") else f"{name}:{count}")
-    assert policy.steps == name
-    for length in LENGTHS:
-        assert policy.count_of(length) == sum(policy.keeps_step(n) for n in range(length))
+@given(st.sampled_from(["none", "all", *COUNTED]), st.integers(1, 50), st.integers(0, 120))
+def test_kept_steps_are_ascending_steps_of_the_round(name, count, length):
+    text = f"{name}:{count}" if name in COUNTED else name
+    policy = CapturePolicy.parse(text)
+    kept = policy.kept_steps(length)
+    assert list(kept) == sorted(set(kept) & set(range(length)))
+    assert (policy.steps, str(policy)) == (name, text)
+    if name in ("first", "last"):
+        assert len(kept) == min(count, length)
+        assert kept == (range(length)[:count] if name == "first" else range(length)[-count:])
+    if name == "every":
+        assert list(kept) == [step for step in range(length) if step % count == 0]
 
 
 def test_parse_reads_the_k():
     assert CapturePolicy.parse("first:12") == CapturePolicy(steps="first", count=12)
+    assert CapturePolicy.parse("last:2") == CapturePolicy(steps="last", count=2)
+    assert CapturePolicy.parse("sketch:4096") == CapturePolicy(steps="sketch", count=4096)
     assert CapturePolicy.parse("every:5", ["fc.*"]) == CapturePolicy(
         steps="every", count=5, layers=("fc.*",)
     )
 
 
+def test_parse_hands_on_the_form_of_what_is_kept():
+    plain = CapturePolicy.parse("all")
+    assert (plain.layers, plain.dtype, plain.encoding) == (("*",), "float32", "support")
+    made = CapturePolicy.parse("all", ["a", "b"], "bfloat16", "dense")
+    assert (made.layers, made.dtype, made.encoding) == (("a", "b"), "bfloat16", "dense")
+
+
+def test_neither_nothing_nor_a_sketch_is_a_gradient():
+    kept = {t: CapturePolicy.parse(t).keeps_gradients for t in ("none", "all", "sketch:8")}
+    assert kept == {"none": False, "all": True, "sketch:8": False}
+    assert all(CapturePolicy.parse(f"{name}:3").keeps_gradients for name in COUNTED[:3])
+
+
+def test_a_sketch_has_a_million_numbers_at_most_and_steps_have_no_bound():
+    assert CapturePolicy.parse("sketch:1048576").count == LARGEST_SKETCH == 2**20
+    with pytest.raises(ValueError, match="a sketch to 1,048,576"):
+        CapturePolicy.parse("sketch:1048577")
+    assert CapturePolicy.parse("last:1048577").kept_steps(3) == range(3)
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "All", "some", "none:1", "all:2", "first", "first:", "first:0", "first:-1"),
-        *("first:1.5", "first:x", "every", "every:0", "every:1:2", " all", "last:1"),
+        *("", "All", "some", "none:", "none:1", "all:", "all:1", "all:3", " all", "all "),
+        *("first", "first:", "first:0", "first:-1", "first:+1", "first:1.5", "first:x"),
+        *("first: 1", "first:1 ", "first:²", "first:٣", "First:1"),
+        *("last", "last:", "last:0", "every", "every:", "every:0", "every:1:2"),
+        *("sketch", "sketch:", "sketch:0", "sketch:-1", "sketch:1e3", "sketches:3", ":3"),
     ],
 )
 def test_an_unknown_policy_is_refused_with_the_allowed_ones(text):
-    with pytest.raises(ValueError, match=r"^none, all, first:K or every:K with a whole K of 1"):
+    with pytest.raises(ValueError) as caught:
         CapturePolicy.parse(text)
+    assert str(caught.value) == (
+        "none, all, first:K, last:K, every:K or sketch:K with K from 1, a sketch to 1,048,576"
+    )
 
 
 NAMES = ["conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn1.bias", "fc.weight", "fc.bias"]

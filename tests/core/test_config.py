@@ -14,12 +14,15 @@ from fedsim.core.config import RunConfig, parse_text, read_config_file
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.rng import draw_participants
 from fedsim.core.training import OptimizerSettings, TrainingSettings
+from fedsim.core.units import parse_bytes
 
 ROOT = Path(__file__).parents[2]
 KEYS = [name.replace("_", "-") for name in RunConfig.model_fields]
 TWO = "2 or more: norm = 'batch' cannot normalise one sample in resnet18's last stage"
 SEVERAL = "a whole number of 1 or more, or a list of them"
 RATES = "a finite number above 0, or a list of them"
+FORMS = "none, all, first:K, last:K, every:K or sketch:K with K from 1, a sketch to 1,048,576"
+BYTES = "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'"
 TABLES = "tables [client.<partition>] with whole numbers for partitions"
 
 # field of the message, what is given for it, what the message says is allowed
@@ -82,11 +85,27 @@ BAD_VALUES = [
     ("local-steps", 0, SEVERAL),
     ("local-steps", "x", SEVERAL),
     ("client", 3, TABLES),
-    ("capture", "some", "none, all, first:K or every:K with a whole K of 1 or more"),
-    ("capture", "first", "none, all, first:K or every:K with a whole K of 1 or more"),
-    ("capture", "every:0", "none, all, first:K or every:K with a whole K of 1 or more"),
+    ("capture", "some", FORMS),
+    ("capture", "first", FORMS),
+    ("capture", "first:", FORMS),
+    ("capture", "every:0", FORMS),
+    ("capture", "sketch:0", FORMS),
+    ("capture", "sketch:1048577", FORMS),
+    ("capture", "all:3", FORMS),
     ("capture", 5, "a text"),
     ("capture-layers", 3, "a list"),
+    ("capture-dtype", "float64", "one of 'float32', 'bfloat16', 'float16'"),
+    ("capture-dtype", 16, "one of 'float32', 'bfloat16', 'float16'"),
+    ("capture-encoding", "sparse", "one of 'support', 'dense'"),
+    ("capture-budget", "a lot", BYTES),
+    ("capture-budget", "0 GB", BYTES),
+    ("capture-budget", "20 PB", BYTES),
+    ("capture-budget", "-1 GB", BYTES),
+    ("capture-budget", "", BYTES),
+    ("capture-budget", True, "a number of bytes above 0 with a unit"),
+    ("capture-budget", 1.5, "a number of bytes above 0 with a unit"),
+    ("gradient-statistics", "yes", "true or false"),
+    ("gradient-statistics", 1, "true or false"),
     ("strategy", "fedprox", "one of 'delta-fedavg'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 65, "a value of at most 64"),
@@ -97,6 +116,10 @@ BAD_VALUES = [
     ("client-gpus", 1.5, "a share up to 1 or a whole number of GPUs"),
     ("client-gpus", float("inf"), "a finite number"),
     ("client-gpus", "x", "a number"),
+    ("autocast", "float32", "one of 'none', 'bfloat16', 'float16'"),
+    ("autocast", True, "one of 'none', 'bfloat16', 'float16'"),
+    ("compile", "max", "true or false"),
+    ("compile", 1, "true or false"),
     ("device", "tpu", "one of 'auto', 'cpu', 'cuda', 'mps'"),
     ("evaluate-every", 0, "a value of at least 1"),
     ("evaluate-every", "x", "a whole number"),
@@ -251,6 +274,20 @@ def test_cnn_and_group_norm_may_have_batches_and_clients_of_one():
         ("max-failures", 0, 0),
         ("dataset", "synthetic:1000:7", "synthetic:1000:7"),
         ("partition", "shards:143", "shards:143"),
+        ("capture", "last:3", "last:3"),
+        ("capture", "sketch:4096", "sketch:4096"),
+        ("capture", "sketch:1048576", "sketch:1048576"),
+        ("capture-dtype", "bfloat16", "bfloat16"),
+        ("capture-dtype", "float16", "float16"),
+        ("capture-encoding", "dense", "dense"),
+        ("capture-budget", "20 GB", "20 GB"),
+        ("capture-budget", "1.5 GiB", "1.5 GiB"),
+        ("capture-budget", 20, "20"),
+        ("capture-budget", None, None),
+        ("gradient-statistics", False, False),
+        ("autocast", "bfloat16", "bfloat16"),
+        ("autocast", "float16", "float16"),
+        ("compile", True, True),
     ],
 )
 def test_these_values_are_taken(field, given, kept):
@@ -271,8 +308,9 @@ def test_defaults_are_those_of_the_quickstart_file():
     assert values == {key: defaults[key] for key in values}
     assert set(KEYS) - set(values) == {
         *("data-root", "participants", "nesterov", "local-steps", "client", "capture-layers"),
-        *("workers", "client-cpus", "client-gpus", "device", "evaluate-every", "max-failures"),
-        "output",
+        *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
+        *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
+        *("evaluate-every", "max-failures", "output"),
     }
 
 
@@ -396,12 +434,18 @@ FULL = {
     "clients-per-round": 2,
     "rounds": 2,
     "participants": [[0, 1], [3]],
-    "model": "cnn",
+    "model": "resnet18-cifar",
     "learning-rate": [0.1, 0.02],
     "batch-size": [16, 32],
     "local-steps": 3,
     "capture": "every:2",
     "capture-layers": ["13.*"],
+    "capture-dtype": "bfloat16",
+    "capture-encoding": "dense",
+    "capture-budget": 2_000_000,
+    "gradient-statistics": False,
+    "autocast": "float16",
+    "compile": True,
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
     "client-gpus": 0.25,
@@ -471,6 +515,12 @@ def test_the_configuration_of_a_run_is_taken_without_its_output(tmp_path):
         ("data-root", "true", "true"),
         ("output", "[1]", "[1]"),
         ("capture", "first:3", "first:3"),
+        ("capture-dtype", "float16", "float16"),
+        ("capture-budget", "1.5 GiB", "1.5 GiB"),
+        ("capture-budget", "2000000", 2_000_000),
+        ("gradient-statistics", "false", False),
+        ("autocast", "none", "none"),
+        ("compile", "true", True),
         ("partition", "shards:2", "shards:2"),
         ("output", "", ""),
     ],
@@ -620,6 +670,74 @@ def test_epochs_in_a_table_go_before_the_runs_steps_and_steps_before_all():
     assert found == [(1, 5), (2, None), (1, 7), (2, 7)]
 
 
-def test_the_policy_joins_capture_and_its_layers():
+def test_the_policy_joins_capture_its_layers_and_its_form():
     made = config(capture="every:4", capture_layers=["fc.*"])
     assert made.policy == CapturePolicy(steps="every", count=4, layers=("fc.*",))
+    other = config(capture="last:2", capture_dtype="float16", capture_encoding="dense")
+    assert other.policy == CapturePolicy(steps="last", count=2, dtype="float16", encoding="dense")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1", 1),
+        ("20", 20),
+        ("20 B", 20),
+        ("20 GB", 20_000_000_000),
+        ("20GB", 20_000_000_000),
+        ("  20  gb ", 20_000_000_000),
+        ("1 kB", 1000),
+        ("1 KiB", 1024),
+        ("3 MB", 3_000_000),
+        ("3 mib", 3_145_728),
+        ("1.5 GiB", 1_610_612_736),
+        ("2 TB", 2_000_000_000_000),
+        ("0.5 TiB", 549_755_813_888),
+        ("0.001 kB", 1),
+        ("999999999999999 TB", 999_999_999_999_999 * 10**12),
+        # No binary fraction is 0.1; the bytes are counted in decimals.
+        ("0.1 TB", 100_000_000_000),
+        ("1.9999 B", 1),
+    ],
+)
+def test_bytes_are_read_with_decimal_and_binary_units(text, count):
+    assert parse_bytes(text) == count
+    assert config(capture_budget=text).budget == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "GB", "x", "0", "0 GB", "0.0", "0.4", "0.0009 kB", "-1", "-1 GB", "+1 GB"),
+        *("1e9", "1,5 GB", "1 000 MB", "1 PB", "1 gigabyte", "1 GB/s", ".5 GB", "1. GB"),
+        *("inf", "nan", "0x10", "1 GB 1 MB", "1234567890123456 B", "1.2345678 GB"),
+    ],
+)
+def test_what_is_no_number_of_bytes_above_zero_is_refused(text):
+    with pytest.raises(ValueError) as caught:
+        parse_bytes(text)
+    assert str(caught.value) == BYTES
+    assert str(refused({"capture-budget": text})) == (
+        f"capture-budget = {text!r} cannot be used; allowed is {BYTES}"
+    )
+
+
+@pytest.mark.parametrize(("number", "count"), [(1, 1), (2_000_000, 2_000_000)])
+def test_a_budget_that_is_a_plain_number_is_in_bytes(number, count):
+    made = RunConfig.from_mapping({"capture-budget": number})
+    assert (made.capture_budget, made.budget) == (str(number), count)
+    assert RunConfig.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_a_budget_that_is_a_plain_number_of_0_or_less_is_refused(number):
+    assert refused({"capture-budget": number}).allowed == BYTES
+
+
+def test_a_run_has_no_budget_unless_it_is_given_one():
+    assert (config().capture_budget, config().budget) == (None, None)
+
+
+def test_compiling_a_model_that_torch_leaves_as_it_is_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compile = True cannot be used; allowed is false with"):
+        RunConfig.from_mapping({"model": "cnn", "compile": True})

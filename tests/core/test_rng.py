@@ -65,6 +65,7 @@ def test_purpose_numbers_are_frozen():
         "CLIENT_SETTINGS": 4,
         "PARTITION": 5,
         "SYNTHETIC_DATA": 6,
+        "SKETCH": 7,
     }
     numbers = {name: int(purpose) for name, purpose in Purpose.__members__.items()}
     assert frozen.items() <= numbers.items()

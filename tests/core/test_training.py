@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import functional
 
-from fedsim.core.models import build_model
+from fedsim.core.models import LiveTapConv2d, build_model
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.support import live_taps
 from fedsim.core.training import (
     OptimizerSettings,
+    Replay,
     TrainingSettings,
     load_batches,
     load_state,
@@ -244,6 +246,191 @@ def test_replaying_the_optimiser_over_the_gradients_lands_on_the_parameters(digi
     assert len(keeper.copies) == 10
     for name, parameter in replayed.items():
         assert np.array_equal(parameter.detach().numpy(), found.state[name]), name
+
+
+class Follower(Keeper):
+    """An observer that keeps copies of a model's parameters too, as they are before the update."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.parameters = []
+
+    def __call__(self, step):
+        super().__call__(step)
+        self.parameters.append({n: p.detach().clone() for n, p in self.model.named_parameters()})
+
+
+def follow(state, batches, optimizer, **settings):
+    model = build(seed=1)
+    follower = Follower(model)
+    found = local_train(model, state, iter(batches), optimizer, follower, **settings)
+    return follower, found
+
+
+def tensors_of(state):
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+@OPTIMIZERS
+def test_a_replay_passes_every_parameter_of_the_training_to_the_bit(digits, optimizer):
+    start = state_arrays(build())
+    before = copy.deepcopy(start)
+    client = training(epochs=2, optimizer=optimizer)
+    follower, found = follow(start, batches_of(digits, range(150), client), optimizer)
+    replay = Replay(tensors_of(start), list(follower.copies[0]), optimizer)
+    held = dict(replay.parameters)
+    assert len(follower.copies) == 10
+    for gradients, parameters in zip(follower.copies, follower.parameters, strict=True):
+        assert list(replay.parameters) == list(parameters)
+        assert all(torch.equal(replay.parameters[n], parameters[n]) for n in parameters)
+        replay.step(gradients)
+    for name, tensor in replay.parameters.items():
+        assert np.array_equal(tensor.numpy(), found.state[name]), name
+        # The very tensors change; the state that it began with does not.
+        assert tensor is held[name]
+    assert_same_state(start, before)
+
+
+def test_a_replay_of_some_parameters_needs_no_others(digits):
+    start = state_arrays(build())
+    names = ["13.bias", "0.weight"]
+    follower, found = follow(start, batches_of(digits, range(150), training()), SGD)
+    replay = Replay({n: torch.from_numpy(start[n]) for n in names}, names, SGD)
+    for gradients in follower.copies:
+        replay.step({name: gradients[name] for name in names})
+    assert list(replay.parameters) == names
+    assert all(np.array_equal(replay.parameters[n].numpy(), found.state[n]) for n in names)
+
+
+def test_a_replay_takes_gradients_that_lie_in_memory_as_they_like():
+    start = {"w": torch.arange(24.0).view(2, 3, 2, 2)}
+    gradient = torch.arange(24.0).view(2, 2, 2, 3).permute(0, 3, 1, 2)
+    assert not gradient.is_contiguous()
+    replays = [Replay(start, ["w"], SGD) for _ in range(2)]
+    for replay, given_gradient in zip(replays, (gradient, gradient.contiguous()), strict=True):
+        replay.step({"w": given_gradient})
+        replay.step({"w": given_gradient})
+    first, second = (replay.parameters["w"] for replay in replays)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, start["w"])
+
+
+@pytest.mark.parametrize(
+    ("autocast", "skips"), [("float16", True), ("bfloat16", False), ("none", False)]
+)
+def test_only_with_float16_a_gradient_that_is_not_finite_makes_no_update(autocast, skips):
+    start = {"a": torch.ones(3), "b": torch.ones(2)}
+    replay = Replay(start, ["a", "b"], ADAM, autocast)
+    replay.step({"a": torch.tensor([1.0, float("inf"), 1.0]), "b": torch.ones(2)})
+    assert torch.equal(replay.parameters["b"], start["b"]) == skips
+    assert bool(replay.parameters["a"].isfinite().all()) == skips
+
+
+def close_to(gradient, expected):
+    """Whether two gradients have about the same length and direction."""
+    left, right = gradient.double().flatten(), expected.double().flatten()
+    lengths = left.norm() * right.norm()
+    return 0.8 < left.norm() / right.norm() < 1.25 and torch.dot(left, right) / lengths > 0.95
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_with_autocast_observers_see_unscaled_float32_gradients(digits, precision):
+    start = state_arrays(build())
+    batches = list(batches_of(digits, range(100), training()))[:1]
+    exact, full = follow(start, batches, PLAIN)
+    found, half = follow(start, batches, PLAIN, autocast=precision)
+    assert list(found.copies[0]) == list(exact.copies[0])
+    for name, gradient in found.copies[0].items():
+        assert gradient.dtype == torch.float32
+        assert close_to(gradient, exact.copies[0][name]), name
+        # But the forward pass was another.
+        assert not torch.equal(gradient, exact.copies[0][name]), name
+        updated = start[name] - 0.05 * gradient.numpy()
+        np.testing.assert_allclose(half.state[name], updated, rtol=0, atol=1e-6)
+    assert found.steps[0].loss.dtype == torch.float32
+    assert half.losses == pytest.approx(full.losses, rel=0.02)
+    assert half.losses != full.losses
+
+
+def test_without_autocast_nothing_is_rounded(digits):
+    start = state_arrays(build())
+    batches = list(batches_of(digits, range(100), training()))
+    plain, named = (follow(start, batches, SGD, **s)[1] for s in ({}, {"autocast": "none"}))
+    assert_same_state(plain.state, named.state)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
+def test_a_float16_step_that_overflows_makes_no_update_and_the_next_has_a_smaller_scale(
+    digits, optimizer
+):
+    start = state_arrays(build())
+    # Large enough for gradients to overflow at the first scales, and for losses not to.
+    start["13.weight"] = 10 * start["13.weight"]
+    batch = next(batches_of(digits, range(100), training(batch_size=4)))
+    follower, found = follow(start, [batch] * 9, optimizer, autocast="float16")
+    finite = [all(bool(g.isfinite().all()) for g in c.values()) for c in follower.copies]
+    assert np.isfinite(found.losses).all()
+    first = finite.index(True)
+    assert 1 <= first < 8
+    for parameters in follower.parameters[: first + 1]:
+        assert all(np.array_equal(p.numpy(), start[n]) for n, p in parameters.items())
+    after = follower.parameters[first + 1]
+    assert not any(np.array_equal(p.numpy(), start[n]) for n, p in after.items())
+    (exact,) = follow(start, [batch], optimizer)[0].copies
+    assert all(close_to(g, exact[n]) for n, g in follower.copies[first].items())
+    # Momentum, decay and the count of steps know of updates alone.
+    replay = Replay(tensors_of(start), list(exact), optimizer, "float16")
+    for gradients, parameters in zip(follower.copies, follower.parameters, strict=True):
+        assert all(torch.equal(replay.parameters[n], p) for n, p in parameters.items())
+        replay.step(gradients)
+    assert all(np.array_equal(p.numpy(), found.state[n]) for n, p in replay.parameters.items())
+
+
+class Small(nn.Module):
+    """A convolution, and one whose kernel is larger than its map of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(7)
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.tip = LiveTapConv2d(6, 8, 3, padding=1, bias=False)
+        self.head = nn.Linear(8, 10)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+
+    def forward(self, inputs):
+        maps = torch.relu(self.norm(self.stem(inputs)))
+        maps = torch.relu(self.tip(nn.functional.avg_pool2d(maps, 15)))
+        return self.head(maps.flatten(1))
+
+
+def test_a_model_compiled_in_place_has_the_same_names_and_gradients(digits):
+    graphs = []
+    backend = torch._dynamo.lookup_backend("aot_eager")
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    start = state_arrays(Small())
+    batches = list(batches_of(digits, range(96), training()))
+    plain, compiled = Small(), Small()
+    compiled.compile(backend=counting)
+    results = []
+    for model in (plain, compiled):
+        follower = Follower(model)
+        results.append((follower, local_train(model, start, iter(batches), SGD, follower)))
+    (expected, plain_result), (found, compiled_result) = results
+    assert len(graphs) == 1
+    assert_same_state(compiled_result.state, plain_result.state)
+    assert compiled_result.losses == plain_result.losses
+    for ours, theirs in zip(found.copies, expected.copies, strict=True):
+        assert list(ours) == list(theirs) == [n for n, _ in Small().named_parameters()]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert live_taps(ours["tip.weight"]) == (4,)
 
 
 def test_momentum_and_weight_decay_follow_their_formula(digits):

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import torch
+import xxhash
+from numpy.typing import NDArray
 
 from fedsim.recording.files import (
     _DTYPES,
+    _READ_BYTES,
+    ITEM_BYTES,
+    Checksum,
+    Digest,
     LineFile,
     TensorWriter,
     append_line,
+    json_document,
     json_line,
     read_lines,
     temporary,
@@ -136,7 +145,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(mask: int, mode: int, tmp_p
     try:
         write_tensors(tmp_path / "tensors", {"a": np.zeros(1)})
         write_json(tmp_path / "json", {})
-        append_line(tmp_path / "appended", {})
+        append_line(tmp_path / "appended", b"{}\n")
         lines = LineFile(tmp_path / "lines")
         lines.close()
     finally:
@@ -188,6 +197,184 @@ def test_a_file_appears_at_the_end_of_writing_only(tmp_path: Path) -> None:
     writer.close()
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     assert safetensors.numpy.load_file(path)["b"].tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("array", "bytes_there"),
+    [
+        (np.zeros(3, np.float32), 12),
+        (np.zeros(5, np.float32), 20),
+        (np.zeros(4, np.float64), 32),
+        (np.zeros((), np.float32), 4),
+        (np.zeros(0, np.float32), 0),
+    ],
+)
+def test_an_array_of_another_size_than_announced_is_refused(
+    array: NDArray[Any], bytes_there: int, tmp_path: Path
+) -> None:
+    writer = TensorWriter(tmp_path / "t", {"a": ("F32", (2,)), "b": ("F32", (2, 2))})
+    writer.append(np.ones(2, np.float32))
+    with pytest.raises(ValueError) as caught:
+        writer.append(array)
+    assert str(caught.value) == f"b has {bytes_there} bytes; F32 (2, 2) was announced"
+    assert writer.data_bytes == 8
+    # Nothing of it was written: what fits can follow.
+    writer.append(np.full((2, 2), 3, np.float32))
+    writer.close()
+    found = safetensors.numpy.load_file(tmp_path / "t")
+    assert {k: a.tolist() for k, a in found.items()} == {"a": [1, 1], "b": [[3, 3], [3, 3]]}
+
+
+def test_bfloat16_is_written_from_integers_of_its_bits(tmp_path: Path) -> None:
+    sizes = {code: np.dtype(name).itemsize for name, code in CODES.items()}
+    assert sizes | {"BF16": 2} == ITEM_BYTES
+    numbers = torch.tensor([[1.5, -0.0], [float("nan"), 3e38]], dtype=torch.bfloat16)
+    writer = TensorWriter(tmp_path / "t", {"a": ("BF16", (2, 2))})
+    writer.append(numbers.view(torch.int16).numpy())
+    writer.close()
+    found = safetensors.torch.load_file(tmp_path / "t")["a"]
+    assert (found.dtype, found.shape) == (torch.bfloat16, (2, 2))
+    assert found.view(torch.int16).tolist() == numbers.view(torch.int16).tolist()
+
+
+ENTRIES = {f"{n:06d}/w": ("F32", (2, 3)) for n in range(5)} | {"end": ("I64", (1,))}
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_a_writer_closed_early_leaves_a_whole_file_of_what_was_appended(
+    written: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "t"
+    writer = TensorWriter(path, ENTRIES)
+    full, _, _ = header_of(tmp_path / f"t.{os.getpid()}.partial")
+    for number in range(written):
+        writer.append(np.full((2, 3), number, np.float32))
+    assert writer.data_bytes == 24 * written
+    checksum = writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+    found = safetensors.numpy.load_file(path)
+    assert {k: a.tolist() for k, a in found.items()} == {
+        f"{n:06d}/w": [[n] * 3] * 2 for n in range(written)
+    }
+    size, raw, header = header_of(path)
+    # The header keeps its room, so that no data has to move; spaces fill it.
+    assert size == full
+    assert list(header) == list(ENTRIES)[:written]
+    assert raw.rstrip(b" ").endswith(b"}")
+    assert path.stat().st_size == 8 + size + 24 * written
+    assert checksum == Checksum.of_file(path) == Checksum.of(path.read_bytes())
+
+
+def test_a_writer_closed_at_its_end_knows_the_checksum_of_header_and_data(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    writer = TensorWriter(path, ENTRIES)
+    for number in range(5):
+        writer.append(np.full((2, 3), number, np.float32)[:, ::-1])
+    writer.append(np.array([7]))
+    checksum = writer.close()
+    content = path.read_bytes()
+    assert checksum == Checksum(len(content), xxhash.xxh3_128_hexdigest(content))
+    assert write_tensors(tmp_path / "u", {"a": np.arange(5), "b": np.ones(())}) == Checksum.of_file(
+        tmp_path / "u"
+    )
+
+
+def test_a_writer_that_cannot_put_its_file_in_place_removes_it_when_discarded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t").mkdir()
+    writer = TensorWriter(tmp_path / "t", {"a": ("F32", (1,))})
+    writer.append(np.ones(1, np.float32))
+    with pytest.raises(IsADirectoryError):
+        writer.close()
+    writer.discard()
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+# --- checksums
+
+
+def test_a_checksum_is_the_xxh3_of_128_bits() -> None:
+    # Of the reference implementation, with no bytes at all.
+    assert Checksum.of(b"") == Checksum(0, "99aa06d3014798d86001c324468d497f")
+    for content in (b"a", b"abc" * 1000, bytes(range(256)) * 99):
+        digits = f"{xxhash.xxh3_128_intdigest(content):032x}"
+        assert Checksum.of(content) == Checksum(len(content), digits)
+    assert Checksum(3, "0f").to_json() == {"bytes": 3, "xxh3_128": "0f"}
+
+
+def test_a_digest_of_pieces_is_the_checksum_of_the_whole() -> None:
+    content = bytes(range(256)) * 11
+    digest = Digest()
+    for start in range(0, len(content), 100):
+        assert digest.checksum() == Checksum.of(content[:start])
+        piece = content[start : start + 100]
+        digest.update(memoryview(piece) if start % 200 else piece)
+    assert digest.checksum() == Checksum.of(content)
+
+
+@pytest.mark.parametrize(
+    "length", [0, 1, 1000, _READ_BYTES - 1, _READ_BYTES, _READ_BYTES + 1, 2 * _READ_BYTES + 5]
+)
+def test_the_checksum_of_a_file_or_its_beginning_is_that_of_its_bytes(
+    length: int, tmp_path: Path
+) -> None:
+    content = np.random.default_rng(length).bytes(length)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert Checksum.of_file(path) == Checksum.of(content)
+    for size in {0, 1, length // 2, _READ_BYTES, length - 1, length} & set(range(length + 1)):
+        assert Checksum.of_file(path, size) == Checksum.of(content[:size])
+    # A file that lost its end is told by the size.
+    assert Checksum.of_file(path, length + 1) == Checksum.of(content)
+
+
+def test_a_large_file_is_hashed_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(64 * 2**20)
+    tracemalloc.start()
+    try:
+        assert Checksum.of_file(path).size == 64 * 2**20
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * _READ_BYTES
+
+
+def test_a_file_that_is_not_there_has_no_checksum(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Checksum.of_file(tmp_path / "file")
+
+
+def test_a_line_file_knows_the_checksum_of_its_lines(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "lines")
+    for number in range(3000):
+        lines.write({"number": number, "text": "é" * (number % 7)})
+    assert lines.close() == Checksum.of_file(tmp_path / "lines")
+    empty = LineFile(tmp_path / "empty")
+    assert empty.close() == Checksum.of(b"")
+
+
+def test_a_line_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "lines").mkdir()
+    lines = LineFile(tmp_path / "lines")
+    lines.write({"a": 1})
+    with pytest.raises(IsADirectoryError):
+        lines.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["lines"]
+    full = LineFile(tmp_path / "full")
+    full.write({"a": "b" * 100})
+    with pytest.raises(OSError, match="too large"), file_size_limit(10):
+        full.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["lines"]
+
+
+def test_a_json_document_is_what_a_json_file_holds(tmp_path: Path) -> None:
+    value = {"a": [1, float("nan")], "b": "é"}
+    write_json(tmp_path / "j", value)
+    assert (tmp_path / "j").read_bytes() == json_document(value)
+    assert json.loads(json_document(value)) == {"a": [1, None], "b": "é"}
 
 
 def test_lines_appear_together_at_close_and_not_at_all_after_discard(tmp_path: Path) -> None:
@@ -303,18 +490,34 @@ def test_a_row_is_appended_with_one_write(tmp_path: Path) -> None:
         return int(counters.read_text().split("syscw: ")[1].split()[0])
 
     path = tmp_path / "rows.jsonl"
-    append_line(path, {"row": 0})
+    append_line(path, json_line({"row": 0}))
     before = writes()
     # Larger than any buffer on the way.
-    append_line(path, {"row": 1, "text": "x" * 1_000_000})
+    append_line(path, json_line({"row": 1, "text": "x" * 1_000_000}))
     assert writes() - before == 1
     assert [row["row"] for row in read_lines(path)] == [0, 1]
 
 
-def test_a_row_that_the_disk_took_in_part_is_an_error(tmp_path: Path) -> None:
+def test_a_row_that_the_disk_took_in_part_is_an_error_and_is_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(OSError, match="No space left"), file_size_limit(10):
-        append_line(path, {"round": 1, "text": "longer than ten bytes"})
+    row = json_line({"round": 1, "text": "longer than ten bytes"})
+    with pytest.raises(OSError, match="No space left") as caught, file_size_limit(10):
+        append_line(path, row)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b""
+    append_line(path, b'{"round":0}\n')
+    with pytest.raises(OSError, match="No space left"), file_size_limit(20):
+        append_line(path, row)
+    assert path.read_bytes() == b'{"round":0}\n'
+    append_line(path, row)
+    assert [found["round"] for found in read_lines(path)] == [0, 1]
+
+
+def test_an_appended_line_is_the_bytes_given(tmp_path: Path) -> None:
+    append_line(tmp_path / "rows", b"one\n")
+    append_line(tmp_path / "rows", b"\xff\x00two\n")
+    assert (tmp_path / "rows").read_bytes() == b"one\n\xff\x00two\n"
 
 
 def test_a_last_line_without_its_newline_is_no_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,15 @@ from fedsim import load_run
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
+from fedsim.core.models import build_model
 from fedsim.core.partition import partition_sha256
-from fedsim.recording.files import append_line, write_json, write_tensors
-from fedsim.recording.reader import TensorFile
+from fedsim.core.rng import Purpose, generator
+from fedsim.core.sketch import Sketcher
+from fedsim.core.training import Step, load_batches, local_train
+from fedsim.recording.files import append_line, json_line, write_json, write_tensors
+from fedsim.recording.gradients import StepRecorder
+from fedsim.recording.layout import RunLayout
+from fedsim.recording.reader import Client, Shard, TensorFile
 from fedsim.recording.writer import RunWriter
 from tests.recording.conftest import Recorded
 
@@ -279,6 +285,377 @@ def test_telemetry_follows_from_the_other_files(recorded: Recorded) -> None:
         assert row["bytes_captured"] == stored
 
 
+# --- gradients of a client, layers of many steps, and parameters by replay
+
+
+def train_again(recorded: Recorded, number: int, partition: int) -> list[dict[str, Tensor]]:
+    """Train a client once more; give its parameters before each step and at the end."""
+    run, plan = load_run(recorded.path), recorded.plan
+    settings = plan.config.training_of(partition)
+    batches = load_batches(
+        plan.dataset.train_images,
+        plan.dataset.train_labels,
+        plan.partition[partition],
+        plan.dataset.spec,
+        settings,
+        order=generator(42, Purpose.BATCHES, number, partition),
+        augmentation=generator(42, Purpose.AUGMENTATION, number, partition),
+        device=torch.device("cpu"),
+    )
+    model = build_model("cnn", classes=10, norm="batch", seed=0)
+    seen: list[dict[str, Tensor]] = []
+
+    def look(step: Step | None) -> None:
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    start = {n: t.numpy() for n, t in run.round(number - 1).state.items()}
+    local_train(model, start, batches, settings.optimizer, look)
+    look(None)
+    return seen
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return list(left) == list(right) and all(torch.equal(left[n], right[n]) for n in right)
+
+
+@pytest.mark.parametrize(("number", "partition"), [(1, 0), (2, 1)])
+def test_parameters_by_replay_are_those_of_the_training_to_the_bit(
+    number: int, partition: int, recorded: Recorded
+) -> None:
+    client = load_run(recorded.path).round(number).client(partition)
+    seen = train_again(recorded, number, partition)
+    assert len(seen) == STEPS[partition] + 1
+    assert client.is_replayable
+    for step, parameters in enumerate(seen):
+        assert equal(client.parameters_at(step), parameters)
+    # A pass over all steps goes through the same ones.
+    passed = 0
+    for gradient, parameters in client.replay():
+        assert gradient.step == passed
+        assert equal(gradient, client.gradient(passed))
+        assert equal(parameters, seen[passed])
+        passed += 1
+    assert passed == STEPS[partition]
+
+
+def test_asking_for_parameters_changes_no_state(recorded: Recorded) -> None:
+    client = load_run(recorded.path).round(1).client(0)
+    first = client.parameters_at(2)
+    for tensor in first.values():
+        tensor.zero_()
+    assert equal(client.parameters_at(2), train_again(recorded, 1, 0)[2])
+
+
+def test_weight_decay_is_added_with_the_parameters_before_the_step(recorded: Recorded) -> None:
+    client = load_run(recorded.path).round(2).client(1)
+    seen = train_again(recorded, 2, 1)
+    assert recorded.plan.config.weight_decay == 5e-4
+    for step in (0, 3):
+        plain = client.gradient(step)
+        decayed = client.gradient(step, weight_decay=True)
+        assert list(decayed) == list(plain)
+        for name, tensor in decayed.items():
+            assert torch.equal(tensor, plain[name].add(seen[step][name], alpha=5e-4))
+            exact = plain[name].double() + 5e-4 * seen[step][name].double()
+            torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-9)
+        assert not torch.equal(decayed["13.weight"], plain["13.weight"])
+
+
+def test_a_layer_is_the_gradients_of_one_parameter_over_its_steps(recorded: Recorded) -> None:
+    client = load_run(recorded.path).round(1).client(0)
+    for name, shape in recorded.plan.parameters.items():
+        stacked = client.layer(name)
+        assert (stacked.dtype, tuple(stacked.shape)) == (torch.float32, (5, *shape))
+        for step in range(5):
+            assert torch.equal(stacked[step], client.gradient(step)[name])
+    whole = client.layer("13.bias")
+    for steps in (slice(1, 3), slice(-1, None), slice(None, None, 2), slice(9, 12), slice(3, -9)):
+        assert torch.equal(client.layer("13.bias", steps), whole[steps])
+
+
+def test_a_gradient_comes_as_arrays_too(recorded: Recorded) -> None:
+    gradient = load_run(recorded.path).round(1).client(0).gradient(2)
+    arrays = gradient.numpy()  # type: ignore[attr-defined]
+    assert list(arrays) == list(gradient)
+    for name, array in arrays.items():
+        assert array.dtype == np.float32
+        assert array.tobytes() == gradient[name].numpy().tobytes()
+
+
+SHAPES = {"stem": (4, 2, 3, 3), "scale": (4,), "head": (3, 4)}
+
+
+def gradients_of(seed: int, live: Sequence[int] = range(9)) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    gradients = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+    gradients["stem"].flatten(2)[:, :, [tap for tap in range(9) if tap not in live]] = 0
+    return gradients
+
+
+def run_of(
+    root: Path,
+    gradients: Sequence[Mapping[str, Tensor]],
+    *,
+    shard_bytes: int = 10**6,
+    **values: Any,
+) -> Client:
+    """Write a run of one client that got these gradients, and give the client."""
+    config = RunConfig.from_mapping({n.replace("_", "-"): v for n, v in values.items()})
+    parameters = [{"name": n, "shape": list(s), "dtype": "float32"} for n, s in SHAPES.items()]
+    manifest = {"config": config.to_mapping(), "model": {"parameters": parameters}}
+    writer = RunWriter.create(root, manifest, [])
+    state = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+    writer.add_state(0, state)
+    writer.add_round({"round": 0, "participants": []})
+    sketcher = None
+    if config.policy.steps == "sketch":
+        sketcher = Sketcher(1, config.policy.count, {name: n for n, name in enumerate(SHAPES)})
+    with StepRecorder(
+        RunLayout(root).client(1, 6),
+        config.policy,
+        num_steps=len(gradients),
+        shapes=SHAPES,
+        sketcher=sketcher,
+        shard_bytes=shard_bytes,
+    ) as recorder:
+        for number, gradient in enumerate(gradients):
+            recorder(
+                Step(
+                    index=number,
+                    epoch=0,
+                    indices=np.array([number]),
+                    loss=torch.tensor(1.0),
+                    learning_rate=0.01,
+                    gradients=gradient,
+                )
+            )
+    row = {"round": 1, "partition": 6, "status": "ok", "num_steps": len(gradients)}
+    writer.add_client(row, state)
+    writer.add_state(1, state)
+    writer.add_round({"round": 1, "participants": [6]})
+    return load_run(root).round(1).client(6)
+
+
+FORMS = pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"capture_encoding": "dense"},
+        {"capture_dtype": "bfloat16"},
+        {"capture_dtype": "float16", "capture_encoding": "dense"},
+        {"shard_bytes": 1},
+    ],
+)
+GROWING = [(4,), (4,), (0, 4), (4,), (4, 8)]
+
+
+@FORMS
+def test_shards_of_any_form_read_alike(form: dict[str, Any], tmp_path: Path) -> None:
+    gradients = [gradients_of(n, live) for n, live in enumerate(GROWING)]
+    client = run_of(tmp_path / "run", gradients, capture="all", **form)
+    dtype = getattr(torch, form.get("capture_dtype", "float32"))
+    stored = [{n: t.to(dtype).float() for n, t in gradient.items()} for gradient in gradients]
+    assert client.captured_steps == [0, 1, 2, 3, 4]
+    assert client.captured_parameters == list(SHAPES)
+    for step, expected in enumerate(stored):
+        assert equal(client.gradient(step), expected)
+    for name in SHAPES:
+        assert torch.equal(client.layer(name), torch.stack([g[name] for g in stored]))
+    # SGD with momentum and decay, by hand and in float64.
+    values = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    speeds = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for step, gradient in enumerate(stored):
+        for name, tensor in client.parameters_at(step).items():
+            np.testing.assert_allclose(tensor.numpy(), values[name], rtol=0, atol=1e-6)
+        for name in SHAPES:
+            pulled = gradient[name].double().numpy() + 5e-4 * values[name]
+            speeds[name] = 0.9 * speeds[name] + pulled
+            values[name] = values[name] - 0.01 * speeds[name]
+    for name, tensor in client.parameters_at(5).items():
+        np.testing.assert_allclose(tensor.numpy(), values[name], rtol=0, atol=1e-6)
+
+
+def test_layers_that_were_not_kept_are_in_no_reading(tmp_path: Path) -> None:
+    gradients = [gradients_of(n, (4,)) for n in range(3)]
+    client = run_of(tmp_path / "run", gradients, capture="all", capture_layers=["head", "scale"])
+    # In the model's order, not in that of the globs.
+    assert client.captured_parameters == list(client.gradient(0)) == ["scale", "head"]
+    assert list(client.parameters_at(3)) == ["scale", "head"]
+    assert (client.is_replayable, client.has_all_parameters) == (True, False)
+    assert "stem" not in client.gradient(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "replayable"),
+    [
+        ({"capture": "all"}, True),
+        ({"capture": "first:2"}, False),
+        ({"capture": "last:3"}, True),
+        ({"capture": "all", "capture_layers": ["head"]}, True),
+        ({"capture": "all", "autocast": "float16"}, True),
+        ({"capture": "all", "autocast": "bfloat16", "capture_layers": ["head"]}, True),
+        # A step that overflowed elsewhere made no update, which the head alone does not tell.
+        ({"capture": "all", "autocast": "float16", "capture_layers": ["head"]}, False),
+        ({"capture": "none"}, False),
+        ({"capture": "sketch:5"}, False),
+    ],
+)
+def test_a_client_is_replayable_when_all_that_it_takes_was_kept(
+    values: dict[str, Any], replayable: bool, tmp_path: Path
+) -> None:
+    gradients = [gradients_of(n) for n in range(3)]
+    assert run_of(tmp_path / "run", gradients, **values).is_replayable == replayable
+
+
+def test_a_float16_step_that_overflowed_is_no_update_of_a_replay(tmp_path: Path) -> None:
+    gradients = [gradients_of(n) for n in range(3)]
+    gradients[1]["head"][0, 0] = float("inf")
+    client = run_of(tmp_path / "run", gradients, capture="all", autocast="float16")
+    before, skipped, after = (client.parameters_at(step) for step in (1, 2, 3))
+    assert equal(before, skipped)
+    assert not equal(after, skipped)
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    assert client.gradient(1)["head"][0, 0].item() == float("inf")
+
+
+@pytest.mark.parametrize("autocast", ["none", "float16"])
+def test_a_sketch_is_read_by_its_step(autocast: str, tmp_path: Path) -> None:
+    gradients = [gradients_of(n, live) for n, live in enumerate(GROWING)]
+    client = run_of(tmp_path / "run", gradients, capture="sketch:11", autocast=autocast)
+    own = Sketcher(1, 11, {name: n for n, name in enumerate(SHAPES)})
+    for step, gradient in enumerate(gradients):
+        found = client.sketch(step)
+        assert (found.dtype, found.shape) == (np.float32, (11,))
+        assert np.array_equal(found, own.sketch(gradient, dict.fromkeys(SHAPES)))
+    assert client.captured_steps == client.captured_parameters == []
+
+
+def test_what_was_not_kept_is_named_with_what_was(tmp_path: Path) -> None:
+    gradients = [gradients_of(n, (4,)) for n in range(4)]
+    some = run_of(tmp_path / "some", gradients, capture="last:2", capture_layers=["head"])
+    none = run_of(tmp_path / "none", gradients, capture="none")
+    sketch = run_of(tmp_path / "sketch", gradients, capture="sketch:3")
+    of = "of client 6 in round 1"
+    asked: list[tuple[Callable[[], Any], str]] = [
+        (lambda: some.gradient(1), f"step 1 {of} was not captured; captured are 2 to 3"),
+        (lambda: some.gradient(-1), f"step -1 {of} was not captured; captured are 2 to 3"),
+        (
+            lambda: some.gradient(2, weight_decay=True),
+            f"step 0 {of} was not captured; captured are 2 to 3",
+        ),
+        (lambda: some.parameters_at(1), f"step 0 {of} was not captured; captured are 2 to 3"),
+        (lambda: next(some.replay()), f"step 0 {of} was not captured; captured are 2 to 3"),
+        (lambda: some.parameters_at(5), f"step 5 {of} was not made; allowed is 0 to 4"),
+        (lambda: some.parameters_at(-1), f"step -1 {of} was not made; allowed is 0 to 4"),
+        (lambda: some.layer("stem"), f"stem {of} was not captured; captured are head"),
+        (lambda: none.layer("stem"), f"stem {of} was not captured; captured are none"),
+        (lambda: none.parameters_at(0), f"step 0 {of} was not captured; captured are none"),
+        (lambda: next(none.replay()), f"step 0 {of} was not captured; captured are none"),
+        (lambda: some.sketch(0), f"step 0 {of} has no sketch; there are 0"),
+        (lambda: sketch.sketch(4), f"step 4 {of} has no sketch; there are 4"),
+        (lambda: sketch.sketch(-1), f"step -1 {of} has no sketch; there are 4"),
+        (lambda: sketch.gradient(0), f"step 0 {of} was not captured; captured are none"),
+        (lambda: some.shard(3, "stem"), f"{some.folder} holds no gradient 000003/stem"),
+    ]
+    for ask, sentence in asked:
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert str(caught.value) == sentence
+    assert equal(some.parameters_at(0), {"head": torch.ones(3, 4)})
+    assert some.shard(3, "head").keys == ["000002/head", "000003/head"]
+
+
+# --- shards that were not written by a recorder
+
+
+def shard_of(path: Path, **arrays: NDArray[Any]) -> Shard:
+    write_tensors(path, {name.replace("_", "/"): array for name, array in arrays.items()})
+    return Shard(path, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [
+        ("stem", np.array([9])),
+        ("stem", np.array([-1])),
+        ("stem", np.array([4, 4])),
+        ("stem", np.array([5, 4])),
+        ("stem", np.array([[4]])),
+        ("stem", np.array(4)),
+        ("stem", np.array([4], np.int32)),
+        ("stem", np.array([4.0])),
+        ("stem", np.array([True])),
+        ("scale", np.array([0])),
+        ("scale", np.zeros(0, np.int64)),
+        ("head", np.array([0])),
+    ],
+)
+def test_taps_that_fit_no_kernel_of_the_parameter_are_refused(
+    name: str, taps: NDArray[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "gradients-00000.safetensors"
+    entries = {f"support_{name}": taps, f"000000_{name}": np.zeros((1, 4, 2), np.float32)}
+    shard = shard_of(path, **entries)
+    kernel = "(3, 3)" if name == "stem" else "()"
+    for ask in (shard.taps, lambda name: shard.gradient(0, name)):
+        with pytest.raises(InputError) as caught:
+            ask(name)
+        assert str(caught.value) == (
+            f"{path}: support/{name} does not fit a kernel of shape {kernel}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "taps", "shape", "expected"),
+    [
+        ("stem", None, (4, 2, 9), (4, 2, 3, 3)),
+        ("stem", None, (1, 4, 2), (4, 2, 3, 3)),
+        ("stem", [4], (4, 2, 3, 3), (1, 4, 2)),
+        ("stem", [4], (2, 4, 2), (1, 4, 2)),
+        ("stem", [4, 5], (2, 2, 4), (2, 4, 2)),
+        ("scale", None, (5,), (4,)),
+        ("scale", None, (), (4,)),
+        ("head", None, (4, 3), (3, 4)),
+    ],
+)
+def test_a_gradient_of_another_shape_is_refused(
+    name: str,
+    taps: list[int] | None,
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "gradients-00000.safetensors"
+    support = {} if taps is None else {f"support_{name}": np.array(taps)}
+    shard = shard_of(path, **support, **{f"000000_{name}": np.zeros(shape, np.float32)})
+    with pytest.raises(InputError) as caught:
+        shard.gradient(0, name)
+    assert str(caught.value) == f"{path}: 000000/{name} has shape {shape}, not {expected}"
+
+
+def test_a_layer_of_some_steps_reads_nothing_else(tmp_path: Path) -> None:
+    """Whatever is wrong with other parameters and other steps is not looked at."""
+    gradients = [gradients_of(n, (4,)) for n in range(4)]
+    client = run_of(tmp_path / "run", gradients, capture="all")
+    path = client.folder / "gradients-00000.safetensors"
+    arrays = {key: tensor.numpy() for key, tensor in TensorFile(path).items()}
+    for broken in ("000001/head", "000002/scale", "support/stem"):
+        arrays[broken] = np.zeros((2, 2, 2), np.float32)
+    write_tensors(path, arrays)
+    client = load_run(tmp_path / "run").round(1).client(6)
+    for steps in (slice(0, 1), slice(2, 4), slice(None, None, 2)):
+        expected = torch.stack([g["head"] for g in gradients[steps]])
+        assert torch.equal(client.layer("head", steps), expected)
+    assert torch.equal(client.gradient(0)["scale"], gradients[0]["scale"])
+    for ask, key in (
+        (lambda: client.layer("head"), "000001/head"),
+        (lambda: client.layer("scale", slice(2, 3)), "000002/scale"),
+        (lambda: client.gradient(3)["stem"], "support/stem"),
+    ):
+        with pytest.raises(InputError, match=key):
+            ask()
+
+
 # --- the page on the format
 
 
@@ -322,6 +699,25 @@ def test_the_reader_of_the_format_page_reads_what_ours_reads(recorded: Recorded)
                 assert all(same(gradients[n], t) for n, t in ours_of.gradient(step).items())
 
 
+@FORMS
+def test_the_reader_of_the_format_page_reads_shards_of_any_form(
+    form: dict[str, Any], tmp_path: Path
+) -> None:
+    live = [(), *GROWING, tuple(range(9)), (3,)]
+    client = run_of(
+        tmp_path / "run", [gradients_of(n, t) for n, t in enumerate(live)], capture="all", **form
+    )
+    _, _, rounds = example_reader()(tmp_path / "run")
+    found = rounds[1]["clients"][6]["gradients"]
+    assert sorted(found) == client.captured_steps == list(range(len(live)))
+    for step, gradients in found.items():
+        ours = client.gradient(step)
+        assert set(gradients) == set(ours)
+        for name, array in gradients.items():
+            assert (array.dtype, array.shape) == (np.float32, SHAPES[name])
+            assert np.ascontiguousarray(array).tobytes() == ours[name].numpy().tobytes()
+
+
 def test_the_reader_of_the_format_page_ignores_what_a_kill_left(recorded: Recorded) -> None:
     _, _, rounds = example_reader()(recorded.killed)
     assert {n: list(r["clients"]) for n, r in rounds.items()} == {0: [], 1: FOLDED[1]}
@@ -359,7 +755,8 @@ def test_the_format_page_describes_every_key_that_a_run_holds(recorded: Recorded
     page = FORMAT.read_text(encoding="utf-8")
 
     def keys(value: Any, path: str = "") -> set[str]:
-        if not isinstance(value, dict) or path in ("client", "versions", "per_layer_norms"):
+        named_by_others = ("client", "versions", "per_layer_norms", "files")
+        if not isinstance(value, dict) or path in named_by_others:
             return {path} - {""}
         found = set()
         for key, item in value.items():
@@ -378,11 +775,18 @@ def test_the_format_page_describes_every_key_that_a_run_holds(recorded: Recorded
 # --- laziness
 
 
-def make_sparse(path: Path, size: int) -> None:
-    """Write a safetensors file with `size` bytes of zeros, which take no place, and a mark."""
+ROW = 512
+
+
+def make_sparse(path: Path, size: int, *, step: int = 0) -> None:
+    """Write a shard with `size` bytes of zeros, which take no place, and a mark."""
     header = {
-        "000000/13.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]},
-        "000000/13.bias": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]},
+        f"{step:06d}/13.weight": {
+            "dtype": "F32",
+            "shape": [size // 4 // ROW, ROW],
+            "data_offsets": [0, size],
+        },
+        f"{step:06d}/13.bias": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]},
     }
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -390,13 +794,21 @@ def make_sparse(path: Path, size: int) -> None:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + size)
         file.seek(0, os.SEEK_END)
-        file.write(struct.pack("<2f", 1.5, -2.5))
+        file.write(struct.pack("<2f", 1.5, -2.5 - step))
+
+
+def change_shapes(root: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    manifest = json.loads((root / "run.json").read_text())
+    for parameter in manifest["model"]["parameters"]:
+        parameter["shape"] = list(shapes.get(parameter["name"], parameter["shape"]))
+    (root / "run.json").write_text(json.dumps(manifest))
 
 
 def test_a_shard_of_gigabytes_is_mapped_and_not_read(copied: Path) -> None:
     size = 2 * 2**30
     shard = copied / "rounds" / "0001" / "clients" / "0000" / "gradients-00000.safetensors"
     make_sparse(shard, size)
+    change_shapes(copied, {"13.weight": (size // 4 // ROW, ROW), "13.bias": (2,)})
     before = rss()
     client = load_run(copied).round(1).client(0)
     gradient = client.gradient(0)
@@ -404,10 +816,27 @@ def test_a_shard_of_gigabytes_is_mapped_and_not_read(copied: Path) -> None:
     weight, bias = gradient["13.weight"], gradient["13.bias"]
     assert weight.numel() * weight.element_size() == size
     assert bias.tolist() == [1.5, -2.5]
-    assert (weight[0].item(), weight[-1].item()) == (0.0, 0.0)
+    assert (weight[0, 0].item(), weight[-1, -1].item()) == (0.0, 0.0)
+    assert client.layer("13.bias").tolist() == [[1.5, -2.5]]
     assert rss() - before < 50e6
     if sys.platform == "linux":
         assert os.path.realpath(shard) in {m.path for m in psutil.Process().memory_maps()}
+
+
+def test_a_client_of_a_hundred_gigabytes_takes_little_memory(copied: Path) -> None:
+    size, shards = 2 * 2**30, 50
+    folder = copied / "rounds" / "0001" / "clients" / "0000"
+    for step in range(shards):
+        make_sparse(folder / f"gradients-{step:05d}.safetensors", size, step=step)
+    change_shapes(copied, {"13.weight": (size // 4 // ROW, ROW), "13.bias": (2,)})
+    assert sum(path.stat().st_size for path in folder.glob("gradients-*")) > 100e9
+    before = rss()
+    client = load_run(copied).round(1).client(0)
+    assert client.captured_steps == list(range(shards))
+    assert client.captured_parameters == ["13.weight", "13.bias"]
+    assert client.layer("13.bias")[:, 1].tolist() == [-2.5 - step for step in range(shards)]
+    assert client.layer("13.bias", slice(-2, None)).tolist() == [[1.5, -50.5], [1.5, -51.5]]
+    assert rss() - before < 50e6
 
 
 def test_opening_a_run_opens_no_tensors(copied: Path) -> None:
@@ -624,9 +1053,11 @@ def test_a_damaged_tensor_file_is_an_input_error(
 
 def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    writer = RunWriter.create(root, {"model": {"parameters": [{"name": "w"}]}}, [])
-    writer.add_client({"round": 1, "partition": 0, "status": "ok"}, {"w": np.zeros(1)})
-    append_line(root / "rounds.jsonl", {"round": 1, "participants": [0]})
+    parameters = [{"name": "w", "shape": [1]}]
+    writer = RunWriter.create(root, {"model": {"parameters": parameters}}, [])
+    row = {"round": 1, "partition": 0, "status": "ok", "num_steps": 7}
+    writer.add_client(row, {"w": np.zeros(1)})
+    append_line(root / "rounds.jsonl", json_line({"round": 1, "participants": [0]}))
     client = load_run(root).round(1).client(0)
     with pytest.raises(InputError, match=r"step 0 of .* was not captured; captured are none$"):
         client.gradient(0)

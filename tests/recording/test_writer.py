@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 
 from fedsim.core.errors import InputError
-from fedsim.recording.layout import RunLayout, gradient_key, shard_name
-from fedsim.recording.writer import RunWriter
+from fedsim.recording.checksums import read_checksums
+from fedsim.recording.files import Checksum
+from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
+from fedsim.recording.writer import RunWriter, mark_failed
 from tests.recording.conftest import Recorded
 
 PARTITION = [np.array([1, 4]), np.array([0, 2, 3])]
@@ -52,6 +54,7 @@ def test_shards_have_five_digits_and_steps_six() -> None:
     assert shard_name(12345) == "gradients-12345.safetensors"
     assert gradient_key(0, "fc.weight") == "000000/fc.weight"
     assert gradient_key(390, "layer4.1.conv2.weight") == "000390/layer4.1.conv2.weight"
+    assert support_key("layer4.1.conv2.weight") == "support/layer4.1.conv2.weight"
 
 
 def test_a_new_run_says_that_it_runs_and_holds_its_partition_and_no_rows(tmp_path: Path) -> None:
@@ -62,6 +65,8 @@ def test_a_new_run_says_that_it_runs_and_holds_its_partition_and_no_rows(tmp_pat
         "partition.safetensors",
         "clients.jsonl",
         "rounds.jsonl",
+        "checksums.jsonl",
+        "lock",
     }
     assert json.loads((root / "run.json").read_text()) == {
         "format": 1,
@@ -148,6 +153,8 @@ def test_each_artifact_has_its_place_its_dtypes_and_its_row(tmp_path: Path) -> N
         "partition.safetensors",
         "clients.jsonl",
         "rounds.jsonl",
+        "checksums.jsonl",
+        "lock",
         *tensors,
     }
     for name in tensors:
@@ -163,6 +170,93 @@ def test_each_artifact_has_its_place_its_dtypes_and_its_row(tmp_path: Path) -> N
     assert files["rounds.jsonl"] == (
         b'{"round":0,"participants":[]}\n{"round":1,"participants":[0,1],"global_loss":null}\n'
     )
+
+
+def latest_checksums(root: Path) -> dict[str, Checksum]:
+    latest: dict[str, Checksum] = {}
+    for line in read_checksums(root / "checksums.jsonl"):
+        latest |= line.files
+    return latest
+
+
+def assert_all_listed(root: Path) -> None:
+    """Every file but the list itself and the lock is listed with the checksum that it has."""
+    found = {name: Checksum.of(content) for name, content in contents(root).items()}
+    del found["checksums.jsonl"]
+    assert found.pop("lock").size == 0
+    assert latest_checksums(root) == found
+
+
+def write_round(writer: RunWriter, number: int, *partitions: int, **row: Any) -> None:
+    for partition in partitions:
+        writer.add_client({"round": number, "partition": partition, **row}, STATE)
+    writer.add_state(number, STATE)
+    writer.add_round({"round": number, "participants": list(partitions)})
+
+
+def test_checksums_follow_every_file_and_every_row(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    assert latest_checksums(root) == {
+        name: Checksum.of_file(root / name) for name in ("partition.safetensors", "run.json")
+    }
+    write_round(writer, 0)
+    assert_all_listed(root)
+    writer.add_failure({"round": 1, "partition": 0, "status": "failed"})
+    writer.add_aggregate(1, STATE)
+    write_round(writer, 1, 3, 1)
+    assert_all_listed(root)
+    writer.finish("failed", "why")
+    assert_all_listed(root)
+
+
+def test_the_files_of_a_client_are_listed_with_the_checksums_that_it_told(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    told = {"steps.jsonl": Checksum(5, "a" * 32), "sketch.safetensors": Checksum(9, "b" * 32)}
+    write_round(writer, 1, 7, files={name: c.to_json() for name, c in told.items()})
+    folder = "rounds/0001/clients/0007"
+    found = latest_checksums(root)
+    assert {n: c for n, c in found.items() if n.startswith(folder)} == {
+        f"{folder}/steps.jsonl": told["steps.jsonl"],
+        f"{folder}/sketch.safetensors": told["sketch.safetensors"],
+        f"{folder}/delta.safetensors": Checksum.of_file(root / folder / "delta.safetensors"),
+    }
+
+
+def test_a_run_that_is_taken_up_again_goes_on_with_its_rows(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    write_round(make(root), 0)
+    again = RunWriter(root, json.loads((root / "run.json").read_bytes()))
+    write_round(again, 1, 2)
+    assert_all_listed(root)
+    mark_failed(root, "the engine stopped")
+    assert json.loads((root / "run.json").read_text())["error"] == "the engine stopped"
+    assert_all_listed(root)
+
+
+def test_nothing_is_marked_where_no_run_is(tmp_path: Path) -> None:
+    mark_failed(tmp_path / "run", "why")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_round_without_a_row_can_be_dropped_with_its_files(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    write_round(writer, 0)
+    write_round(writer, 1, 2)
+    before = contents(root)
+    writer.add_client({"round": 2, "partition": 5}, STATE)
+    half = root / "rounds" / "0002" / "clients" / "0006" / "gradients-00000.safetensors.7.partial"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    (root / "rounds" / "mine").mkdir()
+    writer.drop_unfinished_round()
+    after = contents(root)
+    assert {n: c for n, c in after.items() if n != "clients.jsonl"} == {
+        n: c for n, c in before.items() if n != "clients.jsonl"
+    }
+    assert sorted(p.name for p in (root / "rounds").iterdir()) == ["0000", "0001", "mine"]
 
 
 def test_a_delta_that_cannot_be_written_has_no_row(tmp_path: Path) -> None:

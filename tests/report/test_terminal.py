@@ -18,13 +18,13 @@ from fedsim.core.config import RunConfig
 from fedsim.core.datasets import Dataset, parse_name
 from fedsim.core.errors import RunFailedError
 from fedsim.core.plan import RunPlan
+from fedsim.core.units import format_bytes
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.writer import RunWriter
 from fedsim.report.terminal import (
     TerminalObserver,
-    format_bytes,
     format_seconds,
     make_console,
     partition_table,
@@ -68,18 +68,20 @@ def lines_of(console: Console) -> list[str]:
 
 
 def plan_of(name: str = "synthetic:500:5", **values: Any) -> RunPlan:
-    """Make a plan of a dataset that is not there, but for its labels: 0, 1, 2, ... in turn."""
+    """Make a plan of a dataset of which there are labels alone: 0, 1, 2, ... in turn."""
     keys = {key.replace("_", "-"): value for key, value in values.items()}
     config = RunConfig.from_mapping({"dataset": name, "model": "cnn", "clients": 4, **keys})
     spec = parse_name(name)
     nothing = torch.zeros(0, dtype=torch.uint8)
+    # Two images, for a plan looks at the gradient of one step.
+    two = torch.zeros((2, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(spec.train_size) % spec.classes
     order = np.argsort(labels.numpy(), kind="stable")
     return RunPlan(
         config=config,
         dataset=Dataset(
             spec=spec,
-            train_images=nothing,
+            train_images=two,
             train_labels=labels,
             test_images=nothing,
             test_labels=nothing,
@@ -207,12 +209,15 @@ def test_the_summary_tells_what_will_be_run() -> None:
     # 5,562 parameters; 3 clients of 125 samples make 3 steps each; states, deltas, aggregates.
     written = 4 * 5562 * (1 + 2 * (3 * 3 + 3 + 2))
     assert plan.run_bytes == written == 645_192
-    assert lines_of(console)[:7] == [
+    assert plan.round_bytes(1) == 4 * 5562 * (3 * 3 + 3 + 2) == 311_472
+    assert plan.captured_bytes() == 4 * 5562 * 2 * 3 * 3 == 400_464
+    assert lines_of(console)[:8] == [
         "data       synthetic:500:5: 500 + 100 samples, 5 classes",
         "partition  dirichlet, 125 to 125 samples a client",
         "model      cnn, batch norm, 5,562 parameters",
         "rounds     2 of 3 of 4 clients, seed 7, delta-fedavg",
-        "capture    all, 22.2 kB a step",
+        "capture    all, float32, support, 22.2 kB a step, 400.5 kB in all",
+        "a round    writes 311.5 kB at most",
         "to write   645.2 kB into runs/one",
         "workers    2 with 1 CPU each",
     ]
@@ -230,8 +235,34 @@ def test_the_summary_names_listed_participants_and_chosen_layers() -> None:
     print_summary(console, plan, 1, Path("run"))
     lines = lines_of(console)
     assert "rounds     2 of listed clients of 4, seed 42, delta-fedavg" in lines
-    assert "capture    first:1 of fc.*, conv*, 22.2 kB a step" in lines
+    kept = "float32, support, 22.2 kB a step, 66.7 kB in all"
+    assert f"capture    first:1 of fc.*, conv*, {kept}" in lines
+    # Round 2 has two clients; each leaves a step and a delta.
+    assert "a round    writes 133.5 kB at most" in lines
     assert "workers    1 with 4 CPU each" in lines
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"capture": "last:2", "capture_dtype": "bfloat16", "capture_encoding": "dense"},
+            "last:2, bfloat16, dense, 11.1 kB a step, 89.0 kB in all",
+        ),
+        # 4 clients with 4 steps each.
+        ({"capture": "sketch:250"}, "sketch:250, 1.0 kB a step, 16.0 kB in all"),
+        ({"capture": "none", "capture_dtype": "bfloat16"}, "none"),
+    ],
+)
+def test_the_summary_says_in_which_form_gradients_are_kept(
+    values: dict[str, Any], line: str
+) -> None:
+    console = console_of()
+    print_summary(console, plan_of(rounds=1, **values), 1, Path("run"))
+    lines = lines_of(console)
+    assert f"capture    {line}" in lines
+    # What a round writes is no news where there is one.
+    assert not [found for found in lines if found.startswith("a round ")]
 
 
 def test_a_run_that_captures_nothing_says_so() -> None:
@@ -257,7 +288,8 @@ def test_globs_of_layers_are_printed_as_they_are() -> None:
     console = console_of()
     plan = plan_of(capture="all", capture_layers=["[cf]*.weight"])
     print_summary(console, plan, 1, Path("run"))
-    assert "capture    all of [cf]*.weight, 22.2 kB a step" in lines_of(console)
+    line = "capture    all of [cf]*.weight, float32, support, 22.2 kB a step"
+    assert any(found.startswith(line) for found in lines_of(console))
 
 
 # --- the partition
@@ -492,6 +524,7 @@ def test_clients_that_failed_are_not_counted_as_trained() -> None:
     observer.client_failed(1, 2, "why")
     observer.client_finished({"round": 1, "partition": 0, "bytes_captured": 0})
     observer.round_finished(row_of(1, failed=[2]))
+    observer.round_finished(row_of(2, participants=[]))
     observer.run_finished(Path("run"))
     assert "clients   1 trained in 2 rounds, 1 failed" in lines_of(console)
 
