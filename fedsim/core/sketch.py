@@ -28,8 +28,6 @@ from torch import Tensor
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import Taps
 
-_ROWS = 32
-
 
 class Sketcher:
     """Projects gradients of one model; the same for every step, client and round of a run.
@@ -74,7 +72,6 @@ class Sketcher:
         """
         # Twice as wide: a rotated row is added without wrapping around.
         total = np.zeros(2 * self._size, np.float32)
-        signed = np.empty((_ROWS, self._size), np.float32)
         for name, tensor in packed.items():
             values: NDArray[np.float32] = tensor.detach().numpy()
             live = taps[name]
@@ -82,12 +79,11 @@ class Sketcher:
                 # Not -1 for the second: a kernel whose every tap is dead has no entries.
                 planes = values.reshape(len(live), math.prod(values.shape[1:]))
             elif values.ndim > 2:
-                # Strided: the product with the signs lays the planes out as it reads them.
                 planes = values.reshape(-1, math.prod(values.shape[2:])).T
+                live = tuple(range(len(planes)))
             else:
-                planes = values.reshape(1, -1)
-            for tap, plane in zip(live or range(len(planes)), planes, strict=True):
-                self._add(plane, self._draw(name, tap, plane.size), signed, total)
+                planes, live = values.reshape(1, -1), (0,)
+            self._add(planes, [self._draw(name, tap, planes.shape[1]) for tap in live], total)
         return total[: self._size] + total[self._size :]
 
     def _draw(self, name: str, tap: int, size: int) -> list[tuple[int, bool]]:
@@ -103,23 +99,19 @@ class Sketcher:
 
     def _add(
         self,
-        plane: NDArray[np.float32],
-        rows: list[tuple[int, bool]],
-        signed: NDArray[np.float32],
+        planes: NDArray[np.float32],
+        rows: list[list[tuple[int, bool]]],
         total: NDArray[np.float32],
     ) -> None:
-        size = self._size
-        whole = plane.size // size
-        for first in range(0, whole, _ROWS):
-            last = min(first + _ROWS, whole)
-            block = plane[first * size : last * size].reshape(-1, size)
-            product = np.multiply(block, self._signs, out=signed[: last - first])
-            for row, (shift, minus) in zip(product, rows[first:last], strict=True):
-                target = total[shift : shift + size]
+        """Flip signs of planes, an array of shape (planes, entries), and add them row by row."""
+        signed = np.empty((len(planes), self._size), np.float32)
+        for number, start in enumerate(range(0, planes.shape[1], self._size)):
+            # One row of every plane at a time: they lie entry by entry beside each other where
+            # nothing was left out, and laying them out happens in cache.
+            block = planes[:, start : start + self._size]
+            width = block.shape[1]
+            product = np.multiply(block, self._signs[:width], out=signed[:, :width])
+            for row, of_plane in zip(product, rows, strict=True):
+                shift, minus = of_plane[number]
+                target = total[shift : shift + width]
                 (np.subtract if minus else np.add)(target, row, target)
-        rest = plane[whole * size :]
-        if rest.size:
-            shift, minus = rows[whole]
-            target = total[shift : shift + rest.size]
-            product = np.multiply(rest, self._signs[: rest.size], out=signed[0, : rest.size])
-            (np.subtract if minus else np.add)(target, product, target)

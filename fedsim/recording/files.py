@@ -17,6 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from fedsim.recording.output import OutputFile
+
 TEMPORARY = ".partial"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of writing where there is no room."""
@@ -144,7 +146,8 @@ class TensorWriter:
         self._done: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._digest = Digest()
         self.data_bytes = 0
-        self._file = self._unfinished.open("w+b", buffering=0)
+        announced = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in entries.values())
+        self._file = OutputFile(self._unfinished, size=len(self._header) + announced)
         try:
             self._write(memoryview(self._header))
         except BaseException:
@@ -173,13 +176,11 @@ class TensorWriter:
         """Rename the finished file into place; entries never appended are not in it."""
         if self._left:
             # Rare: the shorter header is filled up with spaces, so that no data has to move.
-            header = _header(self._done, size=len(self._header))
-            self._file.seek(0)
-            self._write(memoryview(header))
+            self._file.finish(head=_header(self._done, size=len(self._header)))
             checksum = Checksum.of_file(self._unfinished)
         else:
+            self._file.finish()
             checksum = self._digest.checksum()
-        self._file.close()
         self._unfinished.replace(self._path)
         return checksum
 
@@ -190,8 +191,7 @@ class TensorWriter:
 
     def _write(self, view: memoryview) -> None:
         self._digest.update(view)
-        while len(view):
-            view = view[self._file.write(view) :]
+        self._file.write(view)
 
 
 def _header(entries: Mapping[str, tuple[str, tuple[int, ...]]], size: int = 0) -> bytes:
