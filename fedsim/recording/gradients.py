@@ -71,25 +71,37 @@ class FirstStepNorms:
 
 
 @dataclass
-class _Item:
-    """One step on its way to the writer."""
+class _Unmeasured:
+    """A step whose gradients lie on a GPU, on its way to the writer."""
 
     step: Step
     gradients: dict[str, Tensor]
-    ready: torch.cuda.Event | None
+    ready: torch.cuda.Event
+
+
+@dataclass
+class _Measured:
+    """What is to be written of a step."""
+
+    row: dict[str, Any]
+    gradients: dict[str, Tensor]
+    taps: dict[str, Taps | None]
+    sketch: NDArray[np.float32] | None
 
 
 class StepRecorder:
     """An observer of local training that writes ``steps.jsonl`` and what the policy keeps.
 
-    A thread packs, measures and writes while training computes the next step. It holds the
-    gradients of one step; with those that training is making, two steps are in memory at most.
-    A slower disk makes training wait: `seconds_waited` in its steps, `seconds_closing` after
-    the last.
+    A thread writes while training computes the next step. It holds what is kept of one step; with
+    the gradients that training is making, two steps are in memory at most. A slower disk makes
+    training wait: `seconds_waited` in its steps, `seconds_closing` after the last.
 
-    On a CPU the very tensors of the backward pass are written, without a copy. On a GPU the
-    thread works on a stream of its own that waits for the backward pass by an event; it copies
-    into pinned memory, waits for the copy, and writes before it touches that memory again.
+    On a CPU the very tensors of the backward pass are written, without a copy. What they are
+    packed and measured for takes no waiting but computing, for which a worker's cores are busy
+    with training anyway: it is done in between, without two threads fighting for them. On a GPU the
+    thread does that too, on a stream of its own that waits for the backward pass by an event; it
+    copies into pinned memory, waits for the copy, and writes before it touches that memory
+    again.
 
     Use it as a context manager: a clean end puts the files in place, an error removes them.
 
@@ -141,7 +153,7 @@ class StepRecorder:
         self._shard_bytes = shard_bytes
         self._taps: dict[str, Taps | None] = {}
         self._sketches: list[NDArray[np.float32]] = []
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Measured | _Unmeasured | None] = queue.SimpleQueue()
         self._free = threading.Semaphore(1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="step-recorder", daemon=True)
@@ -174,19 +186,23 @@ class StepRecorder:
             gradients = {name: step.gradients[name] for name in self._names}
         else:
             gradients = {}
-        ready = None
         device = step.loss.device
+        item: _Measured | _Unmeasured
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             ready = torch.cuda.current_stream(device).record_event()
+            # Without the mapping: parameters that are not wanted can go as soon as training drops
+            # them.
+            item = _Unmeasured(replace(step, gradients={}), gradients, ready)
+        else:
+            item = self._measure(step, gradients)
+        del gradients
         started = time.perf_counter()
         self._free.acquire()
         self.seconds_waited += time.perf_counter() - started
         if self._error is not None:
             raise self._error
-        # Without the mapping: the parameters that are not wanted can go as soon as training
-        # drops them.
-        self._queue.put(_Item(replace(step, gradients={}), gradients, ready))
+        self._queue.put(item)
 
     def __exit__(
         self,
@@ -238,9 +254,11 @@ class StepRecorder:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
-                if self._error is None:
+                if self._error is None and isinstance(item, _Unmeasured):
                     with self._after(item.ready):
-                        self._take(item.step, item.gradients)
+                        self._write(self._measure(item.step, item.gradients))
+                elif self._error is None and isinstance(item, _Measured):
+                    self._write(item)
             except BaseException as error:
                 self._error = error
             finally:
@@ -248,10 +266,8 @@ class StepRecorder:
                 self._free.release()
 
     @contextlib.contextmanager
-    def _after(self, ready: torch.cuda.Event | None) -> Iterator[None]:
-        if ready is None or self._stream is None:
-            yield
-            return
+    def _after(self, ready: torch.cuda.Event) -> Iterator[None]:
+        assert self._stream is not None  # noqa: S101
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             try:
@@ -260,7 +276,7 @@ class StepRecorder:
                 # Training frees these gradients next; nothing here may still read them.
                 self._stream.synchronize()
 
-    def _take(self, step: Step, gradients: dict[str, Tensor]) -> None:
+    def _measure(self, step: Step, gradients: dict[str, Tensor]) -> _Measured:
         row: dict[str, Any] = {
             "step": step.index,
             "epoch": step.epoch,
@@ -269,17 +285,36 @@ class StepRecorder:
             "learning_rate": step.learning_rate,
             "indices": step.indices.tolist(),
         }
-        if gradients:
-            dense = self._policy.keeps_gradients and self._policy.encoding == "dense"
-            as_they_are = dense and self._statistics is None
-            packed, nonzero = (gradients, 0) if as_they_are else self._pack(gradients)
-            if self._statistics is not None:
-                figures = self._statistics.add(packed, self._taps, self._shapes, nonzero=nonzero)
-                row.update(_named(dataclasses.asdict(figures)))
-            if step.index in self._kept:
-                source = gradients if dense else packed
-                self._keep(step.index, {name: source[name] for name in self._names}, row)
-        self._lines.write(row)
+        measured = _Measured(row, {}, {}, None)
+        if not gradients:
+            return measured
+        dense = self._policy.keeps_gradients and self._policy.encoding == "dense"
+        as_they_are = dense and self._statistics is None
+        packed, nonzero = (gradients, 0) if as_they_are else self._pack(gradients)
+        if self._statistics is not None:
+            figures = self._statistics.add(packed, self._taps, self._shapes, nonzero=nonzero)
+            row.update(_named(dataclasses.asdict(figures)))
+        if step.index in self._kept:
+            source = gradients if dense else packed
+            measured.gradients = {name: source[name] for name in self._names}
+            measured.taps = {n: None if dense else self._taps[n] for n in self._names}
+        if measured.gradients and self._sketcher is not None:
+            host = self._to_host(measured.gradients, torch.float32)
+            measured.sketch = self._sketcher.sketch(host, measured.taps)
+            if self._statistics is None:
+                norms = {n: float(torch.linalg.vector_norm(g)) for n, g in host.items()}
+                row["per_layer_norms"] = norms
+        return measured
+
+    def _write(self, measured: _Measured) -> None:
+        if measured.sketch is not None:
+            self._sketches.append(measured.sketch)
+            self.bytes_captured += measured.sketch.nbytes
+        elif measured.gradients:
+            self._store(measured.row["step"], measured.gradients, measured.taps)
+        if measured.gradients:
+            self.num_steps_captured += 1
+        self._lines.write(measured.row)
 
     def _pack(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Leave out dead taps, having looked at every entry; count the nonzero ones."""
@@ -302,22 +337,7 @@ class StepRecorder:
                 packed[name] = pack(gradient, self._taps[name])
         return packed, nonzero
 
-    def _keep(self, step: int, gradients: dict[str, Tensor], row: dict[str, Any]) -> None:
-        if self._sketcher is not None:
-            host = self._to_host(gradients, torch.float32)
-            taps = {name: self._taps[name] for name in gradients}
-            self._sketches.append(self._sketcher.sketch(host, taps))
-            self.bytes_captured += self._sketches[-1].nbytes
-            if self._statistics is None:
-                norms = {n: float(torch.linalg.vector_norm(g)) for n, g in gradients.items()}
-                row["per_layer_norms"] = norms
-        else:
-            self._store(step, gradients)
-        self.num_steps_captured += 1
-
-    def _store(self, step: int, gradients: dict[str, Tensor]) -> None:
-        dense = self._policy.encoding == "dense"
-        taps = {name: None if dense else self._taps[name] for name in gradients}
+    def _store(self, step: int, gradients: dict[str, Tensor], taps: dict[str, Taps | None]) -> None:
         if self._shard is not None and taps != self._shard_taps:
             self._close_shard()
         if self._shard is None:
