@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,16 +313,20 @@ def test_node_ids_are_nowhere_in_the_record(run_locally):
 
 
 def test_an_existing_output_is_refused_and_left_alone(tmp_path):
+    plan = RunPlan.prepare(RunConfig.from_mapping(SMALL))
     (tmp_path / "taken").mkdir()
     with pytest.raises(InputError, match="exists already"):
-        check_output(tmp_path / "taken", 1)
+        check_output(tmp_path / "taken", plan)
     with pytest.raises(InputError, match="exists already"):
-        check_output(Path(__file__), 1)
+        check_output(Path(__file__), plan)
     assert list((tmp_path / "taken").iterdir()) == []
 
 
 def test_a_disk_that_cannot_hold_the_run_is_refused(tmp_path):
-    with pytest.raises(InputError) as refused:
-        check_output(tmp_path / "new", 10**18)
-    assert "1000000000.0 GB" in str(refused.value)
+    # 4 MB a state, of which each round writes several.
+    plan = RunPlan.prepare(RunConfig.from_mapping({**SMALL, "rounds": 100_000, "seed": 7}))
+    big = replace(plan, initial_state={"w": np.empty((10**6,), np.float32)})
+    with pytest.raises(InputError, match=r"needs [\d.]+ TB and its disk has .* free; ") as refused:
+        check_output(tmp_path / "new", big)
+    assert "its states and deltas alone do not fit" in str(refused.value)
     assert not (tmp_path / "new").exists()
