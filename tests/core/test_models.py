@@ -52,7 +52,8 @@ def test_models_have_these_sizes_at_100_classes(name, norm, numbers, tensors, en
 
 def test_resnet18_of_seed_42_is_torchvisions_with_a_new_head_drawn_after_it():
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(42)
+        # Not torch.manual_seed: it seeds the generators of GPUs too, and those stay seeded.
+        torch.default_generator.manual_seed(42)
         by_hand = resnet18(weights=None)
         by_hand.fc = nn.Linear(512, 100)
     found, expected = build("resnet18").state_dict(), by_hand.state_dict()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path) -> None:
         text=True,
     )
     # The check before the first round would refuse a disk that is full from the start.
-    while not (disk / "run" / "rounds.jsonl").exists() and process.poll() is None:
-        pass
+    end = time.monotonic() + 120
+    while not (disk / "run" / "rounds.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
     with (disk / "ballast").open("wb") as file:
         file.write(b"\0" * (DISK - 600_000))
     _, err = process.communicate(timeout=120)

@@ -533,7 +533,7 @@ def test_the_command_prints_a_table_and_ends_with_what_was_found(
     assert command(["verify", str(copied)]) == 1
     out, err = capsys.readouterr()
     assert f"files: {SHARD} is not what was written" in out
-    assert f"replay: {SHARD} is damaged" not in err
+    assert f"gradients: {SHARD} is damaged" in out
     assert err.count("\n") == 1
     assert f"is not what was recorded: {SHARD} is not what was written" in err
     assert command(["verify", str(copied.parent / "absent")]) == 2
