@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -20,8 +21,9 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import Taps, live_taps, packed_size
-from fedsim.core.training import Arrays, state_arrays
+from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
 
 
@@ -228,3 +230,39 @@ class RunPlan:
         """Count the bytes that the run will write, but for its rows."""
         states = 1 + 2 * self.config.rounds + self._times_drawn.total()
         return self.captured_bytes() + states * self.state_bytes
+
+
+def batches_of_round(
+    config: RunConfig,
+    dataset: Dataset,
+    indices: NDArray[np.int64],
+    *,
+    round_number: int,
+    partition: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Yield the batches that a client trains on in a round, the same ones whenever asked.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's.
+    dataset : Dataset
+        Its data.
+    indices : ndarray of int64
+        The client's positions in the training split.
+    round_number, partition : int
+        Which round of which client.
+    device : torch.device
+        Where batches are made.
+    """
+    return load_batches(
+        dataset.train_images,
+        dataset.train_labels,
+        indices,
+        dataset.spec,
+        config.training_of(partition),
+        order=generator(config.seed, Purpose.BATCHES, round_number, partition),
+        augmentation=generator(config.seed, Purpose.AUGMENTATION, round_number, partition),
+        device=device,
+    )

@@ -26,10 +26,9 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import DiskFullError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
-from fedsim.core.plan import RunPlan
-from fedsim.core.rng import Purpose, generator
+from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
-from fedsim.core.training import Step, load_batches, load_state, local_train
+from fedsim.core.training import Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.run_config import config_from_run_config
 from fedsim.recording.files import DISK_FULL
@@ -119,16 +118,12 @@ class FedSimClient(NumPyClient):
         settings = plan.config.training_of(self.partition)
         folder = str(config.get(messages.RUN_FOLDER, ""))
         started = time.perf_counter()
-        batches = load_batches(
-            plan.dataset.train_images,
-            plan.dataset.train_labels,
+        batches = batches_of_round(
+            plan.config,
+            plan.dataset,
             indices,
-            plan.dataset.spec,
-            settings,
-            order=generator(plan.config.seed, Purpose.BATCHES, round_number, self.partition),
-            augmentation=generator(
-                plan.config.seed, Purpose.AUGMENTATION, round_number, self.partition
-            ),
+            round_number=round_number,
+            partition=self.partition,
             device=workplace.device,
         )
         state = dict(zip(plan.initial_state, parameters, strict=True))
