@@ -1,4 +1,4 @@
-"""Large files, written front to back at the speed of the disk."""
+"""Large files, written and read at the speed of the disk."""
 
 from __future__ import annotations
 
@@ -107,6 +107,68 @@ class OutputFile:
 
     def _leave_direct(self) -> None:
         if self._direct:
-            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~self._direct)
+            _clear(self._descriptor, self._direct)
             self._direct = 0
+
+
+class WholeReader:
+    """Reads whole files, one after the other, into the same memory.
+
+    Past the page cache like `OutputFile`, for the same reason: what is looked at once need not
+    push everything else out of memory, and costs half of the processor time.
+    """
+
+    def __init__(self) -> None:
+        self._pages = mmap.mmap(-1, _BUFFER_BYTES)
+
+    def read(self, path: Path) -> memoryview:
+        """Read a file.
+
+        Returns
+        -------
+        memoryview
+            Its bytes, until the next call.
+
+        Raises
+        ------
+        OSError
+            As the system says it.
+        """
+        size = path.stat().st_size
+        direct = getattr(os, "O_DIRECT", 0) if size >= DIRECT_FROM else 0
+        if size > len(self._pages):
+            # A new one: whoever still looks at the former keeps it alive.
+            self._pages = mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags | direct)
+        except OSError as error:
+            if not direct or error.errno not in _REFUSED:
+                raise
+            direct = 0
+            descriptor = os.open(path, flags)
+        view = memoryview(self._pages)
+        done = 0
+        try:
+            while done < size:
+                try:
+                    count = os.readv(descriptor, [view[done : done + _BUFFER_BYTES]])
+                except OSError as error:
+                    if not direct or error.errno not in _REFUSED:
+                        raise
+                    count = -1
+                if direct and count % _BLOCK:
+                    # Refused, or an odd place to go on from.
+                    _clear(descriptor, direct)
+                    direct = 0
+                if not count:
+                    break
+                done += max(count, 0)
+        finally:
+            os.close(descriptor)
+        return view[:done]
+
+
+def _clear(descriptor: int, flag: int) -> None:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~flag)

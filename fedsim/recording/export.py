@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedsim.core.datasets import IMAGE_SHAPE, load_dataset
 from fedsim.core.errors import InputError
-from fedsim.core.rng import Purpose, generator
-from fedsim.core.training import Batch, OptimizerSettings, load_batches
+from fedsim.core.plan import batches_of_round
+from fedsim.core.training import Batch, OptimizerSettings
 from fedsim.recording.files import TEMPORARY, temporary, write_json, write_tensors
 from fedsim.recording.reader import Client, Round, Run
 
@@ -201,14 +201,12 @@ def rebuild_batches(
             f"the run, {expected}"
         )
     partition = client.partition
-    batches = load_batches(
-        dataset.train_images,
-        dataset.train_labels,
+    batches = batches_of_round(
+        config,
+        dataset,
         run.partition[partition],
-        dataset.spec,
-        config.training_of(partition),
-        order=generator(config.seed, Purpose.BATCHES, client.round, partition),
-        augmentation=generator(config.seed, Purpose.AUGMENTATION, client.round, partition),
+        round_number=client.round,
+        partition=partition,
         device=torch.device("cpu"),
     )
     rebuilt = list(itertools.islice(batches, count))

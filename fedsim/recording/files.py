@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fedsim.recording.output import OutputFile
+from fedsim.recording.disk import OutputFile
 
 TEMPORARY = ".partial"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -64,7 +64,7 @@ class Checksum:
         return {"bytes": self.size, "xxh3_128": self.xxh3_128}
 
     @classmethod
-    def of(cls, content: bytes) -> Checksum:
+    def of(cls, content: bytes | memoryview) -> Checksum:
         """Hash bytes in memory."""
         return cls(len(content), xxhash.xxh3_128_hexdigest(content))
 

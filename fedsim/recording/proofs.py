@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -15,9 +15,9 @@ from fedsim.core.aggregation import DeltaMean, apply_delta, state_sha256
 from fedsim.core.datasets import Dataset
 from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
+from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.support import Taps
-from fedsim.core.training import Arrays, Replay, load_batches, schedule, state_arrays
+from fedsim.core.training import Arrays, Replay, schedule, state_arrays
 from fedsim.recording.findings import (
     AGGREGATE,
     GRADIENTS,
@@ -30,7 +30,7 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
-from fedsim.recording.reader import Client, Run
+from fedsim.recording.reader import Client, Run, Shard
 
 REPLAY_TOLERANCE = {"float32": 1e-4, "float16": 2**-9, "bfloat16": 2**-6}
 """Relative error of a replay where bit for bit cannot be asked for, by ``capture-dtype``."""
@@ -200,30 +200,32 @@ def prove_norms(run: Run, client: Client, findings: Findings) -> None:
     findings.prove(GRADIENTS, len(client.captured_steps))
 
 
-def prove_replay(
-    run: Run, client: Client, findings: Findings, advance: Callable[[float], None]
-) -> None:
+def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Findings) -> None:
     """Check that the local optimiser over the recorded gradients lands on the delta.
 
     Parameters
     ----------
     run, client : Run, Client
         The client must be replayable.
+    shards : iterable of Shard
+        Its shards in order; each is looked at before the next is asked for.
     findings : Findings
         Told what was found.
-    advance : callable
-        Told shares of the work, 1 in all.
     """
     start, delta = run.round(client.round - 1).state, client.delta
     path = run.layout.delta(client.round, client.partition)
-    steps = client.telemetry["num_steps"]
-    names = client.captured_parameters
+    settings = run.config.training_of(client.partition).optimizer
+    replays = [
+        (Replay(start, group, settings, run.config.autocast), group)
+        for group in _groups(run, client.captured_parameters)
+    ]
+    for shard in shards:
+        for replay, group in replays:
+            _replay_shard(replay, group, shard)
     why = _why_not_exact(run)
-    worst = 0.0
-    for group in _groups(run, names):
-        found = _replayed(run, client, group, start)
+    for replay, group in replays:
         for name in group:
-            moved = found[name] - start[name]
+            moved = replay.parameters[name] - start[name]
             if torch.equal(moved.view(torch.int32), delta[name].contiguous().view(torch.int32)):
                 continue
             error = _relative_error(moved, delta[name])
@@ -234,33 +236,20 @@ def prove_replay(
                 # Says which step it is, where statistics were measured.
                 prove_norms(run, client, findings)
                 return
-            worst = max(worst, error)
-        advance(sum(math.prod(run.shapes[n]) for n in group) / _entries(run, names))
-    findings.prove(REPLAY, steps)
+    findings.prove(REPLAY, client.telemetry["num_steps"])
     if why:
         findings.note(REPLAY, f"within {REPLAY_TOLERANCE[run.config.capture_dtype]:.1e}: {why}")
     else:
         findings.note(REPLAY, "bit for bit")
 
 
-def _replayed(
-    run: Run, client: Client, group: Sequence[str], start: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    settings = run.config.training_of(client.partition).optimizer
-    replay = Replay(start, group, settings, run.config.autocast)
-    # Zeros of dead taps are written once, not at every step.
-    kept: dict[str, tuple[Taps | None, Tensor]] = {}
-    for step in range(client.telemetry["num_steps"]):
-        gradient = {}
-        for name in group:
-            shard = client.shard(step, name)
-            taps, out = kept.get(name, (None, None))
-            usable = out if taps == shard.taps(name) else None
-            gradient[name] = shard.gradient(step, name, out=usable)
-            if shard.taps(name) is not None:
-                kept[name] = (shard.taps(name), gradient[name])
+def _replay_shard(replay: Replay, group: Sequence[str], shard: Shard) -> None:
+    # Zeros of dead taps are written once for a shard, not at every step.
+    kept: dict[str, Tensor] = {}
+    for step in shard.steps:
+        gradient = {name: shard.gradient(step, name, out=kept.get(name)) for name in group}
+        kept.update((n, g) for n, g in gradient.items() if shard.taps(n) is not None)
         replay.step(gradient)
-    return replay.parameters
 
 
 def prove_recomputed(
@@ -272,21 +261,18 @@ def prove_recomputed(
     findings: Findings,
 ) -> None:
     """Check a gradient against the one of its batch, augmentation and parameters."""
-    settings = run.config.training_of(client.partition)
     device = next(model.parameters()).device
-    seed, number, partition = run.config.seed, client.round, client.partition
-    batches = load_batches(
-        dataset.train_images,
-        dataset.train_labels,
-        run.partition[partition],
-        dataset.spec,
-        settings,
-        order=generator(seed, Purpose.BATCHES, number, partition),
-        augmentation=generator(seed, Purpose.AUGMENTATION, number, partition),
+    batches = batches_of_round(
+        run.config,
+        dataset,
+        run.partition[client.partition],
+        round_number=client.round,
+        partition=client.partition,
         device=device,
     )
     batch = next(b for position, b in enumerate(batches) if position == step)
-    model.load_state_dict(dict(run.round(number - 1).state) | client.parameters_at(step))
+    start = dict(run.round(client.round - 1).state)
+    model.load_state_dict(start | client.parameters_at(step))
     model.train()
     model.zero_grad(set_to_none=True)
     with torch.autocast(
@@ -371,7 +357,3 @@ def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
     large = [n for n in names if math.prod(run.shapes[n]) >= _ALONE]
     small = [n for n in names if math.prod(run.shapes[n]) < _ALONE]
     return [*([n] for n in large), *([small] if small else [])]
-
-
-def _entries(run: Run, names: Sequence[str]) -> int:
-    return sum(math.prod(run.shapes[n]) for n in names)

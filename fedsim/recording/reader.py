@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -116,13 +117,27 @@ class Shard:
         ``gradients-SSSSS.safetensors``.
     shapes : mapping of str to tuple of int
         Shapes of the model's parameters.
+    content : memoryview, optional
+        The bytes of the file, where they have been read already.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        content: memoryview | None = None,
+    ) -> None:
         self.path = path
-        self.file = TensorFile(path)
+        self.file: Mapping[str, Tensor] = (
+            TensorFile(path) if content is None else _tensors_in(path, content)
+        )
         self._shapes = shapes
         self._taps: dict[str, Taps | None] = {}
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """The local steps in it, ascending."""
+        return sorted({int(key.partition("/")[0]) for key in self.keys})
 
     @cached_property
     def keys(self) -> list[str]:
@@ -165,6 +180,36 @@ class Shard:
         """Read a gradient in its own shape, float32; `out` as for `unpack`."""
         packed = self.packed(step, parameter).float()
         return unpack(packed, self._shapes[parameter], self.taps(parameter), out=out)
+
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+def _tensors_in(path: Path, content: memoryview) -> dict[str, Tensor]:
+    """Look at the tensors of a safetensors file in memory; the library would copy each of them."""
+    try:
+        (length,) = struct.unpack_from("<Q", content)
+        header = json.loads(bytes(content[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        data = content[8 + length :]
+        return {name: _tensor_in(data, entry) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _tensor_in(data: memoryview, entry: dict[str, Any]) -> Tensor:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("offsets that do not fit")
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data[begin:end], dtype=dtype).view(shape)
 
 
 def _are_taps(tensor: Tensor, kernel: tuple[int, ...]) -> bool:

@@ -17,6 +17,7 @@ from fedsim.core.errors import InputError
 from fedsim.core.models import build_model, resolve_device
 from fedsim.recording import proofs
 from fedsim.recording.checksums import ChecksumLine, read_checksums
+from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
 from fedsim.recording.findings import (
     AGGREGATE,
@@ -31,7 +32,8 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
-from fedsim.recording.reader import Client, Run, load_run
+from fedsim.recording.layout import gradient_key
+from fedsim.recording.reader import Client, Run, Shard, load_run
 
 Progress = Callable[[int, int], None]
 
@@ -114,6 +116,18 @@ def _refuse_unknown(
             raise InputError(f"{flag} = {number} is not in the run; there are {there}")
 
 
+class _DamagedShardError(Exception):
+    """A shard is not what was written; the findings say so already."""
+
+
+def _is_replayable(client: Client) -> bool:
+    try:
+        return client.is_replayable
+    except InputError:
+        # A damaged header: its checksum will tell.
+        return False
+
+
 class _Verifier:
     """Decides which files can be relied on, and calls the proofs over those."""
 
@@ -123,6 +137,7 @@ class _Verifier:
         self._jobs = jobs
         self._progress = progress
         self._lock = threading.Lock()
+        self._of_thread = threading.local()
         self._listed: dict[str, Checksum] = {}
         self._state_of: dict[str, bool] = {}
         self._done = 0
@@ -214,8 +229,9 @@ class _Verifier:
             if clients is None or client.partition in clients
         ]
         self._to_do = sum(self._listed[name].size for name in self._listed)
-        self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen)
-        dataset = self._dataset_of(run, data_root)
+        # Replaying a gradient is work like reading it.
+        self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen if _is_replayable(c))
+        dataset = self._dataset_of(run, data_root, asked_to_recompute=recompute > 0)
         if self._whole(PARTITION, ["partition.safetensors"]):
             with self.findings.guarded(PARTITION, "partition.safetensors"):
                 proofs.prove_partition(run, dataset, self.findings)
@@ -245,7 +261,9 @@ class _Verifier:
         if self._progress is not None:
             self._progress(done, total)
 
-    def _dataset_of(self, run: Run, data_root: str | None) -> Dataset | None:
+    def _dataset_of(
+        self, run: Run, data_root: str | None, *, asked_to_recompute: bool
+    ) -> Dataset | None:
         config = run.config
         try:
             dataset = load_dataset(
@@ -257,7 +275,8 @@ class _Verifier:
         except InputError as error:
             reason = f"the data is not at hand: {error}"
         self.findings.leave(PARTITION, f"class counts: {reason}")
-        self.findings.leave(RECOMPUTED, reason)
+        if asked_to_recompute:
+            self.findings.leave(RECOMPUTED, reason)
         return None
 
     # Files
@@ -271,11 +290,11 @@ class _Verifier:
                 whole = False
         return whole
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_whole(self, name: str, checksum: Callable[[], Checksum] | None = None) -> bool:
         with self._lock:
             if name in self._state_of:
                 return self._state_of[name]
-        problem = self._problem_of(name)
+        problem = self._problem_of(name, checksum or partial(Checksum.of_file, self._path / name))
         with self._lock:
             # Another thread may have needed it too.
             if name in self._state_of:
@@ -290,7 +309,7 @@ class _Verifier:
             self.findings.violate(FILES, problem)
         return problem is None
 
-    def _problem_of(self, name: str) -> str | None:
+    def _problem_of(self, name: str, checksum: Callable[[], Checksum]) -> str | None:
         if name not in self._listed:
             return f"{name} is not listed in checksums.jsonl"
         path, listed = self._path / name, self._listed[name]
@@ -300,7 +319,7 @@ class _Verifier:
                 return f"{name} leads out of the run directory"
             if (size := path.stat().st_size) != listed.size:
                 return f"{name} has {size} bytes, not {listed.size}"
-            if Checksum.of_file(path) != listed:
+            if checksum() != listed:
                 return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{name} is not there"
@@ -351,39 +370,66 @@ class _Verifier:
                 self._name(p) for p in client.folder.glob("gradients-*.safetensors")
             ):
                 self.findings.violate(FILES, f"{folder} has other shards than clients.jsonl says")
-            elif self._whole(GRADIENTS if shards else STEPS, [steps, *told]):
+            elif shards and _is_replayable(client):
+                others = [name for name in told if name not in shards]
+                if self._whole(GRADIENTS, others):
+                    with self.findings.guarded(REPLAY, folder):
+                        self._check_replay(run, client, shards)
+            elif self._whole(GRADIENTS if shards else STEPS, list(told)):
                 with self.findings.guarded(GRADIENTS, folder):
-                    self._check_gradients(run, client)
+                    self._check_some_gradients(run, client)
 
-    def _check_gradients(self, run: Run, client: Client) -> None:
-        policy, num_steps = run.config.policy, client.telemetry["num_steps"]
-        if not policy.keeps_gradients:
-            self.findings.leave(REPLAY, f"capture = {run.config.capture!r} keeps no gradients")
-            return
-        kept = policy.kept_steps(num_steps)
-        names = policy.layers_of(run.shapes)
-        expected = {f"{step:06d}/{name}" for step in kept for name in names}
-        if odd := sorted(expected.symmetric_difference(client.shards)):
-            problem = f"{self._name(client.folder)}: gradient {odd[0]} is missing or one too many"
-            self.findings.violate(GRADIENTS, problem)
-        elif client.is_replayable:
-            self._check_replay(run, client)
-        else:
-            reason = f"capture = {run.config.capture!r} keeps {len(kept)} of {num_steps} steps"
-            if len(kept) == num_steps:
+    def _check_some_gradients(self, run: Run, client: Client) -> None:
+        kept, num_steps = run.config.capture, client.telemetry["num_steps"]
+        if not run.config.policy.keeps_gradients:
+            self.findings.leave(REPLAY, f"capture = {kept!r} keeps no gradients")
+        elif self._holds_what_is_kept(run, client):
+            reason = f"capture = {kept!r} keeps {len(client.captured_steps)} of {num_steps} steps"
+            if len(client.captured_steps) == num_steps:
                 reason = "autocast = 'float16' takes all layers to tell which steps made an update"
             self.findings.leave(REPLAY, reason)
             proofs.prove_norms(run, client, self.findings)
 
-    def _check_replay(self, run: Run, client: Client) -> None:
+    def _holds_what_is_kept(self, run: Run, client: Client) -> bool:
+        policy = run.config.policy
+        steps, names = (
+            policy.kept_steps(client.telemetry["num_steps"]),
+            policy.layers_of(run.shapes),
+        )
+        expected = {gradient_key(step, name) for step in steps for name in names}
+        if odd := sorted(expected.symmetric_difference(client.shards)):
+            problem = f"{self._name(client.folder)}: gradient {odd[0]} is missing or one too many"
+            self.findings.violate(GRADIENTS, problem)
+        return not odd
+
+    def _check_replay(self, run: Run, client: Client, shards: Sequence[str]) -> None:
         start = self._name(run.layout.state(client.round - 1))
         delta = self._name(run.layout.delta(client.round, client.partition))
-        if self._whole(REPLAY, [start, delta]):
-            with self.findings.guarded(REPLAY, self._name(client.folder)):
-                captured = client.telemetry["bytes_captured"]
-                proofs.prove_replay(
-                    run, client, self.findings, lambda share: self._advance(share * captured)
-                )
+        if not self._whole(REPLAY, [start, delta]) or not self._holds_what_is_kept(run, client):
+            return
+        try:
+            proofs.prove_replay(run, client, self._whole_shards(run, shards), self.findings)
+        except _DamagedShardError as damaged:
+            for check in (GRADIENTS, REPLAY):
+                self.findings.leave(check, f"{damaged} is damaged")
+
+    def _whole_shards(self, run: Run, names: Sequence[str]) -> Iterator[Shard]:
+        """Read shards once, for their checksum and for what is in them."""
+        if not hasattr(self._of_thread, "reader"):
+            self._of_thread.reader = WholeReader()
+        content = memoryview(b"")
+
+        def checksum(path: Path) -> Checksum:
+            nonlocal content
+            content = self._of_thread.reader.read(path)
+            return Checksum.of(content)
+
+        for name in names:
+            path = self._path / name
+            if not self._is_whole(name, partial(checksum, path)):
+                raise _DamagedShardError(name)
+            yield Shard(path, run.shapes, content)
+            self._advance(self._listed[name].size)
 
     def _recompute(
         self, run: Run, clients: Sequence[Client], dataset: Dataset | None, count: int

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.recording.output import DIRECT_FROM, OutputFile
+from fedsim.recording.disk import DIRECT_FROM, OutputFile, WholeReader
 from tests.recording.test_files import file_size_limit
 
 MEGABYTE = 2**20
@@ -104,3 +104,25 @@ def test_a_folder_that_is_not_there_surfaces(tmp_path: Path) -> None:
 def test_the_file_is_not_executable(tmp_path: Path) -> None:
     OutputFile(tmp_path / "file", size=0).close()
     assert not (tmp_path / "file").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_file_is_read_whole(tmp_path: Path, size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    assert bytes(WholeReader().read(tmp_path / "file")) == content
+
+
+def test_a_reader_reads_files_of_any_size_one_after_the_other(tmp_path: Path) -> None:
+    reader = WholeReader()
+    for size in [3 * DIRECT_FROM + 7, 5, 2 * DIRECT_FROM, 0, 5 * DIRECT_FROM + 1]:
+        content = random.Random(size).randbytes(size)
+        (tmp_path / "file").write_bytes(content)
+        assert bytes(reader.read(tmp_path / "file")) == content
+
+
+def test_what_cannot_be_read_surfaces_as_what_the_system_calls_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        WholeReader().read(tmp_path / "absent")
+    with pytest.raises(IsADirectoryError):
+        WholeReader().read(tmp_path)

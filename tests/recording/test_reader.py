@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -1087,3 +1089,44 @@ def test_the_data_frames_of_a_run_without_rounds_are_empty(tmp_path: Path) -> No
     assert (len(run.rounds()), len(run.telemetry())) == (0, 0)
     with pytest.raises(InputError, match=r"finished are none$"):
         run.round(0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"capture-dtype": "bfloat16"}, {"capture-dtype": "float16"}]
+)
+def test_a_shard_in_memory_holds_what_the_file_holds(tmp_path: Path, changes: Any) -> None:
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    code = {"bfloat16": "BF16", "float16": "F16"}.get(changes.get("capture-dtype", ""), "F32")
+    draw = torch.Generator().manual_seed(5)
+    tensors = {
+        "support/kernel": torch.tensor([1, 4]),
+        "000007/kernel": torch.randn((2, 3, 2), generator=draw).to(names[code]),
+        "000007/bias": torch.randn((3,), generator=draw).to(names[code]),
+        "000009/kernel": torch.randn((2, 3, 2), generator=draw).to(names[code]),
+        "000009/bias": torch.randn((3,), generator=draw).to(names[code]),
+    }
+    path = tmp_path / "gradients-00000.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    shapes = {"kernel": (3, 2, 3, 3), "bias": (3,)}
+    on_disk, in_memory = (
+        Shard(path, shapes),
+        Shard(path, shapes, memoryview(bytearray(path.read_bytes()))),
+    )
+    assert sorted(on_disk.keys) == sorted(in_memory.keys)
+    assert on_disk.steps == in_memory.steps == [7, 9]
+    for step in (7, 9):
+        for name in shapes:
+            assert torch.equal(on_disk.gradient(step, name), in_memory.gradient(step, name))
+
+
+def test_any_flipped_bit_of_a_header_in_memory_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "gradients-00000.safetensors"
+    safetensors.torch.save_file({"000000/bias": torch.ones(3)}, path)
+    content = path.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    for bit in range(8 * length):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(InputError):
+            for tensor in Shard(path, {"bias": (3,)}, memoryview(broken)).file.values():
+                assert tensor.nbytes <= 12
