@@ -2,8 +2,9 @@
 
 Five ways to train ResNet18 on 3x32x32 images, batch 32, SGD with momentum and weight decay:
 
-- ``fedsim``: a whole run with one-thread workers, capture off; steady rounds (the first one,
-  which loads the workers, is left out), from drawing the participants to the written state.
+- ``fedsim``: a whole run with one-thread workers, capture and statistics off; steady rounds (the
+  first one, which loads the workers, is left out), from drawing the participants to the written
+  state.
 - ``sequential``: the loop that a user writes first: DataLoader, torchvision's transforms,
   torch.optim.SGD, one process with all threads.
 - ``sequential, bare``: the same without any data pipeline and with the fused optimiser.
@@ -152,7 +153,8 @@ def measure_fedsim(workers: int, rounds: int) -> float:
         flags = (
             f"--dataset synthetic:{CLIENTS * SAMPLES_PER_CLIENT}:100 --partition iid "
             f"--clients {CLIENTS} --clients-per-round {CLIENTS} --rounds {rounds} "
-            f"--evaluate-every {rounds} --capture none --model resnet18 --batch-size {BATCH} "
+            f"--evaluate-every {rounds} --capture none --gradient-statistics false "
+            f"--model resnet18 --batch-size {BATCH} "
             f"--learning-rate {RATE} --momentum {MOMENTUM} --weight-decay {DECAY} "
             f"--workers {workers} --device cpu --output {folder}/run"
         )
