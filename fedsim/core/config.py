@@ -197,6 +197,10 @@ class RunConfig(_Strict):
     autocast: Autocast = Field(
         "none", description="mixed precision of local training: none, bfloat16 or float16"
     )
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that repeat to the bit, on GPUs too; refuses those without",
+    )
     compile: bool = Field(False, description="compile the model (torch.compile) in each worker")
     device: Device = Field("auto", description="where training and evaluation run")
     evaluate_every: Count = Field(
@@ -204,6 +208,12 @@ class RunConfig(_Strict):
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         0, description="clients of one round that may fail without stopping the run"
+    )
+    client_timeout: Rate | None = Field(
+        None, description="seconds that a client may take in a round (default: for ever)"
+    )
+    allow_divergence: bool = Field(
+        False, description="go on when the model is not finite any more, and record that"
     )
     output: str | None = Field(None, description="run directory (default: a dated one under runs/)")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
-from fedsim.recording.checksums import ChecksumLine, checksum_line, read_checksums
+from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import (
     Checksum,
     Digest,
@@ -28,6 +28,7 @@ from fedsim.recording.files import (
 )
 from fedsim.recording.layout import FORMAT, RunLayout
 from fedsim.recording.reader import TensorFile, load_run
+from fedsim.recording.recovery import Recovery
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -35,8 +36,21 @@ State = Mapping[str, NDArray[np.generic]]
 def mark_failed(root: Path, error: str) -> None:
     """Give a run that failed, or never began, its true cause in place of what followed from it."""
     manifest = RunLayout(root).manifest
-    if manifest.exists():
+    # Whoever writes to it now knows better.
+    if manifest.exists() and not is_being_written(root):
         RunWriter(root, json.loads(manifest.read_bytes())).finish("failed", error)
+
+
+def is_being_written(root: Path) -> bool:
+    """Say whether a living process writes to a run directory."""
+    try:
+        with RunLayout(root).lock.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class RunWriter:
@@ -58,6 +72,7 @@ class RunWriter:
         self._round_files: dict[str, Checksum] = {}
         self._lock_file: BinaryIO | None = None
         self._grown = {path: _digest_of(path) for path in (self.layout.clients, self.layout.rounds)}
+        self._sealed = _size_of(self.layout.checksums)
 
     @classmethod
     def create(
@@ -93,10 +108,12 @@ class RunWriter:
         return writer
 
     @classmethod
-    def reopen(cls, root: Path, config: Mapping[str, Any]) -> RunWriter:
-        """Continue a run directory after its last whole round.
+    def reopen(
+        cls, root: Path, config: Mapping[str, Any], recovery: Recovery, versions: Mapping[str, str]
+    ) -> RunWriter:
+        """Continue a run directory after a whole round.
 
-        What an unfinished round left is removed: its folder, its rows, its checksums.
+        What later rounds left is removed: their folders, their rows, their checksums.
 
         Parameters
         ----------
@@ -104,23 +121,28 @@ class RunWriter:
             A run directory that nobody else writes to.
         config : mapping
             The configuration to go on with; it may have more rounds.
+        recovery : Recovery
+            From `find_recovery`.
+        versions : mapping
+            The libraries to go on with, by name; added to ``resumed`` in ``run.json``.
 
         Raises
         ------
         InputError
-            When it is no run directory, is in use, or holds no whole round.
+            When it is no run directory, or is in use.
         """
         run = load_run(root)
         manifest = {k: v for k, v in run.manifest.items() if k != "error"}
-        writer = cls(root, {**manifest, "status": "running", "config": dict(config)})
+        resumed = [
+            *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
+            {"after": recovery.round, "versions": dict(versions)},
+        ]
+        writer = cls(
+            root, {**manifest, "status": "running", "config": dict(config), "resumed": resumed}
+        )
         writer._lock()
         layout = writer.layout
-        rows = layout.rounds.stat().st_size if layout.rounds.exists() else 0
-        lines = list(read_checksums(layout.checksums))
-        whole = [n for n, line in enumerate(lines) if _rows_of(line) and _rows_of(line) <= rows]
-        if not whole:
-            raise InputError(f"{root} holds no whole round; allowed is a new run")
-        kept = lines[: whole[-1] + 1]
+        kept = list(read_checksums(layout.checksums))[: recovery.line]
         for path in (layout.rounds, layout.clients):
             os.truncate(path, kept[-1].files[path.name].size)
         writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
@@ -129,6 +151,7 @@ class RunWriter:
         seals = [checksum_line(line.files) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
+        writer._sealed = _size_of(layout.checksums)
         writer._write_manifest()
         writer.drop_unfinished_round()
         return writer
@@ -189,7 +212,8 @@ class RunWriter:
         self._append(self.layout.clients, json_line(row))
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
-        """Keep the row of a client that failed."""
+        """Keep the row of a client that failed, and nothing else that it left."""
+        shutil.rmtree(self.layout.client(row["round"], row["partition"]), ignore_errors=True)
         self._append(self.layout.clients, json_line(row))
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
@@ -203,11 +227,12 @@ class RunWriter:
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Write the row that makes a round exist; everything else of it is in place by now."""
         line = json_line(row)
+        before = self._grown[self.layout.rounds].size
         self._grown[self.layout.rounds].update(line)
         grown = {self._name(path): digest.checksum() for path, digest in self._grown.items()}
         self._seal(self._round_files | grown)
         self._round_files = {}
-        append_line(self.layout.rounds, line)
+        append_line(self.layout.rounds, line, at=before)
 
     def drop_unfinished_round(self) -> None:
         """Remove the files of the round that has no row, however many gigabytes they are."""
@@ -235,21 +260,22 @@ class RunWriter:
         self._round_files[self._name(path)] = write_tensors(path, arrays)
 
     def _append(self, path: Path, line: bytes) -> None:
-        append_line(path, line)
+        append_line(path, line, at=self._grown[path].size)
         self._grown[path].update(line)
 
     def _seal(self, files: Mapping[str, Checksum] | Mapping[Path, Checksum]) -> None:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
-        append_line(self.layout.checksums, checksum_line(named))
+        line = checksum_line(named)
+        append_line(self.layout.checksums, line, at=self._sealed)
+        self._sealed += len(line)
 
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
 
 
-def _rows_of(line: ChecksumLine) -> int:
-    """Give the bytes of ``rounds.jsonl`` after the round of a line; 0 for lines of no round."""
-    return line.files["rounds.jsonl"].size if "rounds.jsonl" in line.files else 0
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _digest_of(path: Path) -> Digest:
