@@ -152,7 +152,9 @@ def execute(
         says ``failed``.
     """
     if recovery is not None:
-        writer = RunWriter.reopen(output, plan.config.to_mapping(), recovery, versions())
+        writer = RunWriter.reopen(
+            output, plan.config.to_mapping(), plan.partition, recovery, versions()
+        )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     if plan.config.deterministic:
@@ -168,7 +170,7 @@ def execute(
             workers=workers,
             stop=stop,
         )
-        loop.run(after=recovery.round if recovery else None)
+        loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
     except BaseException as error:
         failure = error
         if isinstance(error, OSError) and error.errno in DISK_FULL:

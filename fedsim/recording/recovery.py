@@ -19,9 +19,9 @@ class Recovery:
     Parameters
     ----------
     round : int
-        Its newest whole round.
+        Its newest whole round; -1 for a run that was stopped before there was one.
     line : int
-        The number of that round's line in ``checksums.jsonl``, from 1.
+        The number of that round's line in ``checksums.jsonl``, from 1; 0 where there is none.
     damage : list of str
         What is wrong with the rounds after it, a sentence each, newest first.
     """
@@ -45,7 +45,7 @@ def find_recovery(root: Path) -> Recovery:
     Raises
     ------
     InputError
-        When there is none.
+        When there were rounds and none is whole.
     """
     layout = RunLayout(root)
     lines = list(read_checksums(layout.checksums))
@@ -60,8 +60,10 @@ def find_recovery(root: Path) -> Recovery:
             content = layout.rounds.read_bytes()[: line.rows.size]
             return Recovery(content.count(b"\n") - 1, line.number, damage)
         damage.append(problem)
-    told = f": {damage[-1]}" if damage else ""
-    raise InputError(f"{root} holds no whole round{told}; allowed is a new run")
+    if not damage and sum(line.rows is not None for line in lines) <= 1:
+        return Recovery(-1, 0, [])
+    told = damage[-1] if damage else "rounds.jsonl is not what was written"
+    raise InputError(f"{root} holds no whole round: {told}; allowed is a new run")
 
 
 def _problems(root: Path, line: ChecksumLine) -> Iterator[str]:

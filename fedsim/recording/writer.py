@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, RunFailedError
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import (
     Checksum,
@@ -99,17 +99,26 @@ class RunWriter:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
         writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
         writer._lock()
-        layout = writer.layout
-        arrays = {str(i): p for i, p in enumerate(partition)}
-        writer._seal({layout.partition: write_tensors(layout.partition, arrays)})
+        # First of all: with it, a run that is killed at once can be resumed.
         writer._write_manifest()
+        writer._begin(partition)
+        return writer
+
+    def _begin(self, partition: Sequence[NDArray[np.int64]]) -> None:
+        layout = self.layout
+        arrays = {str(i): p for i, p in enumerate(partition)}
+        self._seal({layout.partition: write_tensors(layout.partition, arrays)})
         layout.clients.touch()
         layout.rounds.touch()
-        return writer
 
     @classmethod
     def reopen(
-        cls, root: Path, config: Mapping[str, Any], recovery: Recovery, versions: Mapping[str, str]
+        cls,
+        root: Path,
+        config: Mapping[str, Any],
+        partition: Sequence[NDArray[np.int64]],
+        recovery: Recovery,
+        versions: Mapping[str, str],
     ) -> RunWriter:
         """Continue a run directory after a whole round.
 
@@ -121,6 +130,8 @@ class RunWriter:
             A run directory that nobody else writes to.
         config : mapping
             The configuration to go on with; it may have more rounds.
+        partition : sequence of ndarray of int64
+            The samples of each client.
         recovery : Recovery
             From `find_recovery`.
         versions : mapping
@@ -144,7 +155,8 @@ class RunWriter:
         layout = writer.layout
         kept = list(read_checksums(layout.checksums))[: recovery.line]
         for path in (layout.rounds, layout.clients):
-            os.truncate(path, kept[-1].files[path.name].size)
+            path.touch()
+            os.truncate(path, kept[-1].files[path.name].size if kept else 0)
         writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
@@ -154,6 +166,8 @@ class RunWriter:
         writer._sealed = _size_of(layout.checksums)
         writer._write_manifest()
         writer.drop_unfinished_round()
+        if not kept:
+            writer._begin(partition)
         return writer
 
     @property
@@ -225,7 +239,19 @@ class RunWriter:
         self._write_tensors(self.layout.state(round_number), state)
 
     def add_round(self, row: Mapping[str, Any]) -> None:
-        """Write the row that makes a round exist; everything else of it is in place by now."""
+        """Write the row that makes a round exist; everything else of it is in place by now.
+
+        Raises
+        ------
+        RunFailedError
+            When a file of the round is not there any more, or has another size.
+        """
+        for name, checksum in self._round_files.items():
+            if (size := _size_of(self.layout.root / name)) != checksum.size:
+                raise RunFailedError(
+                    f"{self.layout.root / name} was changed by another program: it has {size} "
+                    f"bytes, not {checksum.size}"
+                )
         line = json_line(row)
         before = self._grown[self.layout.rounds].size
         self._grown[self.layout.rounds].update(line)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -143,8 +144,8 @@ def test_a_torn_row_is_dropped(plan: RunPlan, whole: Path, tmp_path: Path, cut: 
     "name",
     [
         "global.safetensors",
-        "clients/FIRST/gradients-00000.safetensors",
-        "clients/FIRST/steps.jsonl",
+        "clients/P/gradients-00000.safetensors",
+        "clients/P/steps.jsonl",
     ],
 )
 def test_a_damaged_last_round_is_made_again(
@@ -211,12 +212,41 @@ def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) ->
     path = tmp_path / "run"
     first = RunWriter.create(path, manifest_of(plan), plan.partition)
     with pytest.raises(InputError, match="is being written by another process"):
-        RunWriter.reopen(path, plan.config.to_mapping(), Recovery(0, 1, []), {})
+        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {})
     assert is_being_written(path)
     del first
-    # The lock is gone with its owner; what is missing now is a round.
+    # The kernel gives the lock back.
     assert not is_being_written(path)
-    with pytest.raises(InputError, match="holds no whole round"):
+
+
+@pytest.mark.parametrize("left", ["run.json", "partition.safetensors", "rounds/0000"])
+def test_a_run_killed_before_its_first_round_begins_again(
+    plan: RunPlan, whole: Path, tmp_path: Path, left: str
+) -> None:
+    """`left` is the last thing that was written."""
+    path = tmp_path / "run"
+    writer = RunWriter.create(path, manifest_of(plan), plan.partition)
+    if left == "rounds/0000":
+        writer.add_state(0, plan.initial_state)
+    del writer
+    if left == "run.json":
+        for name in ("partition.safetensors", "rounds.jsonl", "clients.jsonl"):
+            (path / name).unlink()
+        lines = (path / "checksums.jsonl").read_bytes().splitlines(keepends=True)
+        (path / "checksums.jsonl").write_bytes(lines[0])
+    assert find_recovery(path) == Recovery(-1, 0, [])
+    go(plan, path, resume=True)
+    assert contents(path) == contents(whole)
+    assert verify(path).violations == []
+
+
+def test_a_run_whose_rounds_are_all_damaged_is_not_begun_again(
+    plan: RunPlan, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    (path / "rounds.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match="holds no whole round: rounds"):
         find_recovery(path)
 
 
