@@ -25,7 +25,8 @@ from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
 from fedsim.recording.writer import RunWriter
-from strategies.delta_fedavg import telemetry_of
+from strategies.folding import telemetry_of
+from strategies.recorded import StatefulStrategy
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -125,6 +126,8 @@ class RoundLoop:
             self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
         else:
             state = self._writer.state(after)
+            if isinstance(self._strategy, StatefulStrategy):
+                self._strategy.load_state_arrays(self._writer.strategy_state(after))
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)

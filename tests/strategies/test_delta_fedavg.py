@@ -8,8 +8,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import DeltaFedAvg, view_of
-from strategies.registry import NAMES, build_strategy
+from strategies.delta_fedavg import DeltaFedAvg
+from strategies.folding import view_of
 from tests.local_grid import LocalGrid
 
 
@@ -230,12 +230,3 @@ def test_it_runs_under_flowers_own_start_like_fedavg():
         # Deltas 1 to 4 with weights 10 to 40 have the mean 3.
         np.testing.assert_allclose(ours[name].numpy(), global_state()[name] + 9, atol=1e-5)
     assert int(ours["bn.num_batches_tracked"].numpy()) == 19
-
-
-def test_the_registry_and_the_configuration_name_the_same_strategies():
-    from typing import get_args
-
-    from fedsim.core.config import RunConfig
-
-    assert get_args(RunConfig.model_fields["strategy"].annotation) == NAMES
-    assert all(build_strategy(name, Exporter()) for name in NAMES)
