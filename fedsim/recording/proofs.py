@@ -155,9 +155,7 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
     if strategy not in SERVER_OPTIMIZERS:
         findings.leave(STATE, f"parameters: {strategy} moves them otherwise than by the aggregate")
         return expected | {name: state[name] for name in run.shapes}
-    findings.leave(
-        STATE, "strategy.safetensors: it follows from the clients' weights, deltas are rounded"
-    )
+    findings.leave(STATE, "strategy.safetensors: it follows from the deltas up to rounding only")
     arrays = arrays_of(this.strategy_state)
     kept = {
         what: {name: arrays[strategy_key(what, name)] for name in run.shapes}

@@ -91,7 +91,7 @@ def test_the_whole_run_is_proven_and_what_is_kept_is_of_the_parameters(
     assert findings.checks["state"].proven == ROUNDS + 1
     assert findings.checks["aggregate"].proven == ROUNDS
     assert findings.checks["state"].unproven == [
-        "strategy.safetensors: it follows from the clients' weights, deltas are rounded"
+        "strategy.safetensors: it follows from the deltas up to rounding only"
     ]
 
 
