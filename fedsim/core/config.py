@@ -29,7 +29,7 @@ from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
 
-Strategy = Literal["delta-fedavg"]
+Strategy = Literal["delta-fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -186,7 +186,10 @@ class RunConfig(_Strict):
     gradient_statistics: bool = Field(
         True, description="measure the gradient of every local step, kept or not"
     )
-    strategy: Strategy = Field("delta-fedavg", description="aggregation strategy")
+    strategy: Strategy = Field(
+        "delta-fedavg",
+        description="aggregation: delta-fedavg, or Flower's fedavgm, fedadagrad, fedadam, fedyogi",
+    )
     workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
     )

@@ -27,7 +27,8 @@ from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
 from fedsim.flower.replies import loss_of, problem_of
 from fedsim.recording.writer import RunWriter
-from strategies.delta_fedavg import telemetry_of
+from strategies.folding import telemetry_of
+from strategies.recorded import StatefulStrategy
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -131,6 +132,8 @@ class RoundLoop:
             self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
         else:
             state = self._writer.state(after)
+            if isinstance(self._strategy, StatefulStrategy):
+                self._strategy.load_state_arrays(self._writer.strategy_state(after))
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)

@@ -164,7 +164,7 @@ def execute(
         loop = RoundLoop(
             plan,
             grid=grid,
-            strategy=build_strategy(plan.config.strategy, writer),
+            strategy=build_strategy(plan.config.strategy, writer, plan.parameters),
             writer=writer,
             observer=observer,
             workers=workers,

@@ -190,6 +190,25 @@ class RunWriter:
             raise InputError(f"{path} is not the state that round {round_number} ended with")
         return state
 
+    def strategy_state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
+        """Read back what the strategy kept after a round; empty where it kept nothing.
+
+        Raises
+        ------
+        InputError
+            When the file is not there, or not what was written.
+        """
+        path = self.layout.strategy(round_number)
+        listed: dict[str, Checksum] = {}
+        for line in read_checksums(self.layout.checksums):
+            listed.update(line.files)
+        checksum = listed.get(self._name(path))
+        if checksum is None:
+            return {}
+        if not path.is_file() or Checksum.of_file(path) != checksum:
+            raise InputError(f"{path} is not what the strategy kept after round {round_number}")
+        return {name: tensor.numpy().copy() for name, tensor in TensorFile(path).items()}
+
     def _lock(self) -> None:
         """Keep every other writer out for as long as this process lives."""
         # The kernel gives the lock of a dead process back, however it died.
@@ -237,6 +256,10 @@ class RunWriter:
     def add_state(self, round_number: int, state: State) -> None:
         """Keep the global state after a round, or the initial one as round 0."""
         self._write_tensors(self.layout.state(round_number), state)
+
+    def add_strategy_state(self, round_number: int, arrays: State) -> None:
+        """Keep what the strategy needs for the next round."""
+        self._write_tensors(self.layout.strategy(round_number), arrays)
 
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Write the row that makes a round exist; everything else of it is in place by now.

@@ -107,7 +107,7 @@ BAD_VALUES = [
     ("capture-budget", 1.5, "a number of bytes above 0 with a unit"),
     ("gradient-statistics", "yes", "true or false"),
     ("gradient-statistics", 1, "true or false"),
-    ("strategy", "fedprox", "one of 'delta-fedavg'"),
+    ("strategy", "fedsgd", "one of 'delta-fedavg', 'fedavgm', 'fedadagrad', 'fedadam', 'fedyogi'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 65, "a value of at most 64"),
     ("workers", "x", "a whole number"),
