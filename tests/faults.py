@@ -32,6 +32,7 @@ from fedsim.recording.files import TensorWriter
 from fedsim.recording.gradients import StepRecorder
 from fedsim.recording.writer import RunWriter
 from strategies.delta_fedavg import DeltaFedAvg
+from strategies.folding import DeltaFold
 
 KINDS = (
     "kill worker",
@@ -182,7 +183,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
     """What takes the place of which method."""
     fit, step = FedSimClient.fit, StepRecorder.__call__
     append, close = TensorWriter.append, TensorWriter.close
-    fold, add_round, configure = DeltaFedAvg._fold, RunWriter.add_round, DeltaFedAvg.configure_train
+    fold, add_round, configure = DeltaFold.add, RunWriter.add_round, DeltaFedAvg.configure_train
     by_value = fault.kind in ("NaN", "wrong shape")
     on_file = fault.kind in ("truncated shard", "deleted file")
 
@@ -224,16 +225,16 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
             fault.act(root_of(path.parent), path)
         return checksum
 
-    def faulty_fold(self: DeltaFedAvg, number: int, reply: Message, mean: Any) -> None:
-        if number == fault.round and mean.weight and fault.strikes():
+    def faulty_fold(self: DeltaFold, reply: Message, reference: dict[str, Any]) -> None:
+        if self._round == fault.round and not self.is_empty and fault.strikes():
             if fault.kind == "NaN":
-                next(iter(mean._sums.values())).fill(np.nan)
+                next(iter(self._mean._sums.values())).fill(np.nan)
             elif fault.kind == "wrong shape":
-                last = next(reversed(self._reference))
-                self._reference[last] = self._reference[last][1:]
+                last = next(reversed(reference))
+                reference = {**reference, last: reference[last][1:]}
             else:
                 fault.act(self._exporter.layout.root)  # type: ignore[union-attr]
-        fold(self, number, reply, mean)
+        fold(self, reply, reference)
 
     def faulty_add_round(self: RunWriter, row: Any) -> None:
         add_round(self, row)
@@ -252,7 +253,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
             (TensorWriter, "append", faulty_append),
             (TensorWriter, "close", faulty_close),
         ],
-        "while aggregating": [(DeltaFedAvg, "_fold", faulty_fold)],
+        "while aggregating": [(DeltaFold, "add", faulty_fold)],
         "between rounds": [
             (RunWriter, "add_round", faulty_add_round),
             (DeltaFedAvg, "configure_train", faulty_configure),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import check_like, first_not_finite
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import telemetry_of, view_of
+from strategies.folding import telemetry_of, view_of
 
 State = Mapping[str, NDArray[np.generic]]
 
