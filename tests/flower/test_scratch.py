@@ -87,11 +87,8 @@ def test_what_is_alive_or_not_ours_is_left_alone(folder, tmp_path_factory):
     with (alive / "owner").open("wb") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
         sweep()
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "fedsim-alive",
-        "fedsim-link",
-        "fedsim-other",
-    ]
+    names = ["fedsim-alive", "fedsim-link", "fedsim-other"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert (far / "owner").exists()
     sweep()
     assert sorted(p.name for p in folder.iterdir()) == names[1:]
