@@ -128,7 +128,7 @@ def main() -> None:
             outcomes.append(outcome)
             print(
                 f"kill {kill + 1:2}: after {moment:5.1f} s with {whole} rows, then {command[0]}: "
-                f"{'the same bytes' if same else 'OTHER BYTES'}, {outcome['left'] or 'nothing'} left",
+                f"{'the same bytes' if same else 'OTHER BYTES'}, left: {outcome['left']}",
                 flush=True,
             )
             shutil.rmtree(path)
