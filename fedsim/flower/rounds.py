@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
+from fedsim.core.allocator import give_freed_memory_back
 from fedsim.core.errors import DiskFullError, RunFailedError, RunInterruptedError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
@@ -230,6 +231,7 @@ class RoundLoop:
                 self._model, data.test_images, data.test_labels, data.spec, device=self._device
             )
             loss, accuracy = outcome.loss, outcome.accuracy
+            give_freed_memory_back()
         evaluated = time.perf_counter()
         row = {
             "round": number,
