@@ -31,7 +31,7 @@ from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
 
-Strategy = Literal["delta-fedavg"]
+Strategy = Literal["delta-fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -198,7 +198,10 @@ class RunConfig(_Strict):
     gradient_statistics: bool = Field(
         True, description="measure the gradient of every local step, kept or not"
     )
-    strategy: Strategy = Field("delta-fedavg", description="aggregation strategy")
+    strategy: Strategy = Field(
+        "delta-fedavg",
+        description="aggregation: delta-fedavg, or Flower's fedavgm, fedadagrad, fedadam, fedyogi",
+    )
     workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
     )
@@ -209,6 +212,10 @@ class RunConfig(_Strict):
     autocast: Autocast = Field(
         "none", description="mixed precision of local training: none, bfloat16 or float16"
     )
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that repeat to the bit, on GPUs too; refuses those without",
+    )
     compile: bool = Field(False, description="compile the model (torch.compile) in each worker")
     device: Device = Field("auto", description="where training and evaluation run")
     evaluate_every: Count = Field(
@@ -216,6 +223,12 @@ class RunConfig(_Strict):
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         0, description="clients of one round that may fail without stopping the run"
+    )
+    client_timeout: Rate | None = Field(
+        None, description="seconds that a client may take in a round (default: for ever)"
+    )
+    allow_divergence: bool = Field(
+        False, description="go on when the model is not finite any more, and record that"
     )
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"

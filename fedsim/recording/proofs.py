@@ -17,6 +17,7 @@ from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.server_optimizer import SERVER_OPTIMIZERS, server_step
 from fedsim.core.support import unpack
 from fedsim.core.training import Arrays, Replay, schedule, state_arrays
 from fedsim.recording.findings import (
@@ -31,6 +32,7 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
+from fedsim.recording.layout import strategy_key
 from fedsim.recording.reader import Client, Run, Shard
 
 REPLAY_TOLERANCE = 1e-4
@@ -133,18 +135,36 @@ def prove_aggregate(run: Run, number: int, findings: Findings) -> None:
 
 
 def prove_state(run: Run, number: int, findings: Findings) -> None:
-    """Check that the state is the one before plus the aggregate, with the hash of its row."""
+    """Check that the state is the one before plus the update, with the hash of its row."""
     state, path = arrays_of(run.round(number).state), run.layout.state(number)
-    if number:
-        before = arrays_of(run.round(number - 1).state)
-        expected = apply_delta(before, arrays_of(run.round(number).aggregate))
-        if odd := _first_difference(state, expected):
-            findings.violate(STATE, f"{path}: {odd} is not the state before plus the aggregate")
-            return
-    if state_sha256(state) != run.round(number).row["state_sha256"]:
+    if number and (odd := _first_difference(state, _updated(run, number, state, findings))):
+        strategy = run.config.strategy
+        added = odd not in run.shapes or strategy == "delta-fedavg"
+        update = "the aggregate" if added else f"the step of {strategy}"
+        findings.violate(STATE, f"{path}: {odd} is not the state before plus {update}")
+    elif state_sha256(state) != run.round(number).row["state_sha256"]:
         findings.violate(STATE, f"{path} has another hash than its row in rounds.jsonl")
     else:
         findings.prove(STATE)
+
+
+def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays:
+    """Give what the state must be, as far as that follows from the one before."""
+    strategy, this = run.config.strategy, run.round(number)
+    before = arrays_of(run.round(number - 1).state)
+    expected = apply_delta(before, arrays_of(this.aggregate))
+    if strategy == "delta-fedavg":
+        return expected
+    if strategy not in SERVER_OPTIMIZERS:
+        findings.leave(STATE, f"parameters: {strategy} moves them otherwise than by the aggregate")
+        return expected | {name: state[name] for name in run.shapes}
+    findings.leave(STATE, "strategy.safetensors: it follows from the deltas up to rounding only")
+    arrays = arrays_of(this.strategy_state)
+    kept = {
+        what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
+        for what in SERVER_OPTIMIZERS[strategy].keeps
+    }
+    return expected | server_step(strategy, {n: before[n] for n in run.shapes}, kept, number)
 
 
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:

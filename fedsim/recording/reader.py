@@ -499,6 +499,14 @@ class Round:
         return TensorFile(self._run.layout.aggregate(self.number))
 
     @cached_property
+    def strategy_state(self) -> Mapping[str, Tensor]:
+        """What the strategy kept for the next round, like ``m/<parameter>``.
+
+        Strategies that keep nothing have no such file.
+        """
+        return TensorFile(self._run.layout.strategy(self.number))
+
+    @cached_property
     def clients(self) -> dict[int, Client]:
         """The clients whose work is in the round, by partition id."""
         return {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -112,7 +113,7 @@ BAD_VALUES = [
     ("capture-budget", 1.5, "a number of bytes above 0 with a unit"),
     ("gradient-statistics", "yes", "true or false"),
     ("gradient-statistics", 1, "true or false"),
-    ("strategy", "fedprox", "one of 'delta-fedavg'"),
+    ("strategy", "fedsgd", "one of 'delta-fedavg', 'fedavgm', 'fedadagrad', 'fedadam', 'fedyogi'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 65, "a value of at most 64"),
     ("workers", "x", "a whole number"),
@@ -132,6 +133,11 @@ BAD_VALUES = [
     ("evaluate-every", "x", "a whole number"),
     ("max-failures", -1, "a value of at least 0"),
     ("max-failures", "x", "a whole number"),
+    ("client-timeout", 0, "a value above 0"),
+    ("client-timeout", math.inf, "a finite number"),
+    ("client-timeout", "x", "a number"),
+    ("allow-divergence", 1, "true or false"),
+    ("deterministic", "yes", "true or false"),
     ("output", 3, "a text"),
     ("output", "\udcff", "a path in UTF-8 without a zero byte"),
     ("output", "a\0b", "a path in UTF-8 without a zero byte"),
@@ -285,6 +291,9 @@ def test_cnn_and_group_norm_may_have_batches_and_clients_of_one():
         ("momentum", 0, 0.0),
         ("weight-decay", 0, 0.0),
         ("max-failures", 0, 0),
+        ("client-timeout", 1, 1.0),
+        ("allow-divergence", True, True),
+        ("deterministic", True, True),
         ("dataset", "synthetic:1000:7", "synthetic:1000:7"),
         ("partition", "shards:143", "shards:143"),
         ("capture", "last:3", "last:3"),
@@ -323,7 +332,8 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("data-root", "participants", "nesterov", "local-steps", "client", "capture-layers"),
         *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
-        *("evaluate-every", "max-failures", "output"),
+        *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
+        *("allow-divergence", "output"),
     }
 
 
@@ -459,6 +469,8 @@ FULL = {
     "gradient-statistics": False,
     "autocast": "float16",
     "compile": True,
+    "deterministic": True,
+    "client-timeout": 2.5,
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
     "client-gpus": 0.25,

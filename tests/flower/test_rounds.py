@@ -16,7 +16,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import load_batches, load_state, make_optimizer
 from fedsim.flower.client_app import app
-from fedsim.flower.rounds import traceback_of
+from fedsim.flower.replies import traceback_of
 from fedsim.flower.server_app import check_output, execute
 from fedsim.recording.reader import load_run
 from tests.flower.conftest import SMALL

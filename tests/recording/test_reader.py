@@ -1059,7 +1059,8 @@ def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     writer = RunWriter.create(root, {"model": {"parameters": parameters}}, [])
     row = {"round": 1, "partition": 0, "status": "ok", "num_steps": 7}
     writer.add_client(row, {"w": np.zeros(1)})
-    append_line(root / "rounds.jsonl", json_line({"round": 1, "participants": [0]}))
+    rows = root / "rounds.jsonl"
+    append_line(rows, json_line({"round": 1, "participants": [0]}), at=rows.stat().st_size)
     client = load_run(root).round(1).client(0)
     with pytest.raises(InputError, match=r"step 0 of .* was not captured; captured are none$"):
         client.gradient(0)
