@@ -13,8 +13,9 @@ Three numbers for memory, because pages of files and of Ray's shared memory blur
 - ``resident`` (RSS): with all mapped files and shared memory.
 
 Overhead is a round's time without the evaluation and without the clients' own seconds, shared
-by the workers: drawing, messages, folding, writing. Its slope is that of medians of ten rounds,
-because a machine with other work gives single rounds any length.
+by the workers: drawing, messages, folding, writing. A machine with other work stretches it, so
+processor time tells more: what each process spends on a round. Slopes of both are those of medians
+of ten rounds.
 
     python benchmarks/long_run.py [--rounds 300] [--warm-up 50] [--json FILE]
 """
@@ -22,6 +23,7 @@ because a machine with other work gives single rounds any length.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -44,7 +46,7 @@ BLOCK = 10
 
 Figures = dict[str, float]
 MEMORY = ("anonymous", "unique", "resident")
-FIGURES = (*MEMORY, "files", "threads")
+FIGURES = (*MEMORY, "files", "threads", "processor")
 
 
 def figures_of(process: psutil.Process) -> Figures:
@@ -57,6 +59,7 @@ def figures_of(process: psutil.Process) -> Figures:
         "resident": 1024 * status["VmRSS"],
         "files": process.num_fds(),
         "threads": process.num_threads(),
+        "processor": sum(process.cpu_times()[:2]),
     }
 
 
@@ -147,17 +150,27 @@ def summarise(found: dict[str, Any], warm_up: int) -> dict[str, Any]:
             f"{figure}_kb_a_round": slope(positions, by_figure[figure]) / 1e3 for figure in MEMORY
         }
         row["anonymous_mb"] = by_figure["anonymous"][-1] / 1e6
+        spent = zip(positions, by_figure["processor"], strict=True)
+        row |= _trend(
+            "processor",
+            [
+                (after - before) / (number - former)
+                for (former, before), (number, after) in itertools.pairwise(spent)
+            ],
+        )
         for figure in ("files", "threads"):
             first, *_, last = by_figure[figure]
             row |= {f"{figure}_first": first, f"{figure}_last": last}
         processes[name] = row
-    steady = found["overhead"][warm_up:]
-    blocks = [statistics.median(steady[i : i + BLOCK]) for i in range(0, len(steady), BLOCK)]
+    return {"processes": processes, **_trend("overhead", found["overhead"][warm_up:])}
+
+
+def _trend(name: str, seconds: Sequence[float]) -> Figures:
+    blocks = [statistics.median(seconds[i : i + BLOCK]) for i in range(0, len(seconds), BLOCK)]
     centres = [BLOCK * (i + 0.5) for i in range(len(blocks))]
     return {
-        "processes": processes,
-        "overhead_ms": 1e3 * statistics.median(steady),
-        "overhead_ms_a_100_rounds": 1e5 * slope(centres, blocks),
+        f"{name}_ms": 1e3 * statistics.median(seconds),
+        f"{name}_ms_a_100_rounds": 1e5 * slope(centres, blocks),
     }
 
 
@@ -178,8 +191,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         found = watch(Path(folder), chosen.rounds, chosen.flags)
     result = summarise(found, chosen.warm_up)
-    columns = ("anonymous", "unique", "resident", "anonymous", "open files", "threads")
-    print(f"{'':<10}{'kB a round':>33}{'MB':>11}{'first, last':>24}")
+    columns: tuple[str, ...] = (*MEMORY, "anonymous", "open files", "threads")
+    columns += ("a round", "100 rounds")
+    print(f"{'':<10}{'kB a round':>33}{'MB':>11}{'first, last':>22}{'processor, ms':>22}")
     print(f"{'':<10}" + "".join(f"{column:>11}" for column in columns))
     for name, row in result["processes"].items():
         slopes = "".join(f"{row[f'{figure}_kb_a_round']:>+11.1f}" for figure in MEMORY)
@@ -187,7 +201,8 @@ def main() -> None:
             "{:.0f}, {:.0f}".format(row[f"{kind}_first"], row[f"{kind}_last"]).rjust(11)
             for kind in ("files", "threads")
         )
-        print(f"{name:<10}{slopes}{row['anonymous_mb']:>11.1f}{counts}")
+        spent = f"{row['processor_ms']:>11.1f}{row['processor_ms_a_100_rounds']:>+11.2f}"
+        print(f"{name:<10}{slopes}{row['anonymous_mb']:>11.1f}{counts}{spent}")
     print(
         f"\noverhead {result['overhead_ms']:.0f} ms a round, "
         f"{result['overhead_ms_a_100_rounds']:+.1f} ms in 100 rounds"
