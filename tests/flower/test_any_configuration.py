@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from fedsim import cli
 from fedsim.core.config import ClientSettings, RunConfig, Strategy, parse_text
+from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, FedsimError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
@@ -119,6 +120,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "autocast": st.sampled_from(["none", "bfloat16", "float16"]),
     "compile": st.just(False),
     "device": st.sampled_from(["auto", "cpu"]),
+    "deterministic": st.booleans(),
     "evaluate-every": st.sampled_from([1, 2, 3, 10**9]),
     "max-failures": st.sampled_from([0, 1, 10**30]),
     "client-timeout": st.sampled_from([600, 1e300]),
@@ -275,6 +277,9 @@ def assert_runs(plan: RunPlan, output: Path) -> None:
         execute(grid, plan, output, observer=observer, workers=2, stop=stop)
     except RunFailedError as error:
         failure = error
+    finally:
+        # A worker's process ends with its run; this one goes on.
+        use_deterministic(False)
     if failure is not None:
         # The only way to fail here: settings that no model survives.
         assert not config.allow_divergence
