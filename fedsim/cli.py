@@ -370,11 +370,14 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
+    from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
     from fedsim.flower.simulation import machine_gpus, size_pool
     from fedsim.recording.reader import load_run
     from fedsim.report.terminal import make_console
 
+    # Also where nothing is left to do.
+    sweep()
     run = load_run(parsed.run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)

@@ -36,12 +36,12 @@ TABLE = ROOT / "docs" / "faults.md"
 OF_PROCESSES = ("kill worker", "kill server", "hang")
 ROUNDS = 5
 VALUES = {
-    "dataset": "digits",
+    "dataset": "synthetic:300:10",
     "model": "cnn",
     "clients": 4,
     "clients-per-round": 3,
     "rounds": ROUNDS,
-    "batch-size": 64,
+    "batch-size": 16,
     "capture": "all",
     "workers": 2,
     "client-timeout": 20,
