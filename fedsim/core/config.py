@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from pydantic import (
 
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
-from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
@@ -76,7 +78,17 @@ def _parsed_by(parser: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-Count = Annotated[int, Field(ge=1)]
+def _nameable(value: str) -> str:
+    # What is no UTF-8 comes as surrogates, which no terminal and no other program can print.
+    if "\0" in value or value.encode(errors="ignore").decode() != value:
+        raise ValueError("a path in UTF-8 without a zero byte")
+    return value
+
+
+# More would not fit where steps are counted: no run comes near it.
+MOST = 1_000_000_000
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Folder = Annotated[str, AfterValidator(_nameable)]
 Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
 Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
@@ -119,7 +131,7 @@ class RunConfig(_Strict):
     dataset: Annotated[str, _parsed_by(datasets.parse_name)] = Field(
         "digits", description="digits, cifar10, cifar100 or synthetic[:SAMPLES[:CLASSES]]"
     )
-    data_root: str | None = Field(
+    data_root: Folder | None = Field(
         None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
     )
     clients: Count = Field(10, description="number of clients, one partition each")
@@ -218,7 +230,9 @@ class RunConfig(_Strict):
     allow_divergence: bool = Field(
         False, description="go on when the model is not finite any more, and record that"
     )
-    output: str | None = Field(None, description="run directory (default: a dated one under runs/)")
+    output: Folder | None = Field(
+        None, description="run directory (default: a dated one under runs/)"
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -323,6 +337,13 @@ class RunConfig(_Strict):
 
     def _check_samples(self) -> None:
         available = datasets.parse_name(self.dataset).train_size
+        least = 2 if models.needs_two_samples(self.model, self.norm) else 1
+        if self.clients * least > available:
+            raise ConfigError(
+                "clients",
+                self.clients,
+                f"at most {available // least}: {self.dataset} has {available} training samples",
+            )
         if self.clients * self.min_samples > available:
             raise ConfigError(
                 "min-samples",
@@ -405,9 +426,9 @@ _TYPES = {
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _ALLOWED = {
     "capture-budget": "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'",
-    "batch-size": "a whole number of 1 or more, or a list of them",
-    "local-epochs": "a whole number of 1 or more, or a list of them",
-    "local-steps": "a whole number of 1 or more, or a list of them",
+    "batch-size": f"a whole number from 1 to {MOST:,}, or a list of them",
+    "local-epochs": f"a whole number from 1 to {MOST:,}, or a list of them",
+    "local-steps": f"a whole number from 1 to {MOST:,}, or a list of them",
     "learning-rate": "a finite number above 0, or a list of them",
     "participants": "a list of client numbers for each round",
     "client": "tables [client.<partition>] with whole numbers for partitions",
@@ -434,7 +455,8 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     if key in _ALLOWED and not in_table:
         return ConfigError(key, given, _ALLOWED[key])
     context = problem.get("ctx", {})
-    if kind == "literal_error":
+    # Of several texts none is chosen by what is no Unicode at all.
+    if kind in ("literal_error", "string_unicode"):
         options = get_args(RunConfig.model_fields[key.replace("-", "_")].annotation)
         return ConfigError(field, given, "one of " + ", ".join(repr(o) for o in options))
     if kind == "value_error":
@@ -445,12 +467,15 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     return ConfigError(field, given, _TYPES.get(kind, problem["msg"]))
 
 
+_BARE = re.compile(r"[\w.-]{1,40}")
+
+
 def unknown_key(field: str, value: Any, known: type[_Strict] = RunConfig) -> ConfigError:
     """Make the error for a key that does not exist, with the nearest ones that do."""
     keys = [name.replace("_", "-") for name in known.model_fields]
     near = difflib.get_close_matches(field.rsplit(".", 1)[-1], keys, n=1)
     hint = f"a known key, perhaps {near[0]}" if near else "one of " + ", ".join(keys)
-    return ConfigError(field, value, hint)
+    return ConfigError(field if _BARE.fullmatch(field) else shorten(field), value, hint)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -468,15 +493,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    except UnicodeDecodeError:
+        raise InputError(f"config = {str(path)!r} cannot be read: it is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"config = {str(path)!r} cannot be read: {reason}") from None
     try:
         if path.suffix == ".json":
             stored: dict[str, Any] = json.loads(text)["config"]
             return {k: v for k, v in stored.items() if k != "output" and v is not None}
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         hint = ""
         if "[clients." in text:
             hint = "; settings of single clients go into tables named [client.<partition>]"
@@ -502,16 +529,13 @@ def parse_text(field: str, text: str) -> Any:
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
         raise unknown_key(field, text)
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
-    if annotation is str or annotation == (str | None):
+    if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text
-    if "\n" in text:
-        return text
-    try:
+    # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
+    with contextlib.suppress(ValueError, RecursionError):
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
-        # TOML knows no ".5"; people do.
-        return float(text)
-    except ValueError:
-        return text
+    # TOML knows no ".5"; people do.
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    return text

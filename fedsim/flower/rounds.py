@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import first_not_finite, state_sha256
+from fedsim.core.allocator import give_freed_memory_back
 from fedsim.core.errors import DiskFullError, RunFailedError, RunInterruptedError
 from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.models import build_model, resolve_device
@@ -278,6 +279,7 @@ class RoundLoop:
                 layer = first_overflow(self._model, data.test_images, data.spec, self._device)
                 where = f": {layer} overflows" if layer else ""
                 raise self._diverged(number, f"the global loss is not finite{where}")
+            give_freed_memory_back()
         evaluated = time.perf_counter()
         row = {
             "round": number,

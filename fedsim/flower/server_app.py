@@ -42,7 +42,13 @@ def check_output(path: Path, plan: RunPlan) -> None:
     InputError
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
-    if path.exists() or path.is_symlink():
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"output = {str(path)!r} cannot be made: {error.strerror}") from None
+    else:
         raise InputError(
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"

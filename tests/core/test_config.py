@@ -20,7 +20,7 @@ from fedsim.core.units import parse_bytes
 ROOT = Path(__file__).parents[2]
 KEYS = [name.replace("_", "-") for name in RunConfig.model_fields]
 TWO = "2 or more: norm = 'batch' cannot normalise one sample in resnet18's last stage"
-SEVERAL = "a whole number of 1 or more, or a list of them"
+SEVERAL = "a whole number from 1 to 1,000,000,000, or a list of them"
 RATES = "a finite number above 0, or a list of them"
 FORMS = "none, all, first:K, last:K, every:K or sketch:K with K from 1, a sketch to 1,048,576"
 BYTES = "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'"
@@ -30,9 +30,13 @@ TABLES = "tables [client.<partition>] with whole numbers for partitions"
 BAD_VALUES = [
     ("dataset", "mnist", "digits, cifar10, cifar100, synthetic or synthetic:SAMPLES[:CLASSES]"),
     ("dataset", "synthetic:5", "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
+    ("dataset", "synthetic:\uff16\uff10:3", "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
+    ("dataset", "synthetic:" + "9" * 19, "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
     ("dataset", 3, "a text"),
     ("data-root", 3, "a text"),
+    ("data-root", "a\0b", "a path in UTF-8 without a zero byte"),
     ("clients", 0, "a value of at least 1"),
+    ("clients", 10**9 + 1, "a value of at most 1000000000"),
     ("clients", "ten", "a whole number"),
     ("clients", 2.0, "a whole number"),
     ("clients", True, "a whole number"),
@@ -45,6 +49,7 @@ BAD_VALUES = [
     ("partition", "shards:0", "dirichlet, iid, shards or shards:K"),
     ("partition", "shards:144", "at most 143 shards a client with 1438 samples"),
     ("partition", 1, "a text"),
+    ("partition", "shards:\u0663", "dirichlet, iid, shards or shards:K"),
     ("alpha", 0.0, "a value above 0.0"),
     ("alpha", -1, "a value above 0.0"),
     ("alpha", "x", "a number"),
@@ -84,6 +89,7 @@ BAD_VALUES = [
     ("local-epochs", 0, SEVERAL),
     ("local-epochs", "x", SEVERAL),
     ("local-steps", 0, SEVERAL),
+    ("local-steps", 10**30, SEVERAL),
     ("local-steps", "x", SEVERAL),
     ("client", 3, TABLES),
     ("capture", "some", FORMS),
@@ -118,6 +124,7 @@ BAD_VALUES = [
     ("client-gpus", float("inf"), "a finite number"),
     ("client-gpus", "x", "a number"),
     ("autocast", "float32", "one of 'none', 'bfloat16', 'float16'"),
+    ("autocast", "\udcff", "one of 'none', 'bfloat16', 'float16'"),
     ("autocast", True, "one of 'none', 'bfloat16', 'float16'"),
     ("compile", "max", "true or false"),
     ("compile", 1, "true or false"),
@@ -132,6 +139,8 @@ BAD_VALUES = [
     ("allow-divergence", 1, "true or false"),
     ("deterministic", "yes", "true or false"),
     ("output", 3, "a text"),
+    ("output", "\udcff", "a path in UTF-8 without a zero byte"),
+    ("output", "a\0b", "a path in UTF-8 without a zero byte"),
 ]
 
 # everything given, field of the message, value in the message, what it says is allowed
@@ -140,6 +149,8 @@ BAD_COMBINATIONS = [
     ({"nesterov": True, "optimizer": "adam"}, "nesterov", True, "only with optimizer = 'sgd'"),
     ({"clients": 3, "seed": 1}, "clients-per-round", 4, "1 to the number of clients, 3"),
     ({"clients": 144}, "min-samples", 10, "at most 9: digits has 1438 training samples"),
+    ({"clients": 720}, "clients", 720, "at most 719: digits has 1438 training samples"),
+    ({"clients": 1439, "model": "cnn"}, "clients", 1439, "at most 1438: digits has 1438 training"),
     ({"learning-rate": [0.1, -1.0]}, "learning-rate", -1.0, RATES),
     ({"learning-rate": [float("inf")]}, "learning-rate", float("inf"), RATES),
     ({"learning-rate": [0.1, "x"]}, "learning-rate", "x", RATES),
@@ -182,7 +193,9 @@ BAD_COMBINATIONS = [
     ({"client": {"10": {"batch-size": 8}}}, "client.10", {"batch-size": 8}, "clients 0 to 9"),
     ({"clients_per_round": 3}, "clients_per_round", 3, "perhaps clients-per-round"),
     ({"a1": 3}, "a1", 3, "one of dataset"),
-    ({"": 3}, "", 3, "one of dataset"),
+    ({"": 3}, "''", 3, "one of dataset"),
+    ({"a\nb": 3}, r"'a\nb'", 3, "one of dataset"),
+    ({"x" * 99: 3}, "'" + "x" * 76 + "...", 3, "one of dataset"),
     ({"participants": [[0, 1]]}, "participants", [[0, 1]], "each of the 5 rounds"),
     ({"learning-rat": 0.1}, "learning-rat", 0.1, "a known key, perhaps learning-rate"),
     ({"client-per-round": 3}, "client-per-round", 3, "perhaps clients-per-round"),

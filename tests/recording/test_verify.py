@@ -507,6 +507,43 @@ def test_rounded_gradients_lead_near_the_delta(plan: RunPlan, tmp_path: Path, dt
     assert findings.checks["recomputed"].proven == 3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_as_small_as_the_rounding_of_a_parameter_lead_near_the_delta(
+    plan: RunPlan, tmp_path: Path, dtype: str, optimizer: str
+) -> None:
+    changes = {"capture-dtype": dtype, "optimizer": optimizer, "learning-rate": 1e-7}
+    findings = verify(record(plan, tmp_path / "run", **changes))
+    assert violations_of(findings) == {}
+    assert findings.checks["replay"].unproven == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_delta_beside_that_of_rounded_gradients_is_found(
+    plan: RunPlan, tmp_path: Path, dtype: str, optimizer: str
+) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["8.weight"] *= np.float32(1.02)
+
+    root = record(plan, tmp_path / "run", **{"capture-dtype": dtype, "optimizer": optimizer})
+    rewrite_tensors(root / "rounds/0001/clients/0002/delta.safetensors", change)
+    reseal(root)
+    (violation,) = violations_of(verify(root))["replay"]
+    assert violation.endswith("8.weight is not where the gradients lead, off by 2.0e-02")
+
+
+def test_gradients_that_float16_cannot_hold_prove_nothing(plan: RunPlan, tmp_path: Path) -> None:
+    changes = {"capture-dtype": "float16", "learning-rate": 1e6, "momentum": 0.0}
+    root = record(plan, tmp_path / "run", **changes)
+    norms = [row["gradient_norm"] for path in root.rglob("steps.jsonl") for row in read_lines(path)]
+    assert any(norm and norm > 65504 for norm in norms)
+    findings = verify(root, recompute=1)
+    assert violations_of(findings) == {}
+    unproven = set(findings.checks["replay"].unproven)
+    assert unproven == {"gradients are not finite, or too large for float16"}
+
+
 @pytest.mark.parametrize("capture", ["none", "sketch:64"])
 def test_without_gradients_the_rest_is_proven(plan: RunPlan, tmp_path: Path, capture: str) -> None:
     findings = verify(record(plan, tmp_path / "run", capture=capture), recompute=2)
