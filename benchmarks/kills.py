@@ -108,7 +108,8 @@ def main() -> None:
                 with contextlib.suppress(psutil.Error):
                     member.kill()
             process.communicate()
-            whole = (path / "rounds.jsonl").read_bytes().count(b"\n") if path.exists() else 0
+            rows = path / "rounds.jsonl"
+            whole = rows.read_bytes().count(b"\n") if rows.exists() else 0
             begun = (path / "run.json").exists()
             command = ["resume", str(path)] if begun else ["run", *flags, "--output", str(path)]
             finish(start(folder, *command), may_refuse=whole == parsed.rounds + 1)
