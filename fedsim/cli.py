@@ -67,7 +67,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"fedsim: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    print(f"fedsim: {line}", file=sys.stderr)  # noqa: T201
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -368,13 +369,16 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import check_resume
     from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.recording.continuation import check_continuable
     from fedsim.recording.reader import load_run
 
     run = load_run(parsed.run)
+    check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)
     pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
-    plan = RunPlan.prepare(config)
+    # Nothing is downloaded to where a run from elsewhere says that its data was.
+    plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     check_resume(run, plan)
     _simulate(plan, pool, parsed.run, verbose=parsed.verbose, resume=True)
 

@@ -24,6 +24,7 @@ from pydantic import (
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
@@ -76,7 +77,10 @@ def _parsed_by(parser: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-Count = Annotated[int, Field(ge=1)]
+MOST_TOML_BYTES = 2 * 2**20
+"""Of a configuration; Python reads TOML at a megabyte or two a second."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
 Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
@@ -454,16 +458,18 @@ def read_config_file(path: Path) -> dict[str, Any]:
         When the file is missing or cannot be parsed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        most = MOST_JSON_BYTES if path.suffix == ".json" else MOST_TOML_BYTES
+        content = read_text_bytes(path, most=most, follow=True)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"config = {str(path)!r} cannot be read: {reason}") from None
     try:
         if path.suffix == ".json":
-            stored: dict[str, Any] = json.loads(text)["config"]
+            stored: dict[str, Any] = parse_json(content)["config"]
             return {k: v for k, v in stored.items() if k != "output" and v is not None}
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        return _parse_toml(text)
+    except ValueError as error:
         hint = ""
         if "[clients." in text:
             hint = "; settings of single clients go into tables named [client.<partition>]"
@@ -473,6 +479,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"config = {str(path)!r} holds no configuration; allowed is a TOML file or the "
             "run.json of a run"
         ) from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 def parse_text(field: str, text: str) -> Any:
@@ -494,8 +507,8 @@ def parse_text(field: str, text: str) -> Any:
     if "\n" in text:
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {text}")["value"]
+    except ValueError:
         pass
     try:
         # TOML knows no ".5"; people do.

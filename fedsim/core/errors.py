@@ -27,7 +27,7 @@ class ConfigError(InputError):
     """
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{field} = {_shorten(value)} cannot be used; allowed is {allowed}")
+        super().__init__(f"{field} = {shorten(value)} cannot be used; allowed is {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -49,6 +49,11 @@ def _as_written(value: Any) -> Any:
     return [_as_written(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(_as_written(value))
+def shorten(value: Any, limit: int = 80) -> str:
+    """Write a value as a person would, or the beginning of it."""
+    try:
+        text = repr(_as_written(value))
+    except (ValueError, RecursionError):
+        # Python refuses to write out a number of thousands of digits, or lists in lists in lists.
+        text = f"<{type(value).__name__} too large to print>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

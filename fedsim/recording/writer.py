@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
-from fedsim.recording.checksums import ChecksumLine, checksum_line, read_checksums
+from fedsim.recording.checksums import checksum_line
+from fedsim.recording.continuation import check_places, whole_rounds
 from fedsim.recording.files import (
     Checksum,
     Digest,
@@ -111,16 +112,12 @@ class RunWriter:
             When it is no run directory, is in use, or holds no whole round.
         """
         run = load_run(root)
+        check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k != "error"}
         writer = cls(root, {**manifest, "status": "running", "config": dict(config)})
         writer._lock()
         layout = writer.layout
-        rows = layout.rounds.stat().st_size if layout.rounds.exists() else 0
-        lines = list(read_checksums(layout.checksums))
-        whole = [n for n, line in enumerate(lines) if _rows_of(line) and _rows_of(line) <= rows]
-        if not whole:
-            raise InputError(f"{root} holds no whole round; allowed is a new run")
-        kept = lines[: whole[-1] + 1]
+        kept = whole_rounds(run)
         for path in (layout.rounds, layout.clients):
             os.truncate(path, kept[-1].files[path.name].size)
         writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
@@ -245,11 +242,6 @@ class RunWriter:
 
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
-
-
-def _rows_of(line: ChecksumLine) -> int:
-    """Give the bytes of ``rounds.jsonl`` after the round of a line; 0 for lines of no round."""
-    return line.files["rounds.jsonl"].size if "rounds.jsonl" in line.files else 0
 
 
 def _digest_of(path: Path) -> Digest:

@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from fedsim.recording.files import (
-    _DTYPES,
+    DTYPES,
     _READ_BYTES,
     ITEM_BYTES,
     Checksum,
@@ -71,7 +71,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_every_dtype_that_can_be_written_is_tested_here() -> None:
-    assert _DTYPES == CODES
+    assert DTYPES == CODES
 
 
 @pytest.mark.parametrize("name", CODES)
