@@ -51,8 +51,11 @@ def open_regular(path: Path, flags: int = 0, *, follow: bool = False) -> int:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "it is no regular file") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "it is no regular file")
     return descriptor
 

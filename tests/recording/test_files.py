@@ -23,8 +23,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from fedsim.recording.files import (
-    DTYPES,
     _READ_BYTES,
+    DTYPES,
     ITEM_BYTES,
     Checksum,
     Digest,
