@@ -78,14 +78,7 @@ class Checksum:
         OSError
             When the file cannot be read.
         """
-        digest = Digest()
-        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
-            buffer = memoryview(bytearray(_READ_BYTES))
-            left = math.inf if size is None else size
-            while left and (count := file.readinto(buffer[: int(min(left, len(buffer)))])):
-                digest.update(buffer[:count])
-                left -= count
-        return digest.checksum()
+        return Digest.of_file(path, size).checksum()
 
 
 _READ_BYTES = 4 * 2**20
@@ -97,6 +90,18 @@ class Digest:
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
         self._size = 0
+
+    @classmethod
+    def of_file(cls, path: Path, size: int | None = None) -> Digest:
+        """Take a file, or its first `size` bytes, as `Checksum.of_file` does."""
+        digest = cls()
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+            buffer = memoryview(bytearray(_READ_BYTES))
+            left = math.inf if size is None else size
+            while left and (count := file.readinto(buffer[: int(min(left, len(buffer)))])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest
 
     def update(self, content: bytes | memoryview) -> None:
         """Take the next bytes."""

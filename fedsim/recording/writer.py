@@ -58,7 +58,7 @@ class RunWriter:
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._lock_file: BinaryIO | None = None
-        self._grown = {path: _digest_of(path) for path in (self.layout.clients, self.layout.rounds)}
+        self._grown = {path: Digest() for path in (self.layout.clients, self.layout.rounds)}
 
     @classmethod
     def create(
@@ -120,7 +120,7 @@ class RunWriter:
         kept = whole_rounds(run)
         for path in (layout.rounds, layout.clients):
             os.truncate(path, kept[-1].files[path.name].size)
-        writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
+        writer._grown = {p: Digest.of_file(p) for p in (layout.clients, layout.rounds)}
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
         seals = [checksum_line(line.files) for line in kept]
@@ -243,9 +243,3 @@ class RunWriter:
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
 
-
-def _digest_of(path: Path) -> Digest:
-    digest = Digest()
-    if path.exists():
-        digest.update(path.read_bytes())
-    return digest
