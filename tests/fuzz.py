@@ -1,9 +1,9 @@
 """Broken and hostile run directories and configurations, by the thousand.
 
 ``python -m tests.fuzz --inputs 10000 --seed 1 --jobs 2`` damages small runs at random, gives each
-to a command, and checks that the answer is an exit code of 0, 1 or 2 with at most one line on stderr,
-within five seconds and 500 MB, and that nothing outside of the run was opened, listed or changed.
-An input depends on the seed and its number only; ``--only K`` repeats one.
+to a command, and checks that the answer is an exit code of 0, 1 or 2 with at most one line on
+stderr, within five seconds and 500 MB, and that nothing outside of the run was opened, listed or
+changed. An input depends on the seed and its number only; ``--only K`` repeats one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import torch
 from fedsim import cli
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
+from fedsim.core.inputs import read_text_bytes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import simulation
 from fedsim.flower.client_app import app
@@ -309,7 +310,7 @@ def edit_json(this: Input, path: Path) -> None:
 
 
 def edit_config(this: Input, path: Path) -> None:
-    manifest = json.loads((this.run / "run.json").read_bytes())
+    manifest = json.loads(read_text_bytes(this.run / "run.json"))
     key = this.draw.choice(list(manifest["config"]))
     manifest["config"][key] = copy.deepcopy(this.draw.choice(HOSTILE))
     if this.draw.random() < 0.3:
@@ -376,17 +377,18 @@ def damage(this: Input) -> None:
 def reseal(root: Path) -> None:
     """Make all checksums those of what is there, as a forger would, as far as it can be done."""
     there = {p for p in root.rglob("*") if p.is_file() and not p.is_symlink()}
-    lines = []
-    for line in (root / "clients.jsonl").read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            row = json.loads(line)
-            folder = root / f"rounds/{row['round']:04d}/clients/{row['partition']:04d}"
-            for name in row["files"]:
-                if folder / name in there:
-                    row["files"][name] = Checksum.of_file(folder / name).to_json()
-                    line = json.dumps(row, separators=(",", ":")).encode()
-        lines.append(line + b"\n")
-    (root / "clients.jsonl").write_bytes(b"".join(lines))
+    if root / "clients.jsonl" in there:
+        lines = []
+        for line in (root / "clients.jsonl").read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                row = json.loads(line)
+                folder = root / f"rounds/{row['round']:04d}/clients/{row['partition']:04d}"
+                for name in row["files"]:
+                    if folder / name in there:
+                        row["files"][name] = Checksum.of_file(folder / name).to_json()
+                        line = json.dumps(row, separators=(",", ":")).encode()
+            lines.append(line + b"\n")
+        (root / "clients.jsonl").write_bytes(b"".join(lines))
     sealed = []
     for listed in read_checksums(root / "checksums.jsonl"):
         files = {
