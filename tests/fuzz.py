@@ -351,6 +351,10 @@ def random_file(this: Input, root: Path) -> Path:
     return this.draw.choice(kinds[this.draw.choice(sorted(kinds))])
 
 
+_UNSUITABLE = (InputError, ValueError, KeyError, TypeError, struct.error, OSError, RecursionError)
+"""What a change says of a file that an earlier change has left nothing to work on."""
+
+
 def damage(this: Input) -> None:
     """Change one file or two, and make the checksums of half of the inputs fit."""
     if this.draw.random() < 0.03:
@@ -366,11 +370,11 @@ def damage(this: Input) -> None:
             while path.suffix != ".safetensors":
                 path = random_file(this, this.run)
         this.applied.append(f"{name} {path.relative_to(this.run)}")
-        with contextlib.suppress(ValueError, KeyError, TypeError, struct.error, OSError):
+        with contextlib.suppress(*_UNSUITABLE):
             CHANGES[name][0](this, path)
     if this.draw.random() < 0.5:
         this.applied.append("reseal")
-        with contextlib.suppress(InputError, ValueError, KeyError, TypeError, OSError):
+        with contextlib.suppress(*_UNSUITABLE):
             reseal(this.run)
 
 
@@ -380,7 +384,7 @@ def reseal(root: Path) -> None:
     if root / "clients.jsonl" in there:
         lines = []
         for line in (root / "clients.jsonl").read_bytes().split(b"\n")[:-1]:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(*_UNSUITABLE, AttributeError):
                 row = json.loads(line)
                 folder = root / f"rounds/{row['round']:04d}/clients/{row['partition']:04d}"
                 for name in row["files"]:
@@ -618,6 +622,9 @@ class Fuzzer:
         for number in numbers:
             before = peak_bytes()
             name, changes, code, seconds, problems = self._answer(number)
+            if seconds > MOST_SECONDS:
+                # A busy machine is slow now and then; an input is slow again.
+                name, changes, code, seconds, problems = self._answer(number)
             report.inputs += 1
             report.outcomes[f"{name}: {code}"] += 1
             report.examples.setdefault(f"{name}: {code}", number)

@@ -126,8 +126,12 @@ class RunConfig(_Strict):
     data_root: str | None = Field(
         None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
     )
-    clients: Count = Field(10, description="number of clients, one partition each")
-    clients_per_round: Count = Field(4, description="participants drawn for each round")
+    clients: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        10, description="number of clients, one partition each"
+    )
+    clients_per_round: Annotated[int, Field(ge=1, le=50_000)] = Field(
+        4, description="participants drawn for each round"
+    )
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
         "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"

@@ -23,8 +23,8 @@ def check_continuable(run: Run) -> None:
         Naming the file.
     """
     check_places(run.path)
-    run.check_sizes()
     whole_rounds(run)
+    run.check_sizes()
 
 
 def check_places(root: Path) -> None:

@@ -192,12 +192,12 @@ def rebuild_batches(
     """
     config = run.config
     run.check_sizes()
-    # Where a run from elsewhere says that its data was, nothing is downloaded to.
     dataset = load_dataset(
         config.dataset,
         data_root=data_root or config.data_root,
         seed=config.seed,
-        download=data_root is not None or config.data_root is None,
+        # Not to where a run from elsewhere says that its data was.
+        download=data_root is not None,
     )
     expected, found = run.entry("dataset")["sha256"], dataset.sha256()
     if found != expected:

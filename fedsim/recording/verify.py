@@ -292,7 +292,7 @@ class _Verifier:
                 config.dataset,
                 data_root=data_root or config.data_root,
                 seed=config.seed,
-                download=False,
+                download=data_root is not None,
             )
             if dataset.sha256() == run.entry("dataset")["sha256"]:
                 return dataset

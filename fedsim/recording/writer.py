@@ -242,4 +242,3 @@ class RunWriter:
 
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
-

@@ -59,7 +59,9 @@ SHARD = FILES[-1]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one round: clients 0 and 1 of three, all steps captured. Never write into it."""
     path = tmp_path_factory.mktemp("hostile") / "made"
-    fuzz.make_run(path, {"capture": "all", "participants": [[0, 1]]}, seed=3)
+    fuzz.make_run(
+        path, {"capture": "all", "local-steps": 3, "participants": [[0, 1], [0, 1]]}, seed=3
+    )
     return path
 
 
@@ -191,7 +193,7 @@ def nested(depth: int) -> bytes:
     [
         ("run.json", lambda m: m.update(status=7), "status = 7 cannot be used: "),
         ("run.json", lambda m: m.update(format=1.0), "{run} has format 1.0; this version reads 1"),
-        ("run.json", lambda m: m.update(format=10**4999), "<int too large to print>"),
+        ("run.json", lambda m: m.update(format=10**4000), "has format 1000000"),
         ("run.json", lambda m: m.pop("dataset"), "run.json has no dataset"),
         ("run.json", lambda m: m["model"].pop("buffers"), "run.json has no model.buffers"),
         (
@@ -236,7 +238,7 @@ def test_what_has_another_shape_is_named(
         edit_line(run / name, 1, change)
     assert command("inspect", run) == 2
     err = capsys.readouterr().err
-    assert sentence.format(run=run) in err
+    assert sentence.replace("{run}", str(run)) in err
     assert err.count("\n") == 1
 
 
@@ -331,7 +333,7 @@ def test_a_header_that_does_not_fit_its_data_is_refused(
         assert str(caught.value).startswith(f"{path} is not a whole safetensors file: ")
 
 
-@pytest.mark.parametrize("claimed", [2**64 - 1, 2**63, 2**40, 10**8, 60])
+@pytest.mark.parametrize("claimed", [2**64 - 1, 2**63, 2**40, 10**8, 70])
 def test_a_header_longer_than_the_file_is_refused(claimed: int, tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "x.safetensors", {"a": entry()}, bytes(4), claimed)
     with pytest.raises(InputError, match=f"a header of {claimed} bytes does not fit"):
@@ -408,15 +410,15 @@ def test_kernels_of_any_size_cost_nothing(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: a.update({"x/0.bias": a["000000/0.bias"]}), "x/0.bias is no gradient"),
-        (lambda a: a.update({"0000000/0.bias": a["000000/0.bias"]}), "0000000/0.bias is no"),
-        (lambda a: a.update({"000000/no": a["000000/0.bias"]}), "000000/no is no gradient"),
-        (lambda a: a.pop("000000/0.bias"), "holds steps with some of their gradients only"),
+        (lambda a: a.update({"x/13.bias": a["000000/13.bias"]}), "x/13.bias is no gradient"),
+        (lambda a: a.update({"0000000/13.bias": a["000000/13.bias"]}), "0000000/13.bias is no"),
+        (lambda a: a.update({"000000/no": a["000000/13.bias"]}), "000000/no is no gradient"),
+        (lambda a: a.pop("000000/13.bias"), "holds steps with some of their gradients only"),
         (
-            lambda a: a.update({"000000/0.bias": a["000000/0.bias"].astype(np.int32)}),
-            "000000/0.bias holds no floating-point numbers",
+            lambda a: a.update({"000000/13.bias": a["000000/13.bias"].astype(np.int32)}),
+            "000000/13.bias holds no floating-point numbers",
         ),
-        (lambda a: a.update({"000000/0.bias": a["000000/0.bias"][1:]}), "has shape"),
+        (lambda a: a.update({"000000/13.bias": a["000000/13.bias"][1:]}), "has shape"),
     ],
 )
 def test_a_shard_of_other_gradients_is_refused(
@@ -483,7 +485,9 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("values", [{"local-epochs": 10**9}, {"local-steps": 10**9}])
+@pytest.mark.parametrize(
+    "values", [{"local-epochs": 10**9, "local-steps": None}, {"local-steps": 10**9}]
+)
 def test_a_number_of_steps_alone_costs_nothing(values: dict[str, Any], run: Path) -> None:
     edit(run / "run.json", lambda manifest: manifest["config"].update(values))
     reseal(run)
@@ -560,7 +564,7 @@ def forget_rounds(path: Path, outside: Path) -> None:
         ("clients.jsonl", flip_last, "{run}/clients.jsonl is not what was written"),
         ("clients.jsonl", cut, "{run}/clients.jsonl is not what was written"),
         ("rounds.jsonl", flip_last, "{run}/rounds.jsonl is not what was written"),
-        ("checksums.jsonl", flip_last, "{run}/checksums.jsonl: line 7 is not what was written"),
+        ("checksums.jsonl", flip_last, "{run}/checksums.jsonl: line 6 is not what was written"),
         (
             "checksums.jsonl",
             forget_rounds,
@@ -722,7 +726,7 @@ def test_any_value_of_a_row_is_as_described_or_named(tmp_path: Path, key: str, v
             if said is None:
                 assert rows.read_rows(path, model)[0][key] == value
             else:
-                assert said.startswith(f"{path}: line 1: ")
+                assert said.startswith((f"{path}: line 1: ", f"{path}: line 1 has no "))
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60))
