@@ -69,9 +69,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     # Whoever closed the terminal hears nothing.
     with contextlib.suppress(OSError):
-        print(f"fedsim: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+        print(f"fedsim: {line}", file=sys.stderr)  # noqa: T201
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -374,15 +375,18 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.flower.server_app import check_resume
     from fedsim.flower.simulation import machine_gpus, size_pool
     from fedsim.recording.reader import load_run
+    from fedsim.recording.recovery import check_continuable
     from fedsim.report.terminal import make_console
 
     # Also where nothing is left to do.
     sweep()
     run = load_run(parsed.run)
+    check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)
     pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
-    plan = RunPlan.prepare(config)
+    # Nothing is downloaded to where a run from elsewhere says that its data was.
+    plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
     if recovery.damage:
         make_console().print(

@@ -26,6 +26,7 @@ from pydantic import (
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.errors import ConfigError, InputError, shorten
+from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
@@ -89,6 +90,9 @@ def _nameable(value: str) -> str:
 MOST = 1_000_000_000
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Folder = Annotated[str, AfterValidator(_nameable)]
+MOST_TOML_BYTES = 2 * 2**20
+"""Of a configuration; Python reads TOML at a megabyte or two a second."""
+
 Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
 Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
@@ -134,8 +138,12 @@ class RunConfig(_Strict):
     data_root: Folder | None = Field(
         None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
     )
-    clients: Count = Field(10, description="number of clients, one partition each")
-    clients_per_round: Count = Field(4, description="participants drawn for each round")
+    clients: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        10, description="number of clients, one partition each"
+    )
+    clients_per_round: Annotated[int, Field(ge=1, le=50_000)] = Field(
+        4, description="participants drawn for each round"
+    )
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
         "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
@@ -492,7 +500,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         When the file is missing or cannot be parsed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        most = MOST_JSON_BYTES if path.suffix == ".json" else MOST_TOML_BYTES
+        content = read_text_bytes(path, most=most, follow=True)
+        text = content.decode()
     except UnicodeDecodeError:
         raise InputError(f"config = {str(path)!r} cannot be read: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
@@ -500,10 +510,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise InputError(f"config = {str(path)!r} cannot be read: {reason}") from None
     try:
         if path.suffix == ".json":
-            stored: dict[str, Any] = json.loads(text)["config"]
+            stored: dict[str, Any] = parse_json(content)["config"]
             return {k: v for k, v in stored.items() if k != "output" and v is not None}
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        return _parse_toml(text)
+    except ValueError as error:
         hint = ""
         if "[clients." in text:
             hint = "; settings of single clients go into tables named [client.<partition>]"
@@ -513,6 +523,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"config = {str(path)!r} holds no configuration; allowed is a TOML file or the "
             "run.json of a run"
         ) from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 def parse_text(field: str, text: str) -> Any:
@@ -531,9 +548,8 @@ def parse_text(field: str, text: str) -> Any:
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
     if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text
-    # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
-    with contextlib.suppress(ValueError, RecursionError):
-        return tomllib.loads(f"value = {text}")["value"]
+    with contextlib.suppress(ValueError):
+        return _parse_toml(f"value = {text}")["value"]
     # TOML knows no ".5"; people do.
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):

@@ -154,7 +154,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 
-def load_dataset(name: str, *, data_root: str | None, seed: int) -> Dataset:
+def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool = True) -> Dataset:
     """Load a dataset, converting it into the cache on first use.
 
     Every process maps the same cache file, so its pages are in memory once.
@@ -168,6 +168,8 @@ def load_dataset(name: str, *, data_root: str | None, seed: int) -> Dataset:
         without that, the cache.
     seed : int
         ``synthetic`` is generated from it.
+    download : bool
+        Whether CIFAR may be downloaded into `data_root` where it is not there.
 
     Raises
     ------
@@ -181,7 +183,7 @@ def load_dataset(name: str, *, data_root: str | None, seed: int) -> Dataset:
     cached = _map_cache(path, spec)
     if cached is not None:
         return cached
-    tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed)
+    tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed, download)
     # Processes that start together may all convert; each renames a whole file into place.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -233,7 +235,9 @@ def _tensors(
     }
 
 
-def _load_digits(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+def _load_digits(
+    spec: DatasetSpec, data_root: str | None, seed: int, download: bool
+) -> dict[str, Tensor]:
     """Bring scikit-learn's 8x8 digits to 3x32x32; every fifth sample is a test sample."""
     from sklearn.datasets import load_digits
 
@@ -245,7 +249,9 @@ def _load_digits(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[st
     return _tensors((images[~test], digits.target[~test]), (images[test], digits.target[test]))
 
 
-def _load_cifar(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+def _load_cifar(
+    spec: DatasetSpec, data_root: str | None, seed: int, download: bool
+) -> dict[str, Tensor]:
     """Read CIFAR (Krizhevsky 2009) through torchvision, which checks the official MD5 sums."""
     import torchvision
 
@@ -259,11 +265,14 @@ def _load_cifar(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str
             try:
                 split = source[spec.name](root=str(root), train=train, download=False)
             except RuntimeError:
+                if not download:
+                    raise
                 root.mkdir(parents=True, exist_ok=True)
                 split = source[spec.name](root=str(root), train=train, download=True)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
+            why = "could not be downloaded" if download else "is not downloaded for a recorded run"
             raise InputError(
-                f"dataset = {spec.name!r} was not found in {folder} and could not be downloaded "
+                f"dataset = {spec.name!r} was not found in {folder} and {why} "
                 f"({_first_line(error)}); put the official files there or name their folder with "
                 "--data-root or FEDSIM_DATA_ROOT"
             ) from None
@@ -275,7 +284,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _make_synthetic(spec: DatasetSpec, data_root: str | None, seed: int) -> dict[str, Tensor]:
+def _make_synthetic(
+    spec: DatasetSpec, data_root: str | None, seed: int, download: bool
+) -> dict[str, Tensor]:
     """Draw images that are a smooth pattern of their class plus noise."""
     # Images are bytes, patterns eight of them.
     entries = spec.train_size + spec.test_size + 8 * spec.classes
@@ -303,7 +314,7 @@ def _make_synthetic(spec: DatasetSpec, data_root: str | None, seed: int) -> dict
     return _tensors(split(spec.train_size), split(spec.test_size))
 
 
-_LOADERS: dict[str, Callable[[DatasetSpec, str | None, int], dict[str, Tensor]]] = {
+_LOADERS: dict[str, Callable[[DatasetSpec, str | None, int, bool], dict[str, Tensor]]] = {
     "digits": _load_digits,
     "cifar10": _load_cifar,
     "cifar100": _load_cifar,

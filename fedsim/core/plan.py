@@ -53,15 +53,24 @@ class RunPlan:
     initial_state: Arrays
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> Self:
+    def prepare(cls, config: RunConfig, *, download: bool = True) -> Self:
         """Load the data, deal the partition and draw the initial weights.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The configuration.
+        download : bool
+            Whether data that is not there may be downloaded.
 
         Raises
         ------
         InputError
             When the data cannot be had, or no parameter matches ``capture-layers``.
         """
-        dataset = load_dataset(config.dataset, data_root=config.data_root, seed=config.seed)
+        dataset = load_dataset(
+            config.dataset, data_root=config.data_root, seed=config.seed, download=download
+        )
         partition = make_partition(
             dataset.train_labels.numpy(),
             PartitionScheme.parse(config.partition),

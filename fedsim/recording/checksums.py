@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedsim.core.errors import InputError
-from fedsim.recording.files import Checksum, json_line
+from fedsim.core.inputs import parse_json
+from fedsim.recording.files import Checksum, json_line, text_lines
+from fedsim.recording.rows import ChecksumRow
 
 _SEAL = ',"line":"'
 
@@ -51,14 +51,13 @@ def read_checksums(path: Path) -> Iterator[ChecksumLine]:
         When the file is missing, or a line is not what was written.
     """
     try:
-        content = path.read_bytes()
+        for number, line in enumerate(text_lines(path), start=1):
+            files = _files_of(line[:-1])
+            if files is None:
+                raise InputError(f"{path}: line {number} is not what was written")
+            yield ChecksumLine(number, files)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        files = _files_of(line)
-        if files is None:
-            raise InputError(f"{path}: line {number} is not what was written")
-        yield ChecksumLine(number, files)
 
 
 def _files_of(line: bytes) -> dict[str, Checksum] | None:
@@ -66,7 +65,7 @@ def _files_of(line: bytes) -> dict[str, Checksum] | None:
     if not seal or rest != f'{Checksum.of(body).xxh3_128}"}}'.encode():
         return None
     try:
-        found: dict[str, Any] = json.loads(body + b"}")["files"]
-        return {n: Checksum(int(c["bytes"]), str(c["xxh3_128"])) for n, c in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        found = ChecksumRow.model_validate(parse_json(body + b"}")).files
+    except ValueError:
         return None
+    return {name: Checksum(file.bytes, file.xxh3_128) for name, file in found.items()}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsim.core.inputs import open_regular
+
 DIRECT_FROM = 4 * 2**20
 """Files of at least so many bytes go past the page cache."""
 
@@ -139,14 +141,13 @@ class WholeReader:
         if size > len(self._pages):
             # A new one: whoever still looks at the former keeps it alive.
             self._pages = mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK)
-        flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            descriptor = os.open(path, flags | direct)
+            descriptor = open_regular(path, direct)
         except OSError as error:
             if not direct or error.errno not in _REFUSED:
                 raise
             direct = 0
-            descriptor = os.open(path, flags)
+            descriptor = open_regular(path)
         view = memoryview(self._pages)
         done = 0
         try:

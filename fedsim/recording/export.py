@@ -91,7 +91,7 @@ def export_breaching(
     stop = step + steps
     _check_steps(client, step, steps)
     _check_captured(run, client, stop)
-    _check_classifier(run.shapes, run.manifest["dataset"]["classes"])
+    _check_classifier(run.shapes, run.entry("dataset")["classes"])
     optimizer = run.config.training_of(partition).optimizer
     batch_sizes = client.telemetry["batch_sizes"][step:stop]
     reasons: list[str] = []
@@ -191,10 +191,15 @@ def rebuild_batches(
         ``steps.jsonl``.
     """
     config = run.config
+    run.check_sizes()
     dataset = load_dataset(
-        config.dataset, data_root=data_root or config.data_root, seed=config.seed
+        config.dataset,
+        data_root=data_root or config.data_root,
+        seed=config.seed,
+        # Not to where a run from elsewhere says that its data was.
+        download=data_root is not None,
     )
-    expected, found = run.manifest["dataset"]["sha256"], dataset.sha256()
+    expected, found = run.entry("dataset")["sha256"], dataset.sha256()
     if found != expected:
         raise InputError(
             f"dataset = {config.dataset!r} on this machine has sha256 {found}; allowed is that of "
@@ -215,7 +220,7 @@ def rebuild_batches(
         raise InputError(
             f"the batches of client {partition} in round {client.round} cannot be rebuilt: numpy "
             f"{np.__version__} draws other samples than steps.jsonl lists, which numpy "
-            f"{run.manifest['versions']['numpy']} drew"
+            f"{run.entry('versions')['numpy']} drew"
         )
     return rebuilt
 
@@ -362,7 +367,7 @@ def _skipped_updates(run: Run, client: Client, steps: range) -> list[str]:
 
 
 def _described_data(run: Run) -> dict[str, Any]:
-    data = run.manifest["dataset"]
+    data = run.entry("dataset")
     return {
         "shape": list(IMAGE_SHAPE),
         "classes": data["classes"],
@@ -390,11 +395,11 @@ def _shared_metadata(batches: Sequence[Batch], learning_rate: float) -> dict[str
 def _described_source(run: Run) -> dict[str, Any]:
     return {
         "run": run.path.absolute().name,
-        "created": run.manifest["created"],
+        "created": run.entry("created"),
         "dataset": run.config.dataset,
-        "dataset_sha256": run.manifest["dataset"]["sha256"],
-        "device": run.manifest["device"]["type"],
-        "versions": run.manifest["versions"],
+        "dataset_sha256": run.entry("dataset")["sha256"],
+        "device": run.entry("device")["type"],
+        "versions": run.entry("versions"),
     }
 
 
@@ -422,7 +427,8 @@ def _chosen_clients(of_round: Round, partitions: Sequence[int]) -> list[Client]:
 def _captured_prefix(run: Run, client: Client) -> int:
     captured = client.captured_steps
     if not captured or captured != list(range(len(captured))):
-        gap = next(s for s in itertools.count() if s not in captured)
+        kept = {*captured}
+        gap = next(s for s in itertools.count() if s not in kept)
         raise InputError(
             f"capture = {run.config.capture!r} did not keep step {gap} of client "
             f"{client.partition} in round {client.round}; grads_per_step_wd needs "

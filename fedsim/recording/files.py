@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from fedsim.core.errors import RunFailedError
+from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording.disk import OutputFile
 
 TEMPORARY = ".partial"
@@ -78,14 +79,7 @@ class Checksum:
         OSError
             When the file cannot be read.
         """
-        digest = Digest()
-        with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(_READ_BYTES))
-            left = math.inf if size is None else size
-            while left and (count := file.readinto(buffer[: int(min(left, len(buffer)))])):
-                digest.update(buffer[:count])
-                left -= count
-        return digest.checksum()
+        return Digest.of_file(path, size).checksum()
 
 
 _READ_BYTES = 4 * 2**20
@@ -103,6 +97,18 @@ class Digest:
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
         self.size = 0
+
+    @classmethod
+    def of_file(cls, path: Path, size: int | None = None) -> Digest:
+        """Take a file, or its first `size` bytes, as `Checksum.of_file` does."""
+        digest = cls()
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+            buffer = memoryview(bytearray(_READ_BYTES))
+            left = math.inf if size is None else size
+            while left and (count := file.readinto(buffer[: int(min(left, len(buffer)))])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest
 
     def update(self, content: bytes | memoryview) -> None:
         """Take the next bytes."""
@@ -213,7 +219,7 @@ def _header(entries: Mapping[str, tuple[str, tuple[int, ...]]], size: int = 0) -
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-_DTYPES = {
+DTYPES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -224,13 +230,14 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-ITEM_BYTES = {code: np.dtype(name).itemsize for name, code in _DTYPES.items()} | {"BF16": 2}
+"""Names of dtypes in numpy and in safetensors."""
+ITEM_BYTES = {code: np.dtype(name).itemsize for name, code in DTYPES.items()} | {"BF16": 2}
 """Bytes of one number of each safetensors dtype that is written here."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, NDArray[np.generic]]) -> Checksum:
     """Write arrays as one safetensors file, atomically, in the order given."""
-    entries = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in tensors.items()}
+    entries = {name: (DTYPES[array.dtype.name], array.shape) for name, array in tensors.items()}
     writer = TensorWriter(path, entries)
     try:
         for array in tensors.values():
@@ -286,12 +293,26 @@ def append_line(path: Path, line: bytes, *, at: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+def text_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; a last one without its newline is none.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be read, or a line has more than `MOST_JSON_BYTES`.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        while line := file.readline(MOST_JSON_BYTES + 1):
+            if len(line) > MOST_JSON_BYTES:
+                raise OSError(errno.EFBIG, f"a line has more than {MOST_JSON_BYTES:,} bytes")
+            if line.endswith(b"\n"):
+                yield line
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON Lines file; a last line without its newline is no row."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+    for line in text_lines(path):
+        yield parse_json(line)
 
 
 class LineFile:

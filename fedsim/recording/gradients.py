@@ -41,6 +41,8 @@ from fedsim.recording.files import (
     write_tensors,
 )
 
+MOST_KEYS = 2**16
+"""Gradients in a shard, or those of one step: a header is read whole before any of them."""
 SHARD_BYTES = 256 * 2**20
 """Shards close at the step that fills them to about this size."""
 
@@ -359,7 +361,8 @@ class StepRecorder:
         code, item = _STORED[self._policy.dtype][0], ITEM_BYTES[self._policy.dtype]
         shapes = {name: packed_shape(self._shapes[name], t) for name, t in taps.items()}
         step_bytes = item * sum(packed_size(self._shapes[n], t) for n, t in taps.items())
-        room = max(1, self._shard_bytes // max(1, step_bytes))
+        room = min(self._shard_bytes // max(1, step_bytes), MOST_KEYS // len(taps))
+        room = max(1, room)
         steps = self._kept[self.num_steps_captured : self.num_steps_captured + room]
         supports = {n: np.array(t, dtype=np.int64) for n, t in taps.items() if t is not None}
         entries: dict[str, tuple[str, tuple[int, ...]]] = {

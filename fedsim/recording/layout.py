@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from fedsim.core.errors import InputError
 
 FORMAT = 1
 
 
 class RunLayout:
-    """Paths inside a run directory.
+    """Paths inside a run directory, none of which leads through a symbolic link out of it.
+
+    Whatever opens or writes a file of a run has its place from here, or its name from `inside`.
 
     Parameters
     ----------
@@ -27,7 +33,7 @@ class RunLayout:
 
     def round(self, number: int) -> Path:
         """Folder of a round; round 0 holds the initial state."""
-        return self.root / "rounds" / f"{number:04d}"
+        return self._folder("rounds", f"{number:04d}")
 
     def state(self, number: int) -> Path:
         """Global state after a round."""
@@ -43,7 +49,7 @@ class RunLayout:
 
     def client(self, number: int, partition: int) -> Path:
         """Folder of one client in a round."""
-        return self.round(number) / "clients" / f"{partition:04d}"
+        return self._folder("rounds", f"{number:04d}", "clients", f"{partition:04d}")
 
     def delta(self, number: int, partition: int) -> Path:
         """Local minus global state of one client in a round."""
@@ -52,6 +58,32 @@ class RunLayout:
     def steps(self, number: int, partition: int) -> Path:
         """Lines about the local steps of one client in a round."""
         return self.client(number, partition) / STEPS
+
+    def inside(self, name: str) -> Path:
+        """Give the path of a name with slashes, as ``checksums.jsonl`` lists them.
+
+        Raises
+        ------
+        InputError
+            When it leads out of the run directory.
+        """
+        parts = PurePosixPath(name).parts
+        if not parts or "\0" in name or parts[0] == "/" or ".." in parts:
+            raise InputError(f"{name} leads out of the run directory")
+        return self._folder(*parts[:-1]) / parts[-1]
+
+    def _folder(self, *names: str) -> Path:
+        folder = self.root
+        for name in names:
+            folder = folder / name
+            try:
+                is_link = stat.S_ISLNK(os.lstat(folder).st_mode)
+            except OSError:
+                # Not there, or out of reach: then nothing behind it can be opened either.
+                continue
+            if is_link:
+                raise InputError(f"{folder} is a symbolic link, which a run directory has none of")
+        return folder
 
 
 STEPS = "steps.jsonl"

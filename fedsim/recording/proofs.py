@@ -50,15 +50,18 @@ _ALONE = 2**16
 
 def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> None:
     """Check that every sample belongs to one client, with hash, sizes, class counts as told."""
-    manifest, partition = run.manifest["partition"], run.partition
-    ids = list(range(run.config.clients))
-    if list(partition) != ids:
-        findings.violate(PARTITION, f"partition.safetensors has other clients than 0 to {ids[-1]}")
+    manifest, partition = run.entry("partition"), run.partition
+    clients = run.config.clients
+    if len(partition) != clients:
+        findings.violate(
+            PARTITION, f"partition.safetensors has other clients than 0 to {clients - 1}"
+        )
         return
-    ordered = [partition[p] for p in ids]
-    samples = run.manifest["dataset"]["train_size"]
+    ordered = list(partition.values())
+    samples = run.entry("dataset")["train_size"]
     wrong = []
-    if not np.array_equal(np.sort(np.concatenate(ordered)), np.arange(samples)):
+    dealt = np.sort(np.concatenate(ordered))
+    if len(dealt) != samples or not np.array_equal(dealt, np.arange(samples)):
         wrong.append(f"partition.safetensors does not deal each of {samples} samples once")
     if [len(p) for p in ordered] != manifest["sizes"]:
         wrong.append("partition.safetensors has other sizes than run.json")
@@ -77,14 +80,14 @@ def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> No
     for violation in wrong:
         findings.violate(PARTITION, violation)
     if not wrong:
-        findings.prove(PARTITION, len(ids))
+        findings.prove(PARTITION, clients)
 
 
 def prove_participants(run: Run, number: int, findings: Findings) -> None:
     """Check that participants of a round are those listed or drawn, and that each has a row."""
     row = run.round(number).row
     drawn = run.config.participants_of(number)
-    rows = [r for r in run.client_rows if r["round"] == number]
+    rows = run.client_rows_of(number)
     status = {r["partition"]: r["status"] for r in rows}
     if row["participants"] != drawn:
         findings.violate(
@@ -104,12 +107,13 @@ def prove_participants(run: Run, number: int, findings: Findings) -> None:
 def prove_initial_state(run: Run, findings: Findings) -> None:
     """Check that the state of round 0 is the model that follows from the seed."""
     if not _same_torch(run):
-        findings.leave(INITIAL, f"it was drawn by torch {run.manifest['versions']['torch']}")
+        findings.leave(INITIAL, f"it was drawn by torch {run.entry('versions')['torch']}")
         return
+    run.check_sizes()
     expected = state_arrays(
         build_model(
             run.config.model,
-            classes=run.manifest["dataset"]["classes"],
+            classes=run.entry("dataset")["classes"],
             norm=run.config.norm,
             seed=run.config.seed,
         )
@@ -123,7 +127,7 @@ def prove_initial_state(run: Run, findings: Findings) -> None:
 def prove_aggregate(run: Run, number: int, findings: Findings) -> None:
     """Check that the aggregate is the weighted mean of the deltas, bit for bit."""
     clients = run.round(number).clients
-    sizes = [len(run.partition[p]) for p in range(run.config.clients)]
+    sizes = [len(indices) for indices in run.partition.values()]
     mean = DeltaMean()
     for partition in fold_order(list(clients), sizes):
         mean.add(arrays_of(clients[partition].delta), sizes[partition])
@@ -174,10 +178,11 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     settings = run.config.training_of(client.partition)
     indices = run.partition[client.partition]
     draw = generator(run.config.seed, Purpose.BATCHES, client.round, client.partition)
-    drawn = list(schedule(len(indices), settings, draw))
-    if not len(rows) == telemetry["num_steps"] == len(drawn):
-        findings.violate(STEPS, f"{path} has {len(rows)} steps, not {len(drawn)}")
+    asked = settings.num_steps(len(indices))
+    if not len(rows) == telemetry["num_steps"] == asked:
+        findings.violate(STEPS, f"{path} has {len(rows)} steps, not {asked}")
         return
+    drawn = schedule(len(indices), settings, draw)
     for number, (row, (epoch, positions)) in enumerate(zip(rows, drawn, strict=True)):
         told = (row["step"], row["epoch"], row["batch_size"], row["learning_rate"])
         if told != (number, epoch, len(positions), settings.optimizer.learning_rate):
@@ -415,16 +420,16 @@ def _first_difference(found: Arrays, expected: Arrays) -> str | None:
 
 
 def _same_torch(run: Run) -> bool:
-    return str(run.manifest["versions"]["torch"]) == version("torch")
+    return str(run.entry("versions")["torch"]) == version("torch")
 
 
 def _why_not_exact(run: Run) -> str:
     """Say why a replay here need not land on the very bits of the run; empty where it must."""
-    device = run.manifest["device"]
+    device = run.entry("device")
     if run.config.capture_dtype != "float32":
         return f"gradients are stored as {run.config.capture_dtype}"
     if not _same_torch(run):
-        return f"the run has torch {run.manifest['versions']['torch']}, here is {version('torch')}"
+        return f"the run has torch {run.entry('versions')['torch']}, here is {version('torch')}"
     if device["type"] != "cpu":
         return f"the run trained on {device['type']}"
     here = torch.backends.cpu.get_cpu_capability()

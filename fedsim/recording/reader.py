@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
+import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import InputError
+from fedsim.core.datasets import parse_name
+from fedsim.core.errors import InputError, shorten
+from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json, read_text_bytes
 from fedsim.core.support import Taps, packed_shape, unpack
 from fedsim.core.training import Autocast, OptimizerSettings, Replay
-from fedsim.recording.files import read_lines
+from fedsim.recording import rows
+from fedsim.recording.files import DTYPES, ITEM_BYTES
 from fedsim.recording.layout import (
     FORMAT,
     SKETCH,
@@ -34,6 +38,17 @@ if TYPE_CHECKING:
     import pandas
 
 
+_TORCH_DTYPES = {code: getattr(torch, name) for name, code in DTYPES.items()}
+_TORCH_DTYPES["BF16"] = torch.bfloat16
+
+
+class _Entry(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file as a mapping of names to tensors on the CPU.
 
@@ -44,6 +59,8 @@ class TensorFile(Mapping[str, Tensor]):
     ----------
     path : Path
         The file.
+    content : memoryview, optional
+        Its bytes, where they have been read already.
 
     Raises
     ------
@@ -51,31 +68,92 @@ class TensorFile(Mapping[str, Tensor]):
         When the file is missing or not a safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: memoryview | None = None) -> None:
         self.path = path
+        self._content = content
         try:
-            self._file = safe_open(path, framework="pt")
+            if content is None:
+                with os.fdopen(open_regular(path), "rb") as file:
+                    self._size = os.fstat(file.fileno()).st_size
+                    self._entries = _entries_of(file, self._size)
+            else:
+                self._size = len(content)
+                self._entries = _entries_of(io.BytesIO(content), self._size)
         except FileNotFoundError:
             raise InputError(f"{path} is not there") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is not a whole safetensors file: {error}") from None
-        # In the order of the file, which the library's keys() would sort by name.
-        self._names: dict[str, None] = dict.fromkeys(self._file.offset_keys())  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} is not a whole safetensors file: {reason}") from None
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        if self._content is not None:
+            return torch.frombuffer(self._content, dtype=torch.uint8)
+        try:
+            # A private mapping: who writes into a tensor of it does not write into the file.
+            return torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{self.path} cannot be mapped into memory: {reason}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        dtype, shape, begin, end = self._entries[name]
+        if begin == end:
+            return torch.empty(shape, dtype=_TORCH_DTYPES[dtype])
+        data = self._bytes[begin:end]
+        if begin % _TORCH_DTYPES[dtype].itemsize:
+            # After a name of odd length, or numbers of fewer bytes.
+            data = data.clone()
+        return data.view(_TORCH_DTYPES[dtype]).view(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._entries)
 
     def __repr__(self) -> str:
         return f"<{self.path.name}: {len(self)} tensors>"
+
+    @property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors dtype and the shape of each tensor, by name, in the order of the file."""
+        return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
+
+
+def _entries_of(file: IO[bytes], size: int) -> dict[str, _Entry]:
+    """Read a header and check it against the size of the file: all data, no gap, nothing twice."""
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+    if length > min(size - 8, MOST_JSON_BYTES):
+        raise ValueError(f"a header of {length} bytes does not fit")
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry_of(entry, 8 + length) for name, entry in header.items()}
+    position = 8 + length
+    ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+    for name, entry in ordered.items():
+        if entry.begin != position:
+            raise ValueError(f"the data of {name} does not follow on that before it")
+        position = entry.end
+    if position != size:
+        raise ValueError(f"the header describes {position} bytes of {size}")
+    return ordered
+
+
+def _entry_of(entry: Any, start: int) -> _Entry:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        item_bytes = ITEM_BYTES[dtype]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("an entry of the header is none") from None
+    if len(numbers) > 10 or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        raise ValueError("an entry of the header has numbers that are none")
+    if end - begin != math.prod(shape) * item_bytes:
+        raise ValueError("an entry of the header has offsets that do not fit its shape")
+    return _Entry(dtype, tuple(shape), start + begin, start + end)
 
 
 class Gradient(Mapping[str, Tensor]):
@@ -128,9 +206,7 @@ class Shard:
         content: memoryview | None = None,
     ) -> None:
         self.path = path
-        self.file: Mapping[str, Tensor] = (
-            TensorFile(path) if content is None else _tensors_in(path, content)
-        )
+        self.file = TensorFile(path, content)
         self._shapes = shapes
         self._taps: dict[str, Taps | None] = {}
 
@@ -141,8 +217,24 @@ class Shard:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Names of the gradients in it, ``SSSSSS/<parameter>``, in the order of the file."""
-        return [key for key in self.file if not key.startswith(support_key(""))]
+        """Names of the gradients in it, ``SSSSSS/<parameter>``, in the order of the file.
+
+        Raises
+        ------
+        InputError
+            When there are other names.
+        """
+        keys = [key for key in self.file if not key.startswith(support_key(""))]
+        for key in keys:
+            step, _, parameter = key.partition("/")
+            if not _STEP.fullmatch(step) or parameter not in self._shapes:
+                raise InputError(f"{self.path}: {key} is no gradient of a step of this model")
+        return keys
+
+    @property
+    def packed_parameters(self) -> list[str]:
+        """The parameters of which taps are left out."""
+        return [name for name in self._shapes if support_key(name) in self.file]
 
     def taps(self, parameter: str) -> Taps | None:
         """Give the taps that are in the file; None where all are.
@@ -174,6 +266,8 @@ class Shard:
         expected = packed_shape(self._shapes[parameter], taps)
         if tuple(tensor.shape) != expected:
             raise InputError(f"{self.path}: {key} has shape {tuple(tensor.shape)}, not {expected}")
+        if not tensor.dtype.is_floating_point:
+            raise InputError(f"{self.path}: {key} holds no floating-point numbers")
         return tensor
 
     def gradient(self, step: int, parameter: str, *, out: Tensor | None = None) -> Tensor:
@@ -182,41 +276,15 @@ class Shard:
         return unpack(packed, self._shapes[parameter], self.taps(parameter), out=out)
 
 
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-
-
-def _tensors_in(path: Path, content: memoryview) -> dict[str, Tensor]:
-    """Look at the tensors of a safetensors file in memory; the library would copy each of them."""
-    try:
-        (length,) = struct.unpack_from("<Q", content)
-        header = json.loads(bytes(content[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        data = content[8 + length :]
-        return {name: _tensor_in(data, entry) for name, entry in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _tensor_in(data: memoryview, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError("offsets that do not fit")
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data[begin:end], dtype=dtype).view(shape)
-
-
 def _are_taps(tensor: Tensor, kernel: tuple[int, ...]) -> bool:
     if tensor.ndim != 1 or tensor.dtype != torch.int64 or not kernel:
         return False
     taps = tensor.tolist()
-    return taps == sorted(set(taps)) and {*taps} <= {*range(math.prod(kernel))}
+    return taps == sorted(set(taps)) and all(0 <= tap < math.prod(kernel) for tap in taps)
+
+
+# A number has one name: "0000001" would be the step of "000001" once more.
+_STEP = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")
 
 
 class Client:
@@ -241,12 +309,12 @@ class Client:
     @cached_property
     def delta(self) -> Mapping[str, Tensor]:
         """Local minus global state, ``state_dict`` names."""
-        return TensorFile(self._run.layout.delta(self.round, self.partition))
+        return self._run.state_file(self._run.layout.delta(self.round, self.partition))
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The lines of ``steps.jsonl``: one for each local step."""
-        return _rows(self._run.layout.steps(self.round, self.partition), "step")
+        return rows.read_rows(self._run.layout.steps(self.round, self.partition), rows.StepRow)
 
     @cached_property
     def captured_steps(self) -> list[int]:
@@ -271,7 +339,8 @@ class Client:
         Every step must have been kept. With float16 autocast a step whose gradient overflowed
         made no update, so every parameter must have been kept too.
         """
-        complete = self.captured_steps == list(range(self.telemetry["num_steps"]))
+        captured = self.captured_steps
+        complete = len(captured) == self.telemetry["num_steps"] and _has_no_gap(captured)
         return complete and (self._autocast != "float16" or self.has_all_parameters)
 
     def gradient(self, step: int, *, weight_decay: bool = False) -> Mapping[str, Tensor]:
@@ -332,6 +401,10 @@ class Client:
                 f"{parameter} of client {self.partition} in round {self.round} was not captured; "
                 f"captured are {', '.join(self.captured_parameters) or 'none'}"
             )
+        # Says whether the shape is true before there is memory of that shape.
+        self.shards[gradient_key(self.captured_steps[0], parameter)].packed(
+            self.captured_steps[0], parameter
+        )
         chosen = self.captured_steps[steps]
         stacked = torch.empty(len(chosen), *self._run.shapes[parameter])
         for position, step in enumerate(chosen):
@@ -404,8 +477,7 @@ class Client:
         InputError
             When there is no sketch of that step.
         """
-        path = self.folder / SKETCH
-        sketches = TensorFile(path)[SKETCH_KEY] if path.exists() else torch.empty(0, 0)
+        sketches = self._sketches
         if not 0 <= step < len(sketches):
             raise InputError(
                 f"step {step} of client {self.partition} in round {self.round} has no sketch; "
@@ -413,6 +485,17 @@ class Client:
             )
         vector: NDArray[np.float32] = sketches[step].numpy()
         return vector
+
+    @property
+    def _sketches(self) -> Tensor:
+        path = self.folder / SKETCH
+        if not os.path.lexists(path):
+            return torch.empty(0, 0)
+        file, count = TensorFile(path), self._run.config.policy.count
+        dtype, shape = file.described.get(SKETCH_KEY, ("none", ()))
+        if dtype != "F32" or len(shape) != 2 or shape[1] != count:
+            raise InputError(f"{path} does not hold sketches of {count} numbers")
+        return file[SKETCH_KEY]
 
     def shard(self, step: int, parameter: str) -> Shard:
         """Give the file that holds a parameter's gradient of a step.
@@ -437,7 +520,26 @@ class Client:
         """The file of each captured gradient, by its key ``SSSSSS/<parameter>``."""
         paths = sorted(self.folder.glob("gradients-*.safetensors"))
         shards = [Shard(path, self._run.shapes) for path in paths]
-        return {key: shard for shard in shards for key in shard.keys}
+        for shard in shards:
+            for name in shard.packed_parameters:
+                self._check_kernel(shard, name)
+        found = {key: shard for shard in shards for key in shard.keys}
+        steps, names = (
+            ({*part} for part in zip(*(k.split("/", 1) for k in found), strict=True))
+            if found
+            else ((), ())
+        )
+        if len(found) != len(steps) * len(names):
+            raise InputError(f"{self.folder} holds steps with some of their gradients only")
+        return found
+
+    def _check_kernel(self, shard: Shard, name: str) -> None:
+        # Few taps on the disk may speak of any number of them in memory.
+        described = self._start.described.get(name)
+        if described is None or described[1] != self._run.shapes[name]:
+            raise InputError(
+                f"{shard.path}: {name} has another shape in run.json than in {self._start.path}"
+            )
 
     def _new_replay(self) -> Replay:
         if not self.shards:
@@ -452,7 +554,7 @@ class Client:
         return Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
 
     @property
-    def _start(self) -> Mapping[str, Tensor]:
+    def _start(self) -> TensorFile:
         return self._run.round(self.round - 1).state
 
     @property
@@ -489,14 +591,14 @@ class Round:
         return list(self.row["participants"])
 
     @cached_property
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> TensorFile:
         """Global state after the round, ``state_dict`` names."""
-        return TensorFile(self._run.layout.state(self.number))
+        return self._run.state_file(self._run.layout.state(self.number))
 
     @cached_property
     def aggregate(self) -> Mapping[str, Tensor]:
         """Sample-weighted mean delta of the round."""
-        return TensorFile(self._run.layout.aggregate(self.number))
+        return self._run.state_file(self._run.layout.aggregate(self.number))
 
     @cached_property
     def strategy_state(self) -> Mapping[str, Tensor]:
@@ -511,8 +613,8 @@ class Round:
         """The clients whose work is in the round, by partition id."""
         return {
             row["partition"]: Client(self._run, self.number, row)
-            for row in self._run.client_rows
-            if row["round"] == self.number and row["status"] == "ok"
+            for row in self._run.client_rows_of(self.number)
+            if row["status"] == "ok"
         }
 
     def client(self, partition: int) -> Client:
@@ -552,27 +654,37 @@ class Run:
         self.path = Path(path)
         self.layout = RunLayout(self.path)
         try:
-            self.manifest: dict[str, Any] = json.loads(self.layout.manifest.read_bytes())
+            self.manifest: dict[str, Any] = parse_json(read_text_bytes(self.layout.manifest))
             found = self.manifest["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{self.path} is no run directory: it has no whole run.json") from None
-        if found != FORMAT:
-            raise InputError(f"{self.path} has format {found!r}; this version reads {FORMAT}")
+        if type(found) is not int or found != FORMAT:
+            raise InputError(
+                f"{self.path} has format {shorten(found)}; this version reads {FORMAT}"
+            )
+        rows.check(rows.Manifest, self.manifest, str(self.layout.manifest))
 
     @property
     def status(self) -> str:
         """``running``, ``finished`` or ``failed``."""
-        return str(self._entry("status"))
+        return str(self.entry("status"))
 
     @cached_property
     def config(self) -> RunConfig:
         """The complete configuration of the run."""
         return RunConfig.from_mapping(
-            {k: v for k, v in self._entry("config").items() if v is not None}
+            {k: v for k, v in self.entry("config").items() if v is not None}
         )
 
-    def _entry(self, key: str) -> Any:
-        if key not in self.manifest:
+    def entry(self, key: str) -> Any:
+        """Give what ``run.json`` has under a key.
+
+        Raises
+        ------
+        InputError
+            When it has nothing there.
+        """
+        if self.manifest.get(key) is None:
             raise InputError(f"{self.layout.manifest} has no {key}")
         return self.manifest[key]
 
@@ -584,25 +696,100 @@ class Run:
     @property
     def parameters(self) -> list[dict[str, Any]]:
         """Name, shape and dtype of the model's parameters, in ``model.parameters()`` order."""
-        return list(self._entry("model")["parameters"])
+        return list(self.entry("model")["parameters"])
+
+    @cached_property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors dtype and the shape of each array of a state, by name."""
+        arrays = self.parameters + self.entry("model")["buffers"]
+        return {a["name"]: (DTYPES.get(a["dtype"], ""), tuple(a["shape"])) for a in arrays}
+
+    def state_file(self, path: Path) -> TensorFile:
+        """Open a state or a delta.
+
+        Raises
+        ------
+        InputError
+            When it does not hold the arrays that ``run.json`` describes.
+        """
+        file = TensorFile(path)
+        if odd := set(file.described.items()).symmetric_difference(self.described.items()):
+            name = min(name for name, _ in odd)
+            raise InputError(f"{path}: {name} is not there as run.json describes it")
+        return file
+
+    def check_sizes(self) -> None:
+        """Check that the files hold as many samples and classes as the configuration asks for.
+
+        Data and models are made from the configuration, which from a stranger may ask for any
+        amount of memory.
+
+        Raises
+        ------
+        InputError
+            When they hold other numbers of them.
+        """
+        spec = parse_name(self.config.dataset)
+        held = sum(len(indices) for indices in self.partition.values())
+        if (held, len(self.partition)) != (spec.train_size, self.config.clients):
+            raise InputError(
+                f"{self.layout.partition} deals {held} samples to {len(self.partition)} clients; "
+                f"allowed is as config says, {spec.train_size} to {self.config.clients}"
+            )
+        for indices in self.partition.values():
+            if len(indices) and not 0 <= indices.min() <= indices.max() < held:
+                raise InputError(f"{self.layout.partition} has positions beyond 0 to {held - 1}")
+        name, (_, shape) = list(self.described.items())[len(self.shapes) - 1]
+        if shape != (spec.classes,) or self.round(0).state.described[name][1] != shape:
+            raise InputError(
+                f"{self.layout.manifest}: {name} has shape {shape}; allowed is ({spec.classes},), "
+                f"the classes of {self.config.dataset}"
+            )
 
     @cached_property
     def partition(self) -> dict[int, NDArray[np.int64]]:
-        """Indices into the training split, by partition id."""
-        file = TensorFile(self.layout.partition)
-        return {int(key): file[key].numpy() for key in sorted(file, key=int)}
+        """Indices into the training split, by partition id.
+
+        Raises
+        ------
+        InputError
+            When it is no list of positions for each of the clients from 0 on.
+        """
+        path = self.layout.partition
+        file = TensorFile(path)
+        if {*file} != {str(number) for number in range(len(file))}:
+            raise InputError(f"{path} has other names than the clients from 0 on")
+        for key, (dtype, shape) in file.described.items():
+            if dtype != "I64" or len(shape) != 1:
+                raise InputError(f"{path}: {key} is no list of positions")
+        return {number: file[str(number)].numpy() for number in range(len(file))}
 
     @cached_property
     def round_rows(self) -> list[dict[str, Any]]:
         """The lines of ``rounds.jsonl``."""
-        return _rows(self.layout.rounds, "round", absent_is_empty=True)
+        return rows.read_rows(self.layout.rounds, rows.RoundRow, absent_is_empty=True)
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
         """The lines of ``clients.jsonl`` that belong to finished rounds."""
         finished = {row["round"] for row in self.round_rows}
-        rows = _rows(self.layout.clients, "round", "partition", "status", absent_is_empty=True)
-        return [row for row in rows if row["round"] in finished]
+        known = rows.read_rows(self.layout.clients, None, absent_is_empty=True)
+        return [row for row in known if row["round"] in finished]
+
+    def client_rows_of(self, number: int) -> list[dict[str, Any]]:
+        """Give those of `client_rows` that belong to a round."""
+        return self._client_rows_by_round.get(number, [])
+
+    @cached_property
+    def _client_rows_by_round(self) -> dict[int, list[dict[str, Any]]]:
+        grouped: dict[int, list[dict[str, Any]]] = {}
+        for row in self.client_rows:
+            grouped.setdefault(row["round"], []).append(row)
+        return grouped
+
+    @cached_property
+    def _round_row(self) -> dict[int, dict[str, Any]]:
+        return {row["round"]: row for row in reversed(self.round_rows)}
 
     def rounds(self) -> pandas.DataFrame:
         """Give the finished rounds as a data frame, one row each, round 0 first."""
@@ -624,9 +811,8 @@ class Run:
         InputError
             When the round is not finished.
         """
-        for row in self.round_rows:
-            if row["round"] == number:
-                return Round(self, row)
+        if number in self._round_row:
+            return Round(self, self._round_row[number])
         rounds = _ranges([row["round"] for row in self.round_rows])
         raise InputError(f"round {number} of {self.path} is not finished; finished are {rounds}")
 
@@ -634,21 +820,8 @@ class Run:
         return f"<run {self.path.name}: {self.status}, {len(self.round_rows)} rounds with round 0>"
 
 
-def _rows(path: Path, *keys: str, absent_is_empty: bool = False) -> list[dict[str, Any]]:
-    try:
-        rows = list(read_lines(path))
-    except FileNotFoundError:
-        if absent_is_empty:
-            return []
-        raise InputError(f"{path} is not there") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path} holds a line that is not JSON") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or any(key not in row for key in keys):
-            raise InputError(f"{path}: line {number} is no object with {', '.join(keys)}")
-    return rows
+def _has_no_gap(numbers: list[int]) -> bool:
+    return numbers == list(range(len(numbers)))
 
 
 def _ranges(numbers: list[int]) -> str:

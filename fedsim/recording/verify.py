@@ -14,6 +14,7 @@ import torch
 
 from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import InputError
+from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
 from fedsim.recording import proofs
@@ -33,11 +34,13 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
-from fedsim.recording.layout import gradient_key
+from fedsim.recording.layout import RunLayout, gradient_key
 from fedsim.recording.reader import Client, Run, Shard, load_run
 
 Progress = Callable[[int, int], None]
 
+_MOST_IN_MEMORY = 512 * 2**20
+"""Bytes of a shard that is read into memory for its checksum and its replay at once."""
 _ROOT_FILES = ("run.json", "rounds.jsonl", "clients.jsonl")
 
 
@@ -117,6 +120,24 @@ def _refuse_unknown(
             raise InputError(f"{flag} = {number} is not in the run; there are {there}")
 
 
+def _ends_with_a_line(path: Path) -> bool:
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            return (
+                file.seek(0, os.SEEK_END) > 0
+                and os.pread(file.fileno(), 1, file.tell() - 1) == b"\n"
+            )
+    except OSError:
+        return False
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
 class _DamagedShardError(Exception):
     """A shard is not what was written; the findings say so already."""
 
@@ -160,8 +181,7 @@ class _Verifier:
             known = opened.config, opened.round_rows, opened.client_rows
             run = opened if all(part is not None for part in known) else None
         with self.findings.guarded(FILES, "checksums.jsonl"):
-            whole_lines = checksums.is_file() and checksums.read_bytes().endswith(b"\n")
-            if finished and not whole_lines:
+            if finished and not _ends_with_a_line(checksums):
                 self.findings.violate(FILES, "checksums.jsonl ends within a line")
         lines = self._without_unfinished_round(lines, finished)
         for line in lines:
@@ -180,10 +200,9 @@ class _Verifier:
     ) -> list[ChecksumLine]:
         """Leave out the last line of a run that was killed between that and the round's row."""
         listed = [line for line in lines if "rounds.jsonl" in line.files]
-        rows = self._path / "rounds.jsonl"
-        if finished or not listed or not rows.is_file():
+        if finished or not listed:
             return lines
-        if rows.stat().st_size >= listed[-1].files["rounds.jsonl"].size:
+        if _size_of(self._path / "rounds.jsonl") >= listed[-1].files["rounds.jsonl"].size:
             return lines
         return [line for line in lines if line is not listed[-1]]
 
@@ -195,9 +214,11 @@ class _Verifier:
         if not allowed:
             problem = f"{name} is not listed in checksums.jsonl"
         try:
+            size = path.lstat().st_size
             for checksum in reversed(allowed):
-                beginning = checksum.size if size_may_differ else None
-                if Checksum.of_file(path, beginning) == checksum:
+                if not size_may_differ and size != checksum.size:
+                    continue
+                if Checksum.of_file(path, checksum.size) == checksum:
                     self.findings.prove(FILES)
                     self.findings.bytes_read += checksum.size
                     return True
@@ -267,10 +288,14 @@ class _Verifier:
     ) -> Dataset | None:
         config = run.config
         try:
+            run.check_sizes()
             dataset = load_dataset(
-                config.dataset, data_root=data_root or config.data_root, seed=config.seed
+                config.dataset,
+                data_root=data_root or config.data_root,
+                seed=config.seed,
+                download=data_root is not None,
             )
-            if dataset.sha256() == run.manifest["dataset"]["sha256"]:
+            if dataset.sha256() == run.entry("dataset")["sha256"]:
                 return dataset
             reason = "the data at hand has another hash than that of the run"
         except InputError as error:
@@ -295,7 +320,7 @@ class _Verifier:
         with self._lock:
             if name in self._state_of:
                 return self._state_of[name]
-        problem = self._problem_of(name, checksum or partial(Checksum.of_file, self._path / name))
+        problem = self._problem_of(name, checksum)
         with self._lock:
             # Another thread may have needed it too.
             if name in self._state_of:
@@ -310,18 +335,19 @@ class _Verifier:
             self.findings.violate(FILES, problem)
         return problem is None
 
-    def _problem_of(self, name: str, checksum: Callable[[], Checksum]) -> str | None:
+    def _problem_of(self, name: str, checksum: Callable[[], Checksum] | None) -> str | None:
         if name not in self._listed:
             return f"{name} is not listed in checksums.jsonl"
-        path, listed = self._path / name, self._listed[name]
+        listed = self._listed[name]
         try:
             # A name from a forged list may lead anywhere.
-            if not path.resolve().is_relative_to(self._path.resolve()):
-                return f"{name} leads out of the run directory"
-            if (size := path.stat().st_size) != listed.size:
+            path = RunLayout(self._path).inside(name)
+            if (size := path.lstat().st_size) != listed.size:
                 return f"{name} has {size} bytes, not {listed.size}"
-            if checksum() != listed:
+            if (checksum() if checksum else Checksum.of_file(path)) != listed:
                 return f"{name} is not what was written"
+        except InputError as error:
+            return str(error)
         except FileNotFoundError:
             return f"{name} is not there"
         except OSError as error:
@@ -334,6 +360,10 @@ class _Verifier:
     # Proofs over whole files
 
     def _check_round(self, run: Run, number: int) -> None:
+        with self.findings.guarded(FILES, f"round {number}"):
+            self._check_round_files(run, number)
+
+    def _check_round_files(self, run: Run, number: int) -> None:
         findings, layout = self.findings, run.layout
         state = self._name(layout.state(number))
         if number == 0:
@@ -359,8 +389,8 @@ class _Verifier:
                 proofs.prove_state(run, number, findings)
 
     def _check_client(self, run: Run, client: Client) -> None:
-        folder = self._name(client.folder)
-        with self.findings.guarded(FILES, folder):
+        with self.findings.guarded(FILES, f"client {client.partition} of round {client.round}"):
+            folder = self._name(client.folder)
             told = {f"{folder}/{name}": file for name, file in client.telemetry["files"].items()}
             for name, file in told.items():
                 if name in self._listed and self._listed[name].to_json() != file:
@@ -430,9 +460,11 @@ class _Verifier:
 
         for name in names:
             path = self._path / name
-            if not self._is_whole(name, partial(checksum, path)):
+            # A step of a very large model, or a file that is mostly a claim.
+            is_large = _size_of(path) > _MOST_IN_MEMORY
+            if not self._is_whole(name, None if is_large else partial(checksum, path)):
                 raise _DamagedShardError(name)
-            yield Shard(path, run.shapes, content)
+            yield Shard(path, run.shapes, None if is_large else content)
             self._advance(self._listed[name].size)
 
     def _recompute(
@@ -457,14 +489,18 @@ class _Verifier:
             seed=run.config.seed,
         ).to(resolve_device(run.config.device))
         # As many threads as the workers had: they decide the last bits of a convolution.
-        with _torch_threads(run.manifest["device"]["worker_threads"]):
+        with _torch_threads(run.entry("device")["worker_threads"]):
             for position in range(count):
                 client, step = candidates[position * len(candidates) // count]
                 with self.findings.guarded(RECOMPUTED, f"{self._name(client.folder)}, step {step}"):
                     proofs.prove_recomputed(run, client, step, dataset, model, self.findings)
 
     def _is_reliable(self, run: Run, client: Client) -> bool:
-        folder = self._name(client.folder)
+        try:
+            folder = self._name(client.folder)
+            start = self._name(run.layout.state(client.round - 1))
+        except InputError:
+            # A symbolic link, as the files have told.
+            return False
         files = [f"{folder}/{name}" for name in client.telemetry["files"]]
-        start = self._name(run.layout.state(client.round - 1))
         return all(self._is_whole(name) for name in [*files, start, "partition.safetensors"])

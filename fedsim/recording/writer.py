@@ -28,7 +28,7 @@ from fedsim.recording.files import (
 )
 from fedsim.recording.layout import FORMAT, RunLayout
 from fedsim.recording.reader import TensorFile, load_run
-from fedsim.recording.recovery import Recovery
+from fedsim.recording.recovery import Recovery, check_places
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -71,8 +71,8 @@ class RunWriter:
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._lock_file: BinaryIO | None = None
-        self._grown = {path: _digest_of(path) for path in (self.layout.clients, self.layout.rounds)}
-        self._sealed = _size_of(self.layout.checksums)
+        self._grown = {path: Digest() for path in (self.layout.clients, self.layout.rounds)}
+        self._sealed = 0
 
     @classmethod
     def create(
@@ -143,6 +143,7 @@ class RunWriter:
             When it is no run directory, or is in use.
         """
         run = load_run(root)
+        check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k != "error"}
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
@@ -157,13 +158,13 @@ class RunWriter:
         for path in (layout.rounds, layout.clients):
             path.touch()
             os.truncate(path, kept[-1].files[path.name].size if kept else 0)
-        writer._grown = {path: _digest_of(path) for path in (layout.clients, layout.rounds)}
+        writer._grown = {p: Digest.of_file(p) for p in (layout.clients, layout.rounds)}
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
         seals = [checksum_line(line.files) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
-        writer._sealed = _size_of(layout.checksums)
+        writer._sealed = layout.checksums.stat().st_size
         writer._write_manifest()
         writer.drop_unfinished_round()
         if not kept:
@@ -324,11 +325,4 @@ class RunWriter:
 
 
 def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _digest_of(path: Path) -> Digest:
-    digest = Digest()
-    if path.exists():
-        digest.update(path.read_bytes())
-    return digest
+    return path.lstat().st_size if path.exists() else 0

@@ -46,7 +46,12 @@ class _Facts(Table):
         super().__init__(show_header=False, box=None, pad_edge=False)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(Text(str(cell)) for cell in cells), **options)
+        super().add_row(*(Text(printable(str(cell))) for cell in cells), **options)
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey rather than print; a run may be a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def make_console() -> Console:
@@ -256,29 +261,29 @@ def round_line(row: Mapping[str, Any], rounds: int) -> str:
 
 def print_run(console: Console, run: Run) -> None:
     """Print what a person wants to know of a run directory."""
-    config, manifest = run.config, run.manifest
+    config = run.config
     table = _Facts()
     table.add_row("run", str(run.path))
-    status = run.status + (f": {manifest['error']}" if "error" in manifest else "")
+    status = run.status + (f": {run.entry('error')}" if "error" in run.manifest else "")
     table.add_row("status", status)
-    table.add_row("created", manifest["created"])
-    data = manifest["dataset"]
+    table.add_row("created", run.entry("created"))
+    data = run.entry("dataset")
     samples = f"{data['train_size']:,} + {data['test_size']:,} samples"
     table.add_row("data", f"{data['name']}: {samples}, {data['classes']} classes")
-    sizes = manifest["partition"]["sizes"]
+    sizes = run.entry("partition")["sizes"]
     table.add_row(
         "partition",
         f"{config.partition}, {len(sizes)} clients, {min(sizes)} to {max(sizes)} samples",
     )
-    parameters = sum(math.prod(p["shape"]) for p in manifest["model"]["parameters"])
+    parameters = sum(math.prod(p["shape"]) for p in run.parameters)
     table.add_row(
-        "model", f"{manifest['model']['arch']}, {config.norm} norm, {parameters:,} parameters"
+        "model", f"{run.entry('model')['arch']}, {config.norm} norm, {parameters:,} parameters"
     )
     table.add_row("strategy", f"{config.strategy}, seed {config.seed}")
     captured = sum(row.get("bytes_captured", 0) for row in run.client_rows)
     steps = sum(row.get("num_steps_captured", 0) for row in run.client_rows)
     table.add_row("captured", f"{config.capture}: {steps} steps, {format_bytes(captured)}")
-    versions = manifest["versions"]
+    versions = run.entry("versions")
     table.add_row("versions", ", ".join(f"{name} {number}" for name, number in versions.items()))
     console.print(table)
     console.print()
@@ -309,7 +314,7 @@ def print_findings(console: Console, findings: Findings, seconds: float) -> None
         if check.violations:
             outcome += f", {len(check.violations)} wrong"
         detail = "; ".join([check.meaning, *check.notes])
-        table.add_row(check.name, outcome, "", Text(detail))
+        table.add_row(check.name, outcome, "", Text(printable(detail)))
     console.print(table)
     unproven = [f"{c.name}: {reason}" for c in findings.checks.values() for reason in c.unproven]
     wrong = [f"{c.name}: {what}" for c in findings.checks.values() for what in c.violations]
@@ -317,7 +322,7 @@ def print_findings(console: Console, findings: Findings, seconds: float) -> None
         if lines:
             console.print(f"\n{title}")
         for line in lines[:_MOST_LINES]:
-            console.print(Text(f"  {line}", style), soft_wrap=True)
+            console.print(Text(f"  {printable(line)}", style), soft_wrap=True)
         if len(lines) > _MOST_LINES:
             console.print(f"  and {len(lines) - _MOST_LINES} more")
     rate = findings.bytes_read / max(seconds, 1e-9)

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from fedsim.core.errors import RunFailedError
 from fedsim.recording.files import (
-    _DTYPES,
     _READ_BYTES,
+    DTYPES,
     ITEM_BYTES,
     Checksum,
     Digest,
@@ -72,7 +72,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_every_dtype_that_can_be_written_is_tested_here() -> None:
-    assert _DTYPES == CODES
+    assert DTYPES == CODES
 
 
 @pytest.mark.parametrize("name", CODES)

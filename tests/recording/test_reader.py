@@ -37,6 +37,7 @@ from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Client, Shard, TensorFile
 from fedsim.recording.writer import RunWriter
 from tests.recording.conftest import Recorded
+from tests.recording.rows import client_row, round_row
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 PARTICIPANTS = {1: [0, 2, 1], 2: [2, 1, 3]}
@@ -173,7 +174,7 @@ def test_the_data_frames_hold_every_row_with_its_values(recorded: Recorded) -> N
 def test_a_loss_that_is_not_finite_is_missing_in_the_data_frames(tmp_path: Path) -> None:
     writer = RunWriter.create(tmp_path / "run", {}, [])
     for number, loss in enumerate([2.5, float("nan"), float("inf")]):
-        writer.add_round({"round": number, "global_loss": loss, "global_accuracy": 0.1})
+        writer.add_round(round_row(number, global_loss=loss))
     rounds = load_run(tmp_path / "run").rounds()
     assert rounds["global_loss"].isna().tolist() == [False, True, True]
     assert rounds["global_accuracy"].tolist() == [0.1, 0.1, 0.1]
@@ -181,9 +182,9 @@ def test_a_loss_that_is_not_finite_is_missing_in_the_data_frames(tmp_path: Path)
 
 def test_a_client_that_failed_has_a_row_and_no_work(tmp_path: Path) -> None:
     writer = RunWriter.create(tmp_path / "run", {}, [])
-    writer.add_client({"round": 1, "partition": 4, "status": "ok"}, {"w": np.zeros(1)})
+    writer.add_client(client_row(1, 4), {"w": np.zeros(1)})
     writer.add_failure({"round": 1, "partition": 2, "status": "failed", "error": "why"})
-    writer.add_round({"round": 1, "participants": [2, 4], "failed": [2]})
+    writer.add_round(round_row(1, [2, 4], failed=[2]))
     run = load_run(tmp_path / "run")
     assert list(run.round(1).clients) == [4]
     assert run.telemetry()["status"].tolist() == ["ok", "failed"]
@@ -404,11 +405,12 @@ def run_of(
     """Write a run of one client that got these gradients, and give the client."""
     config = RunConfig.from_mapping({n.replace("_", "-"): v for n, v in values.items()})
     parameters = [{"name": n, "shape": list(s), "dtype": "float32"} for n, s in SHAPES.items()]
-    manifest = {"config": config.to_mapping(), "model": {"parameters": parameters}}
+    model = {"arch": "cnn", "parameters": parameters, "buffers": []}
+    manifest = {"config": config.to_mapping(), "model": model}
     writer = RunWriter.create(root, manifest, [])
     state = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     writer.add_state(0, state)
-    writer.add_round({"round": 0, "participants": []})
+    writer.add_round(round_row(0))
     sketcher = None
     if config.policy.steps == "sketch":
         sketcher = Sketcher(1, config.policy.count, {name: n for n, name in enumerate(SHAPES)})
@@ -431,10 +433,9 @@ def run_of(
                     gradients=gradient,
                 )
             )
-    row = {"round": 1, "partition": 6, "status": "ok", "num_steps": len(gradients)}
-    writer.add_client(row, state)
+    writer.add_client(client_row(1, 6, len(gradients)), state)
     writer.add_state(1, state)
-    writer.add_round({"round": 1, "participants": [6]})
+    writer.add_round(round_row(1, [6]))
     return load_run(root).round(1).client(6)
 
 
@@ -1055,12 +1056,11 @@ def test_a_damaged_tensor_file_is_an_input_error(
 
 def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    parameters = [{"name": "w", "shape": [1]}]
-    writer = RunWriter.create(root, {"model": {"parameters": parameters}}, [])
-    row = {"round": 1, "partition": 0, "status": "ok", "num_steps": 7}
-    writer.add_client(row, {"w": np.zeros(1)})
-    rows = root / "rounds.jsonl"
-    append_line(rows, json_line({"round": 1, "participants": [0]}), at=rows.stat().st_size)
+    parameters = [{"name": "w", "shape": [1], "dtype": "float32"}]
+    model = {"arch": "cnn", "parameters": parameters, "buffers": []}
+    writer = RunWriter.create(root, {"model": model}, [])
+    writer.add_client(client_row(1, 0, 7), {"w": np.zeros(1)})
+    append_line(root / "rounds.jsonl", json_line(round_row(1, [0])), at=0)
     client = load_run(root).round(1).client(0)
     with pytest.raises(InputError, match=r"step 0 of .* was not captured; captured are none$"):
         client.gradient(0)

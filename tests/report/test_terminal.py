@@ -33,6 +33,7 @@ from fedsim.report.terminal import (
     round_line,
 )
 from tests.local_grid import LocalGrid
+from tests.recording.rows import client_row
 
 WIDTH = 140
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -575,18 +576,25 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
     return {
         "created": "2026-01-02T03:04:05+00:00",
         "config": plan.config.to_mapping(),
-        "versions": {"python": "3.11.7", "flwr": "1.41.0", "torch": "2.12.1", "fedsim": "0.1.0"},
+        "versions": {"python": "3.11.7", "torch": "2.12.1", "numpy": "2.4.0", "fedsim": "0.1.0"},
         "model": {
             "arch": plan.config.model,
-            "parameters": [{"name": n, "shape": list(s)} for n, s in plan.parameters.items()],
+            "parameters": [
+                {"name": n, "shape": list(s), "dtype": "float32"}
+                for n, s in plan.parameters.items()
+            ],
+            "buffers": [],
         },
         "dataset": {
             "name": spec.name,
             "classes": spec.classes,
             "train_size": spec.train_size,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
             "test_size": spec.test_size,
+            "sha256": "0" * 64,
         },
-        "partition": {"sizes": [9, 2_000, 31, 4]},
+        "partition": {"sha256": "0" * 64, "sizes": [9, 2_000, 31, 4]},
     }
 
 
@@ -605,7 +613,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
                     writer.add_failure({**client, "status": "failed", "error": "why"})
                 else:
                     captured = {"bytes_captured": 2_250_000, "num_steps_captured": 2}
-                    writer.add_client({**client, "status": "ok", **captured}, {})
+                    writer.add_client(client_row(row["round"], partition, **captured), {})
             writer.add_round(row)
         writer.finish("failed" if error else "finished", error)
         return load_run(Path("run"))
@@ -631,7 +639,7 @@ def test_a_run_is_described_line_by_line(make_run: Callable[..., Run]) -> None:
         "model      cnn, batch norm, 5,562 parameters",
         "strategy   delta-fedavg, seed 42",
         "captured   first:2: 10 steps, 11.2 MB",
-        "versions   python 3.11.7, flwr 1.41.0, torch 2.12.1, fedsim 0.1.0",
+        "versions   python 3.11.7, torch 2.12.1, numpy 2.4.0, fedsim 0.1.0",
         "",
         "round        loss  accuracy  clients  failed  seconds  state sha256",
         "    0      2.3026    0.1250                       1.5  0000000000000000",

@@ -1,0 +1,221 @@
+"""What ``run.json`` and the lines of a run must look like before anything relies on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsim.core.errors import InputError, shorten
+from fedsim.core.inputs import parse_json
+from fedsim.recording.files import text_lines
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Id = Annotated[int, Field(ge=0, le=10**9)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]
+
+
+class _Row(BaseModel):
+    """Keys that are not described are ignored: a later version may have added them."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Array(_Row):
+    name: str
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**40)]], Field(max_length=8)]
+    dtype: str
+
+
+class _Model(_Row):
+    arch: str
+    parameters: Annotated[list[_Array], Field(min_length=1)]
+    buffers: list[_Array]
+
+
+class _Dataset(_Row):
+    name: str
+    classes: Annotated[int, Field(ge=1, le=10**9)]
+    mean: Annotated[list[_Number], Field(min_length=3, max_length=3)]
+    std: Annotated[list[_Number], Field(min_length=3, max_length=3)]
+    train_size: _Id
+    test_size: _Id
+    sha256: _Sha256
+
+
+class _Partition(_Row):
+    sha256: _Sha256
+    sizes: Annotated[list[_Count], Field(min_length=1)]
+
+
+class _Versions(_Row):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    torch: str
+    numpy: str
+
+
+class _Device(_Row):
+    type: str
+    cpu_capability: str
+    worker_threads: Annotated[int, Field(ge=1, le=1024)]
+
+
+class Manifest(_Row):
+    """``run.json``. What is not there is missed by whoever needs it."""
+
+    status: Literal["running", "finished", "failed"] = "running"
+    error: str = ""
+    created: str = ""
+    config: dict[str, Any] = {}
+    versions: _Versions | None = None
+    device: _Device | None = None
+    model: _Model | None = None
+    dataset: _Dataset | None = None
+    partition: _Partition | None = None
+
+
+class _RoundSeconds(_Row):
+    clients: _Number
+    evaluate: _Number
+    total: _Number
+
+
+class RoundRow(_Row):
+    """A line of ``rounds.jsonl``."""
+
+    round: _Id
+    participants: list[_Id]
+    failed: list[_Id]
+    global_loss: _Number | None
+    global_accuracy: _Number | None
+    state_sha256: _Sha256
+    seconds: _RoundSeconds
+
+
+class FileChecksum(_Row):
+    """Size and hash of a file."""
+
+    bytes: _Count
+    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
+
+
+class ChecksumRow(_Row):
+    """A line of ``checksums.jsonl`` up to its seal."""
+
+    files: dict[str, FileChecksum]
+
+
+class _ClientRow(_Row):
+    round: _Id
+    partition: _Id
+    status: Literal["ok", "failed"]
+
+
+class FailedClientRow(_ClientRow):
+    """A line of ``clients.jsonl`` for a client that failed."""
+
+    error: str
+
+
+class TrainedClientRow(_ClientRow):
+    """A line of ``clients.jsonl`` for a client that trained."""
+
+    num_samples: _Count
+    local_epochs: _Count
+    local_steps: _Count | None
+    batch_size: _Count
+    learning_rate: _Number
+    loss_history: list[_Number | None]
+    local_loss: _Number | None
+    batch_sizes: list[_Count]
+    gradient_norm: _Number | None
+    per_layer_norms: dict[str, _Number | None]
+    num_steps: _Count
+    num_steps_captured: _Count
+    bytes_captured: _Count
+    files: dict[_FileName, FileChecksum]
+    class_distribution: list[int]
+    seconds: dict[str, _Number]
+    peak_memory: dict[str, _Count]
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        # Whoever makes something for each step relies on it: a number alone costs nothing.
+        if not self.num_steps == len(self.loss_history) == len(self.batch_sizes):
+            raise ValueError("num_steps, loss_history and batch_sizes speak of different steps")
+        return self
+
+
+class StepRow(_Row):
+    """A line of ``steps.jsonl``."""
+
+    step: _Count
+    epoch: _Count
+    batch_size: _Count
+    loss: _Number | None
+    learning_rate: _Number
+    indices: list[_Count]
+    gradient_norm: _Number | None = None
+    per_layer_norms: dict[str, _Number | None] = {}
+
+
+def check(model: type[BaseModel], value: Any, where: str) -> None:
+    """Check that a JSON value is what a model describes.
+
+    Raises
+    ------
+    InputError
+        Beginning with `where`, about the first thing that is not.
+    """
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "missing":
+            raise InputError(f"{where} has no {key}") from None
+        given = f"{key} = {shorten(problem['input'])} cannot be used: " if key else ""
+        raise InputError(f"{where}: {given}{problem['msg']}") from None
+
+
+def read_rows(
+    path: Path, model: type[BaseModel] | None, *, absent_is_empty: bool = False
+) -> list[dict[str, Any]]:
+    """Read the lines of a file of a run.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    model : type of BaseModel or None
+        What each line must be; None for those of ``clients.jsonl``, which tell it by `status`.
+    absent_is_empty : bool
+        Whether the file may be missing.
+
+    Raises
+    ------
+    InputError
+        When it cannot be read, or a line is not what it must be.
+    """
+    rows = []
+    try:
+        for number, line in enumerate(text_lines(path), start=1):
+            row = parse_json(line)
+            failed = isinstance(row, dict) and row.get("status") == "failed"
+            of_client = FailedClientRow if failed else TrainedClientRow
+            check(model or of_client, row, f"{path}: line {number}")
+            rows.append(row)
+    except FileNotFoundError:
+        if absent_is_empty:
+            return []
+        raise InputError(f"{path} is not there") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} holds a line that is not JSON") from None
+    return rows
