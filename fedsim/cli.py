@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fedsim.core.config import RunConfig
     from fedsim.core.plan import RunPlan
     from fedsim.flower.simulation import WorkerPool
+    from fedsim.recording.recovery import Recovery
 
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -68,7 +70,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _say(text: str) -> None:
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    print(f"fedsim: {line}", file=sys.stderr)  # noqa: T201
+    # Whoever closed the terminal hears nothing.
+    with contextlib.suppress(OSError):
+        print(f"fedsim: {line}", file=sys.stderr)  # noqa: T201
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -367,11 +371,15 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
+    from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
     from fedsim.flower.simulation import machine_gpus, size_pool
-    from fedsim.recording.continuation import check_continuable
     from fedsim.recording.reader import load_run
+    from fedsim.recording.recovery import check_continuable
+    from fedsim.report.terminal import make_console, printable
 
+    # Also where nothing is left to do.
+    sweep()
     run = load_run(parsed.run)
     check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
@@ -379,12 +387,23 @@ def _resume(parsed: argparse.Namespace) -> None:
     pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
-    check_resume(run, plan)
-    _simulate(plan, pool, parsed.run, verbose=parsed.verbose, resume=True)
+    recovery = check_resume(run, plan)
+    if recovery.damage:
+        make_console().print(
+            printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),
+            markup=False,
+            soft_wrap=True,
+        )
+    _simulate(plan, pool, parsed.run, verbose=parsed.verbose, recovery=recovery)
 
 
 def _simulate(
-    plan: RunPlan, pool: WorkerPool, output: Path, *, verbose: bool, resume: bool = False
+    plan: RunPlan,
+    pool: WorkerPool,
+    output: Path,
+    *,
+    verbose: bool,
+    recovery: Recovery | None = None,
 ) -> None:
     from fedsim.flower.simulation import simulate
     from fedsim.report.terminal import TerminalObserver
@@ -393,7 +412,9 @@ def _simulate(
     stop = threading.Event()
     _stop_on_interrupt(stop)
     try:
-        simulate(plan, output, pool, observer=observer, stop=stop, verbose=verbose, resume=resume)
+        simulate(
+            plan, output, pool, observer=observer, stop=stop, verbose=verbose, recovery=recovery
+        )
     except RunInterruptedError:
         raise RunInterruptedError(
             f"interrupted; the finished rounds are kept in {output}, and "
@@ -426,6 +447,9 @@ def _stop_on_interrupt(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    # The terminal was closed, and not under nohup.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def _inspect(parsed: argparse.Namespace) -> None:

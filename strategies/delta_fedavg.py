@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from numpy.typing import NDArray
 
-from fedsim.core.aggregation import DeltaMean, apply_delta, delta_of
-
-State = dict[str, NDArray[np.generic]]
-
-
-class RoundExporter(Protocol):
-    """Where a strategy leaves the artifacts of a round."""
-
-    def add_client(self, row: Mapping[str, Any], delta: State) -> None:
-        """Take one client's telemetry and delta."""
-
-    def add_aggregate(self, round_number: int, aggregate: State) -> None:
-        """Take the sample-weighted mean delta."""
-
-    def add_state(self, round_number: int, state: State) -> None:
-        """Take the new global state."""
+from fedsim.core.aggregation import apply_delta
+from strategies.folding import DeltaFold, RoundExporter, State, metrics_of, usable_replies
 
 
 class DeltaFedAvg(FedAvg):
@@ -80,70 +63,23 @@ class DeltaFedAvg(FedAvg):
         ValueError
             When a client's arrays differ from the global ones in name, shape or dtype.
         """
-        if isinstance(replies, list):
-            replies = sorted((r for r in replies if not r.has_error()), key=_fold_key)
-        mean = DeltaMean()
+        fold = DeltaFold(
+            server_round,
+            weighted_by_key=self.weighted_by_key,
+            exporter=self._exporter,
+        )
         metrics: list[RecordDict] = []
-        for reply in replies:
-            if reply.has_error():
-                continue
-            self._fold(server_round, reply, mean)
-            metrics.append(RecordDict({"metrics": _metrics_of(reply)}))
-            # The next reply is decoded before this name is bound again.
+        for reply in usable_replies(replies):
+            fold.add(reply, self._reference)
+            metrics.append(RecordDict({"metrics": metrics_of(reply)}))
+            # Still bound, it would live on while the next one is decoded.
             del reply
-        if mean.weight == 0:
+        if fold.is_empty:
             return None, None
-        aggregate = mean.mean()
+        aggregate = fold.aggregate()
         state = apply_delta(self._reference, aggregate)
         if self._exporter is not None:
             self._exporter.add_aggregate(server_round, aggregate)
             self._exporter.add_state(server_round, state)
         arrays = ArrayRecord({name: Array(np.asarray(a)) for name, a in state.items()})
         return arrays, self.train_metrics_aggr_fn(metrics, self.weighted_by_key)
-
-    def _fold(self, server_round: int, reply: Message, mean: DeltaMean) -> None:
-        row = telemetry_of(reply)
-        record = next(iter(reply.content.array_records.values()))
-        try:
-            delta = delta_of({n: view_of(a) for n, a in record.items()}, self._reference)
-        except ValueError as error:
-            raise ValueError(f"client {row.get('partition', '?')} returned {error}") from None
-        weight = _metrics_of(reply)[self.weighted_by_key]
-        if not isinstance(weight, int):
-            raise ValueError(f"{self.weighted_by_key} is {weight!r}; a whole number is needed")
-        mean.add(delta, weight)
-        if self._exporter is not None:
-            self._exporter.add_client({"round": server_round, **row}, delta)
-
-
-def telemetry_of(reply: Message) -> dict[str, Any]:
-    """Read the telemetry that a fedsim client attaches to its reply; empty for other clients."""
-    record = reply.content.config_records.get("telemetry")
-    return {} if record is None else json.loads(str(record["json"]))
-
-
-def view_of(array: Array) -> NDArray[np.generic]:
-    """Decode an array of a message without copying it: a read-only view of its bytes.
-
-    Flower serialises with ``numpy.save`` and its own decoding copies twice, which for every
-    reply is twice the model.
-    """
-    if array.stype != "numpy.ndarray":
-        return array.numpy()
-    stream = io.BytesIO(array.data)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        return array.numpy()
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    flat: NDArray[np.generic] = np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
-def _metrics_of(reply: Message) -> MetricRecord:
-    return next(iter(reply.content.metric_records.values()))
-
-
-def _fold_key(reply: Message) -> tuple[float, int]:
-    weight = _metrics_of(reply)["num-examples"]
-    partition = telemetry_of(reply).get("partition", reply.metadata.src_node_id)
-    return (-float(weight) if isinstance(weight, int | float) else 0.0, int(partition))

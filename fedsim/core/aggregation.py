@@ -12,15 +12,13 @@ Array = NDArray[np.generic]
 State = Mapping[str, Array]
 
 
-def delta_of(local: State, reference: State) -> dict[str, Array]:
-    """Subtract the global state from a local one, each array in its own dtype.
-
-    This sign, local minus global, is the only one used anywhere.
+def check_like(local: State, reference: State) -> None:
+    """Check that a state has the names, shapes and dtypes of another.
 
     Raises
     ------
     ValueError
-        When names, shapes or dtypes differ.
+        Naming the first that differs.
     """
     if list(local) != list(reference):
         odd = sorted(set(local).symmetric_difference(reference)) or ["their order"]
@@ -32,6 +30,26 @@ def delta_of(local: State, reference: State) -> dict[str, Array]:
                 f"{name} has shape {found.shape} and dtype {found.dtype}; "
                 f"the global state has {array.shape} and {array.dtype}"
             )
+
+
+def first_not_finite(state: State) -> str | None:
+    """Give the name of the first array that holds a NaN or an infinity; None where none does."""
+    return next((name for name, array in state.items() if not np.isfinite(array).all()), None)
+
+
+# A state that is not finite is one that diverged, not a mistake of the arithmetic.
+@np.errstate(all="ignore")
+def delta_of(local: State, reference: State) -> dict[str, Array]:
+    """Subtract the global state from a local one, each array in its own dtype.
+
+    This sign, local minus global, is the only one used anywhere.
+
+    Raises
+    ------
+    ValueError
+        When names, shapes or dtypes differ.
+    """
+    check_like(local, reference)
     # asarray: numpy turns the result of arithmetic on 0-d arrays into scalars.
     return {n: np.asarray(np.subtract(local[n], array)) for n, array in reference.items()}
 
@@ -47,6 +65,7 @@ class DeltaMean:
         self._dtypes: dict[str, np.dtype[np.generic]] = {}
         self.weight = 0
 
+    @np.errstate(all="ignore")
     def add(self, delta: State, weight: int) -> None:
         """Fold one client's delta in.
 
@@ -68,6 +87,7 @@ class DeltaMean:
                 self._dtypes[name] = array.dtype
         self.weight += weight
 
+    @np.errstate(all="ignore")
     def mean(self) -> dict[str, Array]:
         """Divide by the total weight and round once to each array's own dtype.
 
@@ -83,6 +103,7 @@ class DeltaMean:
         return result
 
 
+@np.errstate(all="ignore")
 def apply_delta(reference: State, delta: State) -> dict[str, Array]:
     """Add a delta to the global state, each array in its own dtype."""
     return {n: np.asarray(np.add(array, delta[n])) for n, array in reference.items()}

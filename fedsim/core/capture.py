@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Self
 
+from fedsim.core.units import parse_count
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Encoding = Literal["support", "dense"]
 
@@ -60,13 +62,9 @@ class CapturePolicy:
         ValueError
             With the allowed forms, when `text` is none of them.
         """
-        name, colon, digits = text.partition(":")
-        count = 1
+        name, _, digits = text.partition(":")
         counted = name in ("first", "last", "every", "sketch")
-        if colon and digits.isdecimal() and digits.isascii():
-            count = int(digits)
-        elif counted:
-            count = 0
+        count = (parse_count(digits) or 0) if counted else 1
         most = LARGEST_SKETCH if name == "sketch" else math.inf
         if not 1 <= count <= most or not (counted or text in ("none", "all")):
             raise ValueError(_FORMS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +25,14 @@ from pydantic import (
 
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
-from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
 
-Strategy = Literal["delta-fedavg"]
+Strategy = Literal["delta-fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -80,7 +82,18 @@ def _parsed_by(parser: Any) -> AfterValidator:
 MOST_TOML_BYTES = 2 * 2**20
 """Of a configuration; Python reads TOML at a megabyte or two a second."""
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
+
+def _nameable(value: str) -> str:
+    # What is no UTF-8 comes as surrogates, which no terminal and no other program can print.
+    if "\0" in value or value.encode(errors="ignore").decode() != value:
+        raise ValueError("a path in UTF-8 without a zero byte")
+    return value
+
+
+# More would not fit where steps are counted: no run comes near it.
+MOST = 1_000_000_000
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Folder = Annotated[str, AfterValidator(_nameable)]
 Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
 Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
@@ -123,15 +136,11 @@ class RunConfig(_Strict):
     dataset: Annotated[str, _parsed_by(datasets.parse_name)] = Field(
         "digits", description="digits, cifar10, cifar100 or synthetic[:SAMPLES[:CLASSES]]"
     )
-    data_root: str | None = Field(
+    data_root: Folder | None = Field(
         None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
     )
-    clients: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        10, description="number of clients, one partition each"
-    )
-    clients_per_round: Annotated[int, Field(ge=1, le=50_000)] = Field(
-        4, description="participants drawn for each round"
-    )
+    clients: Count = Field(10, description="number of clients, one partition each")
+    clients_per_round: Count = Field(4, description="participants drawn for each round")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
         "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
@@ -154,7 +163,7 @@ class RunConfig(_Strict):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite)] = Field(
+    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite), Field(le=1e30)] = Field(
         5e-4, description="L2 penalty of the local optimiser"
     )
     batch_size: Annotated[Counts, BeforeValidator(_listed)] = Field(
@@ -194,7 +203,10 @@ class RunConfig(_Strict):
     gradient_statistics: bool = Field(
         True, description="measure the gradient of every local step, kept or not"
     )
-    strategy: Strategy = Field("delta-fedavg", description="aggregation strategy")
+    strategy: Strategy = Field(
+        "delta-fedavg",
+        description="aggregation: delta-fedavg, or Flower's fedavgm, fedadagrad, fedadam, fedyogi",
+    )
     workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
     )
@@ -205,6 +217,10 @@ class RunConfig(_Strict):
     autocast: Autocast = Field(
         "none", description="mixed precision of local training: none, bfloat16 or float16"
     )
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that repeat to the bit, on GPUs too; refuses those without",
+    )
     compile: bool = Field(False, description="compile the model (torch.compile) in each worker")
     device: Device = Field("auto", description="where training and evaluation run")
     evaluate_every: Count = Field(
@@ -213,7 +229,15 @@ class RunConfig(_Strict):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         0, description="clients of one round that may fail without stopping the run"
     )
-    output: str | None = Field(None, description="run directory (default: a dated one under runs/)")
+    client_timeout: Rate | None = Field(
+        None, description="seconds that a client may take in a round (default: for ever)"
+    )
+    allow_divergence: bool = Field(
+        False, description="go on when the model is not finite any more, and record that"
+    )
+    output: Folder | None = Field(
+        None, description="run directory (default: a dated one under runs/)"
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -318,6 +342,13 @@ class RunConfig(_Strict):
 
     def _check_samples(self) -> None:
         available = datasets.parse_name(self.dataset).train_size
+        least = 2 if models.needs_two_samples(self.model, self.norm) else 1
+        if self.clients * least > available:
+            raise ConfigError(
+                "clients",
+                self.clients,
+                f"at most {available // least}: {self.dataset} has {available} training samples",
+            )
         if self.clients * self.min_samples > available:
             raise ConfigError(
                 "min-samples",
@@ -400,9 +431,9 @@ _TYPES = {
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _ALLOWED = {
     "capture-budget": "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'",
-    "batch-size": "a whole number of 1 or more, or a list of them",
-    "local-epochs": "a whole number of 1 or more, or a list of them",
-    "local-steps": "a whole number of 1 or more, or a list of them",
+    "batch-size": f"a whole number from 1 to {MOST:,}, or a list of them",
+    "local-epochs": f"a whole number from 1 to {MOST:,}, or a list of them",
+    "local-steps": f"a whole number from 1 to {MOST:,}, or a list of them",
     "learning-rate": "a finite number above 0, or a list of them",
     "participants": "a list of client numbers for each round",
     "client": "tables [client.<partition>] with whole numbers for partitions",
@@ -415,10 +446,8 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     key = str(problems[0]["loc"][0])
     # A value that may be one thing or a list has a report for either; the deepest is about what
     # was meant, and of two as deep the last, for pydantic tries lists last.
-    problem = max(
-        (p for p in problems if p["loc"][0] == key),
-        key=lambda p: (len(p["loc"]), problems.index(p)),
-    )
+    of_key = [p for p in problems if p["loc"][0] == key]
+    problem = max(reversed(of_key), key=lambda p: len(p["loc"]))
     location, given, kind = problem["loc"], problem["input"], problem["type"]
     in_table = key == "client" and len(location) > 1 and "[key]" not in location
     field = ".".join(str(part) for part in location) if in_table else key
@@ -429,7 +458,8 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     if key in _ALLOWED and not in_table:
         return ConfigError(key, given, _ALLOWED[key])
     context = problem.get("ctx", {})
-    if kind == "literal_error":
+    # Of several texts none is chosen by what is no Unicode at all.
+    if kind in ("literal_error", "string_unicode"):
         options = get_args(RunConfig.model_fields[key.replace("-", "_")].annotation)
         return ConfigError(field, given, "one of " + ", ".join(repr(o) for o in options))
     if kind == "value_error":
@@ -440,12 +470,15 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     return ConfigError(field, given, _TYPES.get(kind, problem["msg"]))
 
 
+_BARE = re.compile(r"[\w.-]{1,40}")
+
+
 def unknown_key(field: str, value: Any, known: type[_Strict] = RunConfig) -> ConfigError:
     """Make the error for a key that does not exist, with the nearest ones that do."""
     keys = [name.replace("_", "-") for name in known.model_fields]
     near = difflib.get_close_matches(field.rsplit(".", 1)[-1], keys, n=1)
     hint = f"a known key, perhaps {near[0]}" if near else "one of " + ", ".join(keys)
-    return ConfigError(field, value, hint)
+    return ConfigError(field if _BARE.fullmatch(field) else shorten(field), value, hint)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -462,11 +495,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
         When the file is missing or cannot be parsed.
     """
     try:
-        most = MOST_JSON_BYTES if path.suffix == ".json" else MOST_TOML_BYTES
-        content = read_text_bytes(path, most=most, follow=True)
+        of_run = path.suffix == ".json"
+        most = MOST_JSON_BYTES if of_run else MOST_TOML_BYTES
+        content = read_text_bytes(path, most=most, follow=not of_run)
         text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    except UnicodeDecodeError:
+        raise InputError(f"config = {str(path)!r} cannot be read: it is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"config = {str(path)!r} cannot be read: {reason}") from None
     try:
         if path.suffix == ".json":
@@ -506,16 +542,13 @@ def parse_text(field: str, text: str) -> Any:
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
         raise unknown_key(field, text)
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
-    if annotation is str or annotation == (str | None):
+    if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text
-    if "\n" in text:
-        return text
-    try:
+    # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
+    with contextlib.suppress(ValueError):
         return _parse_toml(f"value = {text}")["value"]
-    except ValueError:
-        pass
-    try:
-        # TOML knows no ".5"; people do.
-        return float(text)
-    except ValueError:
-        return text
+    # TOML knows no ".5"; people do.
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    return text

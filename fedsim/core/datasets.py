@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsim.core.errors import InputError
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.units import parse_count
 
 IMAGE_SHAPE = (3, 32, 32)
 _CACHE_VERSION = 1
@@ -124,9 +125,9 @@ def parse_name(text: str) -> DatasetSpec:
         if text == spec.name:
             return spec
     name, *numbers = text.split(":")
-    are_counts = all(n.isdecimal() and len(n) <= 12 for n in numbers)
-    if name == "synthetic" and len(numbers) <= 2 and are_counts:
-        samples, classes = [int(n) for n in numbers] + [10_000, 10][len(numbers) :]
+    if name == "synthetic" and len(numbers) <= 2:
+        counts = [parse_count(n) or 0 for n in numbers]
+        samples, classes = counts + [10_000, 10][len(counts) :]
         if classes >= 2 and samples >= 5 * classes:
             return DatasetSpec(
                 name=text,
@@ -287,7 +288,9 @@ def _make_synthetic(
     spec: DatasetSpec, data_root: str | None, seed: int, download: bool
 ) -> dict[str, Tensor]:
     """Draw images that are a smooth pattern of their class plus noise."""
-    needed = (spec.train_size + spec.test_size) * math.prod(IMAGE_SHAPE)
+    # Images are bytes, patterns eight of them.
+    entries = spec.train_size + spec.test_size + 8 * spec.classes
+    needed = entries * math.prod(IMAGE_SHAPE)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory // 2:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,47 @@ def evaluate(
     return Evaluation(
         loss=float(loss) / len(labels), accuracy=correct / len(labels), num_samples=len(labels)
     )
+
+
+@torch.no_grad()
+def first_overflow(
+    model: nn.Module,
+    images: Tensor,
+    spec: DatasetSpec,
+    device: torch.device,
+    *,
+    batch_size: int = 250,
+) -> str | None:
+    """Give the name of the first layer of a model whose output is not finite for some image.
+
+    Parameters
+    ----------
+    model, images, spec, device, batch_size
+        As for `evaluate`.
+
+    Returns
+    -------
+    str or None
+        A name from ``model.named_modules()``; None where all outputs are finite.
+    """
+    model.eval()
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(layer: nn.Module, inputs: object, output: Tensor) -> None:
+            if not found and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    layers = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    hooks = [layer.register_forward_hook(look(name)) for name, layer in layers]
+    try:
+        for start in range(0, len(images), batch_size):
+            model(normalise(images[start : start + batch_size].to(device), spec.mean, spec.std))
+            if found:
+                return found[0]
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return None

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.units import parse_count
 
 Indices = NDArray[np.int64]
 
@@ -45,8 +46,8 @@ class PartitionScheme:
         name, colon, count = text.partition(":")
         if name == "shards" and not colon:
             return cls(name="shards", shards_per_client=2)
-        if name == "shards" and count.isdecimal() and int(count) >= 1:
-            return cls(name="shards", shards_per_client=int(count))
+        if name == "shards" and (shards := parse_count(count)):
+            return cls(name="shards", shards_per_client=shards)
         raise ValueError("dirichlet, iid, shards or shards:K with a whole K of 1 or more")
 
 
@@ -110,6 +111,9 @@ def _dirichlet(labels: NDArray[np.int64], clients: int, alpha: float, seed: int)
         # client that holds the whole class.
         if not np.isfinite(shares).all():
             shares = np.eye(clients)[random.randint(clients)]
+        elif not shares.any():
+            # Above 1e307 their sum overflows; the limit is equal shares.
+            shares = np.full(clients, 1 / clients)
         cuts = (np.cumsum(shares) * len(members)).astype(int)[:-1]
         for indices, part in zip(dealt, np.split(members, cuts), strict=True):
             indices.append(part)

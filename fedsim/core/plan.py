@@ -22,6 +22,7 @@ from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
@@ -105,6 +106,14 @@ class RunPlan:
     def state_bytes(self) -> int:
         """Bytes of one state, and of one delta."""
         return sum(array.nbytes for array in self.initial_state.values())
+
+    @cached_property
+    def strategy_bytes(self) -> int:
+        """Bytes of what the strategy keeps from a round to the next."""
+        optimizer = SERVER_OPTIMIZERS.get(self.config.strategy)
+        if optimizer is None:
+            return 0
+        return len(optimizer.keeps) * sum(self.initial_state[n].nbytes for n in self.parameters)
 
     @cached_property
     def supports(self) -> dict[str, Taps | None]:
@@ -232,13 +241,15 @@ class RunPlan:
         participants = self.config.participants_of(round_number)
         kept = self.config.policy.kept_steps
         steps = sum(len(kept(self._local_steps[p])) for p in participants)
-        return steps * self.step_bytes + (len(participants) + 2) * self.state_bytes
+        states = len(participants) + 2
+        return steps * self.step_bytes + states * self.state_bytes + self.strategy_bytes
 
     @cached_property
     def run_bytes(self) -> int:
         """Count the bytes that the run will write, but for its rows."""
         states = 1 + 2 * self.config.rounds + self._times_drawn.total()
-        return self.captured_bytes() + states * self.state_bytes
+        kept = self.config.rounds * self.strategy_bytes
+        return self.captured_bytes() + states * self.state_bytes + kept
 
 
 def batches_of_round(

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers as people write them in texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
     "gib": 2**30,
     "tib": 2**40,
 }
+
+
+def parse_count(text: str) -> int | None:
+    """Read a whole number of at most 18 ASCII digits; None where `text` is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def parse_bytes(text: str) -> int:

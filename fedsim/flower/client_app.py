@@ -23,6 +23,7 @@ from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.config import RunConfig
+from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import DiskFullError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
@@ -31,6 +32,7 @@ from fedsim.core.sketch import Sketcher
 from fedsim.core.training import Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.run_config import config_from_run_config
+from fedsim.flower.scratch import stack_when_late
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import RunLayout
@@ -51,6 +53,7 @@ def _workplace(run_config: str) -> _Workplace:
     config = RunConfig.from_json(run_config)
     keep_freed_memory()
     torch.set_num_threads(config.client_cpus)
+    use_deterministic(config.deterministic)
     plan = RunPlan.prepare(config)
     device = resolve_device(config.device)
     model = build_model(
@@ -130,6 +133,7 @@ class FedSimClient(NumPyClient):
         norms = FirstStepNorms()
         recorder: StepRecorder | None = None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(stack_when_late(self.partition, plan.config.client_timeout))
             observers: list[Callable[[Step], None]] = [norms]
             if folder:
                 recorder = StepRecorder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -17,7 +18,12 @@ _LONGEST_POLL = 0.1
 
 
 def stream_replies(
-    grid: Grid, messages: Sequence[Message], *, window: int, stop: threading.Event
+    grid: Grid,
+    messages: Sequence[Message],
+    *,
+    window: int,
+    stop: threading.Event,
+    patience: float | None = None,
 ) -> Iterator[Message]:
     """Send messages and yield their replies in the order of the messages.
 
@@ -34,17 +40,20 @@ def stream_replies(
         1 or more; twice the number of workers keeps them busy past one slow client.
     stop : threading.Event
         Set by whoever wants the run to end.
+    patience : float, optional
+        Seconds without any reply after which there will be none.
 
     Raises
     ------
     RunInterruptedError
         Once `stop` is set.
     RunFailedError
-        When Flower refuses a message.
+        When Flower refuses a message, or no reply came in time.
     """
     waiting: dict[str, int] = {}
     arrived: dict[int, Message] = {}
     sent = 0
+    last = time.monotonic()
     for position in range(len(messages)):
         pause = _SHORTEST_POLL
         while True:
@@ -57,12 +66,15 @@ def stream_replies(
             for message_id in list(waiting):
                 for reply in grid.pull_messages([message_id]):
                     arrived[waiting.pop(message_id)] = reply
-                    pause = _SHORTEST_POLL
+                    pause, last = _SHORTEST_POLL, time.monotonic()
             if position not in arrived:
                 if stop.wait(pause):
                     raise RunInterruptedError("interrupted")
+                if patience is not None and time.monotonic() - last > patience:
+                    raise RunFailedError(f"no client has answered for {patience:.0f} s")
                 pause = min(pause * 1.5, _LONGEST_POLL)
         yield arrived.pop(position)
+        last = time.monotonic()
 
 
 def _push(grid: Grid, message: Message) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -15,19 +16,25 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedsim.core.aggregation import state_sha256
+from fedsim.core.aggregation import first_not_finite, state_sha256
+from fedsim.core.allocator import give_freed_memory_back
 from fedsim.core.errors import DiskFullError, RunFailedError, RunInterruptedError
-from fedsim.core.evaluation import evaluate
+from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
+from fedsim.flower.replies import loss_of, problem_of
 from fedsim.recording.writer import RunWriter
-from strategies.delta_fedavg import telemetry_of
+from strategies.folding import telemetry_of
+from strategies.recorded import StatefulStrategy
 
 State = Mapping[str, NDArray[np.generic]]
+
+_PATIENCE = 60.0
+"""Seconds on top of what two late clients take."""
 
 
 class RunObserver(Protocol):
@@ -93,6 +100,7 @@ class RoundLoop:
         self._observer = observer
         self._window = 2 * workers
         self._stop = stop
+        self._suspects: dict[int, str] = {}
         self._device = resolve_device(self._config.device)
         self._model = build_model(
             self._config.model,
@@ -125,6 +133,8 @@ class RoundLoop:
             self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
         else:
             state = self._writer.state(after)
+            if isinstance(self._strategy, StatefulStrategy):
+                self._strategy.load_state_arrays(self._writer.strategy_state(after))
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
@@ -137,6 +147,8 @@ class RoundLoop:
                 raise RunFailedError(f"no client of round {number} returned a model")
             state = wire.state_of(arrays)
             del arrays
+            if layer := self._not_finite(state):
+                raise self._diverged(number, f"{layer} of the global state is not finite")
             seconds = time.perf_counter() - started
             self._close_round(number, participants, failed, state, started, seconds)
 
@@ -150,36 +162,69 @@ class RoundLoop:
     ) -> Iterator[Message]:
         order = fold_order(participants, self._plan.sizes)
         messages = self._messages(number, order, nodes, state)
-        replies = stream_replies(self._grid, messages, window=self._window, stop=self._stop)
+        limit = self._config.client_timeout
+        replies = stream_replies(
+            self._grid,
+            messages,
+            window=self._window,
+            stop=self._stop,
+            # Whoever runs the clients answers for late ones; this is for when nobody does.
+            patience=None if limit is None else 2 * limit + _PATIENCE,
+        )
+        self._suspects = {}
         for partition in order:
             reply = next(replies)
-            if not reply.has_error():
+            reason = problem_of(
+                reply,
+                state,
+                partition=partition,
+                num_samples=self._plan.sizes[partition],
+                folder=self._writer.layout.client(number, partition),
+                allow_divergence=self._config.allow_divergence,
+            )
+            if reason is None:
                 row = telemetry_of(reply)
+                if loss := loss_of(row):
+                    self._suspects[partition] = loss
                 yield reply
                 # After the strategy has folded and written it: what is told is done.
                 del reply
                 self._observer.client_finished({"round": number, **row})
-                continue
-            if self._stop.is_set():
-                # Ctrl-C reaches the workers too: their complaint is not the cause.
-                raise RunInterruptedError("interrupted")
-            reason = traceback_of(reply.error.reason or "")
-            failed.append(partition)
-            self._writer.add_failure(
-                {"round": number, "partition": partition, "status": "failed", "error": reason}
+            else:
+                self._fail(number, partition, reason, failed)
+
+    def _fail(self, number: int, partition: int, reason: str, failed: list[int]) -> None:
+        if self._stop.is_set():
+            # Ctrl-C reaches the workers too: their complaint is not the cause.
+            raise RunInterruptedError("interrupted")
+        failed.append(partition)
+        self._writer.add_failure(
+            {"round": number, "partition": partition, "status": "failed", "error": reason}
+        )
+        last = reason.splitlines()[-1]
+        if wire.DISK_FULL in last:
+            # However many failures are allowed: the next client fares no better.
+            raise DiskFullError(
+                f"the disk of {self._writer.layout.root} is full: client {partition} of round "
+                f"{number} has no room for its gradients; the rounds before are kept"
             )
-            if wire.DISK_FULL in reason.splitlines()[-1]:
-                # However many failures are allowed: the next client fares no better.
-                raise DiskFullError(
-                    f"the disk of {self._writer.layout.root} is full: client {partition} of round "
-                    f"{number} has no room for its gradients; the rounds before are kept"
-                )
-            self._observer.client_failed(number, partition, reason)
-            if len(failed) > self._config.max_failures:
-                raise RunFailedError(
-                    f"client {partition} failed in round {number} "
-                    f"(max-failures = {self._config.max_failures}): {reason.splitlines()[-1]}"
-                )
+        self._observer.client_failed(number, partition, reason)
+        if len(failed) > self._config.max_failures:
+            raise RunFailedError(
+                f"client {partition} failed in round {number} "
+                f"(max-failures = {self._config.max_failures}): {last}"
+            )
+
+    def _not_finite(self, state: State) -> str | None:
+        return None if self._config.allow_divergence else first_not_finite(state)
+
+    def _diverged(self, number: int, what: str) -> RunFailedError:
+        # The first in the order of folding, which does not depend on who came first.
+        who = next((f" (client {p}{loss})" for p, loss in self._suspects.items()), "")
+        return RunFailedError(
+            f"round {number} diverged: {what}{who}; the rounds before are kept, and "
+            "`--allow-divergence` goes on"
+        )
 
     def _messages(
         self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
@@ -230,6 +275,11 @@ class RoundLoop:
                 self._model, data.test_images, data.test_labels, data.spec, device=self._device
             )
             loss, accuracy = outcome.loss, outcome.accuracy
+            if not math.isfinite(loss) and not self._config.allow_divergence:
+                layer = first_overflow(self._model, data.test_images, data.spec, self._device)
+                where = f": {layer} overflows" if layer else ""
+                raise self._diverged(number, f"the global loss is not finite{where}")
+            give_freed_memory_back()
         evaluated = time.perf_counter()
         row = {
             "round": number,
@@ -246,12 +296,3 @@ class RoundLoop:
         }
         self._writer.add_round(row)
         self._observer.round_finished(row)
-
-
-def traceback_of(reason: str) -> str:
-    """Give the client's own traceback out of the text that Flower sends for a failure."""
-    # Flower and Ray raise their own exceptions from the client's; a chain has its cause first.
-    first = reason.replace("\\n", "\n").partition("\nThe above exception was")[0]
-    lines = first.removesuffix("'>").rstrip().splitlines()
-    frames = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
-    return "\n".join(lines[frames[0] if frames else 0 :]) or "no reason given"

@@ -15,6 +15,7 @@ import torch
 from flwr.serverapp import Grid
 
 import fedsim
+from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
@@ -23,7 +24,8 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.reader import Run
-from fedsim.recording.writer import RunWriter
+from fedsim.recording.recovery import Recovery, find_recovery
+from fedsim.recording.writer import RunWriter, is_being_written
 from strategies.registry import build_strategy
 
 
@@ -40,7 +42,13 @@ def check_output(path: Path, plan: RunPlan) -> None:
     InputError
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
-    if path.exists() or path.is_symlink():
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"output = {str(path)!r} cannot be made: {error.strerror}") from None
+    else:
         raise InputError(
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
@@ -56,12 +64,26 @@ def check_output(path: Path, plan: RunPlan) -> None:
         )
 
 
-MAY_CHANGE = ("rounds", "workers", "data-root", "max-failures", "capture-budget", "output")
+MAY_CHANGE = (
+    "rounds",
+    "workers",
+    "data-root",
+    "max-failures",
+    "client-timeout",
+    "allow-divergence",
+    "capture-budget",
+    "output",
+)
 """Keys that a run may be resumed with another value of: none of them decides what a round is."""
 
 
-def check_resume(run: Run, plan: RunPlan) -> None:
+def check_resume(run: Run, plan: RunPlan) -> Recovery:
     """Refuse to continue a run that is complete, or with anything that would change its rounds.
+
+    Returns
+    -------
+    Recovery
+        The round to continue after.
 
     Raises
     ------
@@ -72,13 +94,16 @@ def check_resume(run: Run, plan: RunPlan) -> None:
     for key, value in asked.items():
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
-    if plan.dataset.sha256() != run.manifest["dataset"]["sha256"]:
+    if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if partition_sha256(plan.partition) != run.manifest["partition"]["sha256"]:
+    if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
-    if not run.round_rows:
-        raise InputError(f"{run.path} holds no whole round; allowed is a new run")
-    last = run.round_rows[-1]["round"]
+    if is_being_written(run.path):
+        raise InputError(
+            f"{run.path} is being written by another process; allowed is one at a time"
+        )
+    recovery = find_recovery(run.path)
+    last = recovery.round
     if last >= plan.config.rounds:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
     plan.check_budget()
@@ -88,6 +113,7 @@ def check_resume(run: Run, plan: RunPlan) -> None:
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
             "free; allowed is fewer rounds, or more room"
         )
+    return recovery
 
 
 def free_bytes(path: Path) -> int:
@@ -104,7 +130,7 @@ def execute(
     observer: RunObserver,
     workers: int,
     stop: threading.Event,
-    resume: bool = False,
+    recovery: Recovery | None = None,
 ) -> None:
     """Run a plan over a grid into a run directory, and leave its true status there.
 
@@ -122,8 +148,8 @@ def execute(
         Clients that train at the same time.
     stop : threading.Event
         Set by whoever wants the run to end.
-    resume : bool
-        Continue the run directory after its last whole round instead.
+    recovery : Recovery, optional
+        Continue the run directory after that round instead.
 
     Raises
     ------
@@ -131,28 +157,33 @@ def execute(
         As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
         says ``failed``.
     """
-    if resume:
-        writer = RunWriter.reopen(output, plan.config.to_mapping())
+    if recovery is not None:
+        writer = RunWriter.reopen(
+            output, plan.config.to_mapping(), plan.partition, recovery, versions()
+        )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
+    if plan.config.deterministic:
+        use_deterministic(True)
     try:
         observer.run_started(plan, workers, output)
         loop = RoundLoop(
             plan,
             grid=grid,
-            strategy=build_strategy(plan.config.strategy, writer),
+            strategy=build_strategy(plan.config.strategy, writer, plan.parameters),
             writer=writer,
             observer=observer,
             workers=workers,
             stop=stop,
         )
-        loop.run(after=writer.last_round if resume else None)
+        loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
     except BaseException as error:
         failure = error
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             failure = DiskFullError(f"the disk of {output} is full: {error}")
-        if isinstance(failure, DiskFullError):
-            # Makes room for the word that the run failed; a round without a row is nothing.
+        # A round without a row is nothing; and where the disk is full, this makes room for the word
+        # that the run failed.
+        with contextlib.suppress(OSError):
             writer.drop_unfinished_round()
         # Whatever ended the run is what the user must hear, not that this cannot be written.
         with contextlib.suppress(OSError):
@@ -165,6 +196,16 @@ def execute(
         writer.close()
 
 
+def versions() -> dict[str, str]:
+    """Give the versions of what decides the bits of a run."""
+    names = ("flwr", "ray", "torch", "torchvision", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "fedsim": fedsim.__version__,
+    }
+
+
 def manifest_of(plan: RunPlan) -> dict[str, Any]:
     """Describe a run for ``run.json``: everything but its format and status."""
     data = plan.dataset
@@ -173,11 +214,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("flwr", "ray", "torch", "torchvision", "numpy")},
-            "fedsim": fedsim.__version__,
-        },
+        "versions": versions(),
         "device": {
             "type": resolve_device(plan.config.device).type,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

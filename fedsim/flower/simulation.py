@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 # Flower and Ray read these when they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,13 +18,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import psutil
 import ray
 import torch
 from flwr.app import Context
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
-from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 from ray._private import worker as ray_worker
 
 from fedsim.core.allocator import keep_freed_memory
@@ -34,44 +34,16 @@ from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app as client_app
 from fedsim.flower.rounds import RunObserver
+from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
+from fedsim.flower.workers import RETRIES, SupervisedPool
+from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import mark_failed
 
-_RETRIES = 2
-_PATIENCE = 10.0
-"""Seconds that the server's thread has to notice a stop."""
-
-
-class _KillablePool(BasicActorPool):
-    """Flower's pool of workers, but for its end: workers are killed, busy or not.
-
-    Flower asks idle workers to leave by a method call, which Ray takes for a crash and, because
-    our workers may be restarted, announces to repeat; busy ones it waits for.
-    """
-
-    _latest: ClassVar[_KillablePool | None] = None
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._everyone: list[Any] = []
-        _KillablePool._latest = self
-
-    def add_actors_to_pool(self, num_actors: int) -> None:
-        """Start workers and remember them."""
-        super().add_actors_to_pool(num_actors)
-        self._everyone.extend(self.pool[-num_actors:])
-
-    def terminate_all_actors(self) -> None:
-        """Kill the workers."""
-        for actor in self._everyone:
-            ray.kill(actor, no_restart=True)
-        self._everyone.clear()
-
-    @classmethod
-    def kill_latest(cls) -> None:
-        """Kill the workers of the pool made last, if there is one."""
-        if cls._latest is not None:
-            cls._latest.terminate_all_actors()
+_POLL, _PATIENCE, _TEARDOWN = 0.5, 10.0, 60.0
+"""Seconds between looks at Ray's processes, to notice a stop, and to end the engine."""
+_ENGINE = ("gcs_server", "raylet")
+"""Names of the processes that Ray cannot do without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +142,7 @@ def simulate(
     stop: threading.Event,
     verbose: bool = False,
     ray_gpus: int | None = None,
-    resume: bool = False,
+    recovery: Recovery | None = None,
 ) -> None:
     """Run a plan on a private Ray engine on this machine.
 
@@ -191,8 +163,8 @@ def simulate(
     ray_gpus : int, optional
         GPUs that Ray is told of; by default as many as the pool uses. A machine without a GPU
         can be told of some to test how fractions are scheduled.
-    resume : bool
-        Continue the run directory instead of making it.
+    recovery : Recovery, optional
+        Continue the run directory after that round instead of making it.
 
     Raises
     ------
@@ -201,59 +173,107 @@ def simulate(
     """
     _quieten(verbose)
     keep_freed_memory()
-    outcome: list[BaseException | None] = []
-    ended = threading.Event()
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        try:
-            execute(
+    # Flower has no hook for its pool: its engine finds this class under the name it imported.
+    setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
+    SupervisedPool.client_timeout = plan.config.client_timeout
+    with Scratch() as scratch:
+        backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
+        engine = _Engine(plan.config.clients, backend, verbose=verbose)
+        failure = engine.run(
+            lambda grid: execute(
                 grid,
                 plan,
                 output,
                 observer=observer,
                 workers=pool.workers,
                 stop=stop,
-                resume=resume,
-            )
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-            # Workers may be minutes from the end of clients that nobody waits for now.
-            _KillablePool.kill_latest()
-        finally:
-            ended.set()
-
-    # Flower has no hook for its pool: its engine finds this class under the name it imported.
-    setattr(raybackend, "BasicActorPool", _KillablePool)  # noqa: B010
-    scratch = tempfile.mkdtemp(prefix="fedsim-")
-    try:
-        run_simulation(
-            server_app=server_app,
-            client_app=client_app,
-            num_supernodes=plan.config.clients,
-            backend_config=_backend(pool, scratch, verbose=verbose, ray_gpus=ray_gpus),
-            verbose_logging=verbose,
+                recovery=recovery,
+            ),
+            stop,
         )
-    except Exception as error:
-        # The engine could not start: the server's thread still waits for clients.
-        if not outcome:
-            stop.set()
-            ended.wait(_PATIENCE)
-            cause = f"Flower's Ray engine could not run: {_root_of(error)}"
-            mark_failed(output, cause)
-            raise RunFailedError(cause) from error
-    finally:
-        stop.set()
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if not outcome:
-        raise RunFailedError("Flower's Ray engine ended before the run did")
-    if (failure := outcome[0]) is not None:
-        if isinstance(failure, FedsimError):
-            raise failure
+    if isinstance(failure, EngineError):
+        # In place of what followed from it.
+        mark_failed(output, str(failure))
+    if isinstance(failure, FedsimError):
+        raise failure
+    if failure is not None:
         raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+
+class EngineError(RunFailedError):
+    """What runs the clients did not start, or died."""
+
+
+class _Engine:
+    """Flower's simulation engine in a thread of its own, so that its death is nobody else's."""
+
+    def __init__(self, clients: int, backend: dict[str, Any], *, verbose: bool) -> None:
+        self._clients = clients
+        self._backend = backend
+        self._verbose = verbose
+        self._server_ended = threading.Event()
+        self._outcome: BaseException | None = None
+        self._error: BaseException | None = None
+        self._processes: dict[str, psutil.Process] = {}
+
+    def run(self, server: Callable[[Grid], None], stop: threading.Event) -> BaseException | None:
+        """Run a server's part to its end and give the error that it ended with."""
+        thread = threading.Thread(target=self._simulate, args=[server], daemon=True)
+        thread.start()
+        cause: EngineError | None = None
+        while thread.is_alive() and cause is None and not self._server_ended.wait(_POLL):
+            cause = self._dead()
+        if self._server_ended.is_set() and not isinstance(self._outcome, EngineError):
+            thread.join(_TEARDOWN)
+        if self._error is not None and not self._server_ended.is_set():
+            cause = EngineError(f"Flower's Ray engine could not run: {_root_of(self._error)}")
+        if cause is None and not self._server_ended.is_set():
+            cause = EngineError("Flower's Ray engine ended before the run did")
+        if cause is not None:
+            # The server's thread still waits for clients.
+            stop.set()
+            self._server_ended.wait(_PATIENCE)
+        if not thread.is_alive():
+            ray.shutdown()
+        return cause or self._outcome
+
+    def _simulate(self, server: Callable[[Grid], None]) -> None:
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            try:
+                server(grid)
+            except BaseException as error:
+                self._outcome = dead = self._dead() or error
+                # Workers may be minutes from the end of clients that nobody waits for now.
+                if dead is error:
+                    SupervisedPool.kill_latest()
+            finally:
+                self._server_ended.set()
+
+        try:
+            run_simulation(
+                server_app=server_app,
+                client_app=client_app,
+                num_supernodes=self._clients,
+                backend_config=self._backend,
+                verbose_logging=self._verbose,
+            )
+        except BaseException as error:
+            self._error = error
+
+    def _dead(self) -> EngineError | None:
+        """Say which process has died that Ray cannot do without."""
+        if len(self._processes) < len(_ENGINE):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if (name := child.name()) in _ENGINE:
+                        self._processes[name] = child
+        for name, process in self._processes.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return EngineError(f"Ray's process {name} died, and with it the workers")
+        return None
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -275,7 +295,7 @@ def _backend(
             # A worker that dies is started again and its client retried; without these Flower
             # puts the dead worker back into its pool, where it swallows the clients to come.
             "max_restarts": -1,
-            "max_task_retries": _RETRIES,
+            "max_task_retries": RETRIES,
         },
         "init_args": {
             # A cluster of our own: Ray otherwise joins any that it finds.

@@ -36,6 +36,11 @@ class ChecksumLine:
     number: int
     files: dict[str, Checksum]
 
+    @property
+    def rows(self) -> Checksum | None:
+        """Of ``rounds.jsonl`` after the round of this line; None for a line of no round."""
+        return self.files.get("rounds.jsonl")
+
 
 def read_checksums(path: Path) -> Iterator[ChecksumLine]:
     """Yield the lines, each checked against its own checksum; an unfinished last one is none.

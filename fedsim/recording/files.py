@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from fedsim.core.errors import RunFailedError
 from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording.disk import OutputFile
 
@@ -85,11 +86,17 @@ _READ_BYTES = 4 * 2**20
 
 
 class Digest:
-    """A checksum in the making."""
+    """A checksum in the making.
+
+    Attributes
+    ----------
+    size : int
+        Bytes so far.
+    """
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
-        self._size = 0
+        self.size = 0
 
     @classmethod
     def of_file(cls, path: Path, size: int | None = None) -> Digest:
@@ -106,11 +113,11 @@ class Digest:
     def update(self, content: bytes | memoryview) -> None:
         """Take the next bytes."""
         self._hash.update(content)
-        self._size += len(content)
+        self.size += len(content)
 
     def checksum(self) -> Checksum:
         """Give the checksum of all bytes so far."""
-        return Checksum(self._size, self._hash.hexdigest())
+        return Checksum(self.size, self._hash.hexdigest())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -256,16 +263,31 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def append_line(path: Path, line: bytes) -> None:
+def append_line(path: Path, line: bytes, *, at: int) -> None:
     """Append a row to a JSON Lines file with a single write, or leave the file as it was.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made where it is not there.
+    line : bytes
+        The row with its newline.
+    at : int
+        Bytes that the file must have.
 
     Raises
     ------
+    RunFailedError
+        When the file has other bytes than those that were appended to it.
     OSError
         When the disk has no room for the whole row.
     """
     with path.open("ab", buffering=0) as file:
         before = file.tell()
+        if before != at:
+            raise RunFailedError(
+                f"{path} was changed by another program: it has {before} bytes, not {at}"
+            )
         if file.write(line) != len(line):
             file.truncate(before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -22,7 +22,7 @@ _CHECKS = {
     GRADIENTS: ("steps", "norms equal to those measured when the gradients were made"),
     REPLAY: ("steps", "the local optimiser over the gradients lands on the recorded delta"),
     AGGREGATE: ("rounds", "equal to the weighted mean of the deltas, bit for bit"),
-    STATE: ("rounds", "equal to the state before plus the aggregate, bit for bit, and its hash"),
+    STATE: ("rounds", "equal to the state before plus the update, bit for bit, and its hash"),
     RECOMPUTED: ("steps", "gradients computed once more from data, draws and parameters"),
 }
 

@@ -43,6 +43,10 @@ class RunLayout:
         """Sample-weighted mean delta of a round."""
         return self.round(number) / "aggregate.safetensors"
 
+    def strategy(self, number: int) -> Path:
+        """Arrays that the strategy keeps after a round, where it keeps any."""
+        return self.round(number) / "strategy.safetensors"
+
     def client(self, number: int, partition: int) -> Path:
         """Folder of one client in a round."""
         return self._folder("rounds", f"{number:04d}", "clients", f"{partition:04d}")
@@ -96,6 +100,11 @@ def shard_name(shard: int) -> str:
 def gradient_key(step: int, parameter: str) -> str:
     """Key of one parameter's gradient at one local step inside a shard."""
     return f"{step:06d}/{parameter}"
+
+
+def strategy_key(what: str, parameter: str) -> str:
+    """Key of an array that the strategy keeps for a parameter, like its momentum."""
+    return f"{what}/{parameter}"
 
 
 def support_key(parameter: str) -> str:

@@ -17,6 +17,8 @@ from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.server_optimizer import SERVER_OPTIMIZERS, server_step
+from fedsim.core.support import unpack
 from fedsim.core.training import Arrays, Replay, schedule, state_arrays
 from fedsim.recording.findings import (
     AGGREGATE,
@@ -30,10 +32,13 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
+from fedsim.recording.layout import strategy_key
 from fedsim.recording.reader import Client, Run, Shard
 
-REPLAY_TOLERANCE = {"float32": 1e-4, "float16": 2**-9, "bfloat16": 2**-6}
-"""Relative error of a replay where bit for bit cannot be asked for, by ``capture-dtype``."""
+REPLAY_TOLERANCE = 1e-4
+"""Relative error of a replay where bit for bit cannot be asked for."""
+REPLAY_ROUNDINGS = 2
+"""How much farther from the delta a replay of rounded gradients may land than another rounding."""
 RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 """Relative error of a gradient computed once more, by ``capture-dtype``."""
 NORM_TOLERANCE = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
@@ -134,18 +139,36 @@ def prove_aggregate(run: Run, number: int, findings: Findings) -> None:
 
 
 def prove_state(run: Run, number: int, findings: Findings) -> None:
-    """Check that the state is the one before plus the aggregate, with the hash of its row."""
+    """Check that the state is the one before plus the update, with the hash of its row."""
     state, path = arrays_of(run.round(number).state), run.layout.state(number)
-    if number:
-        before = arrays_of(run.round(number - 1).state)
-        expected = apply_delta(before, arrays_of(run.round(number).aggregate))
-        if odd := _first_difference(state, expected):
-            findings.violate(STATE, f"{path}: {odd} is not the state before plus the aggregate")
-            return
-    if state_sha256(state) != run.round(number).row["state_sha256"]:
+    if number and (odd := _first_difference(state, _updated(run, number, state, findings))):
+        strategy = run.config.strategy
+        added = odd not in run.shapes or strategy == "delta-fedavg"
+        update = "the aggregate" if added else f"the step of {strategy}"
+        findings.violate(STATE, f"{path}: {odd} is not the state before plus {update}")
+    elif state_sha256(state) != run.round(number).row["state_sha256"]:
         findings.violate(STATE, f"{path} has another hash than its row in rounds.jsonl")
     else:
         findings.prove(STATE)
+
+
+def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays:
+    """Give what the state must be, as far as that follows from the one before."""
+    strategy, this = run.config.strategy, run.round(number)
+    before = arrays_of(run.round(number - 1).state)
+    expected = apply_delta(before, arrays_of(this.aggregate))
+    if strategy == "delta-fedavg":
+        return expected
+    if strategy not in SERVER_OPTIMIZERS:
+        findings.leave(STATE, f"parameters: {strategy} moves them otherwise than by the aggregate")
+        return expected | {name: state[name] for name in run.shapes}
+    findings.leave(STATE, "strategy.safetensors: it follows from the deltas up to rounding only")
+    arrays = arrays_of(this.strategy_state)
+    kept = {
+        what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
+        for what in SERVER_OPTIMIZERS[strategy].keeps
+    }
+    return expected | server_step(strategy, {n: before[n] for n in run.shapes}, kept, number)
 
 
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:
@@ -188,14 +211,9 @@ def prove_norms(run: Run, client: Client, findings: Findings) -> None:
             return
         for name in client.captured_parameters:
             shard = client.shard(step, name)
-            norm = float(torch.linalg.vector_norm(shard.packed(step, name).float()))
-            # A norm that is not finite is null in a row.
-            same = (
-                not math.isfinite(norm)
-                if told[name] is None
-                else abs(norm - told[name]) <= tolerance * max(norm, told[name])
-            )
-            if not same:
+            stored = shard.packed(step, name)
+            norm = float(torch.linalg.vector_norm(stored.float()))
+            if not _is_norm(norm, told[name], stored, tolerance):
                 findings.violate(
                     GRADIENTS,
                     f"{shard.path}: step {step}, {name} has norm {norm:.6g}, and {told[name]} was "
@@ -220,21 +238,36 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     start, delta = run.round(client.round - 1).state, client.delta
     path = run.layout.delta(client.round, client.partition)
     settings = run.config.training_of(client.partition).optimizer
-    replays = [
-        (Replay(start, group, settings, run.config.autocast), group)
-        for group in _groups(run, client.captured_parameters)
-    ]
+    lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run)
+    courses = []
+    for group in _groups(run, client.captured_parameters):
+        replay = Replay(start, group, settings, run.config.autocast)
+        other = Replay(start, group, settings, run.config.autocast) if lossy else None
+        courses.append(_Course(group, replay, other))
     for shard in shards:
-        for replay, group in replays:
-            _replay_shard(replay, group, shard)
-    why = _why_not_exact(run)
-    for replay, group in replays:
-        for name in group:
-            moved = replay.parameters[name] - start[name]
+        for course in courses:
+            course.follow(shard)
+    for course in courses:
+        for name in course.group:
+            moved = course.replay.parameters[name] - start[name]
             if torch.equal(moved.view(torch.int32), delta[name].contiguous().view(torch.int32)):
                 continue
-            error = _relative_error(moved, delta[name])
-            if not why or not error <= REPLAY_TOLERANCE[run.config.capture_dtype]:
+            allowed = REPLAY_TOLERANCE * _norm(delta[name])
+            # Each update is rounded to what a float32 beside the parameter can tell.
+            allowed += (
+                client.telemetry["num_steps"] * 2**-24 * _norm(course.replay.parameters[name])
+            )
+            if course.other is not None:
+                beside = course.other.parameters[name] - start[name]
+                allowed += REPLAY_ROUNDINGS * _norm(beside - moved)
+                if not course.finite or not math.isfinite(allowed):
+                    dtype = run.config.capture_dtype
+                    findings.leave(REPLAY, f"gradients are not finite, or too large for {dtype}")
+                    prove_norms(run, client, findings)
+                    return
+            off = _norm(moved - delta[name])
+            if not why or not off <= allowed:
+                error = off / (_norm(delta[name]) or 1)
                 findings.violate(
                     REPLAY, f"{path}: {name} is not where the gradients lead, off by {error:.1e}"
                 )
@@ -242,19 +275,56 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                 prove_norms(run, client, findings)
                 return
     findings.prove(REPLAY, client.telemetry["num_steps"])
-    if why:
-        findings.note(REPLAY, f"within {REPLAY_TOLERANCE[run.config.capture_dtype]:.1e}: {why}")
-    else:
-        findings.note(REPLAY, "bit for bit")
+    findings.note(REPLAY, f"within rounding: {why}" if why else "bit for bit")
 
 
-def _replay_shard(replay: Replay, group: Sequence[str], shard: Shard) -> None:
-    # Zeros of dead taps are written once for a shard, not at every step.
-    kept: dict[str, Tensor] = {}
-    for step in shard.steps:
-        gradient = {name: shard.gradient(step, name, out=kept.get(name)) for name in group}
-        kept.update((n, g) for n, g in gradient.items() if shard.taps(n) is not None)
-        replay.step(gradient)
+class _Course:
+    """Parameters on their way through the recorded gradients of a client.
+
+    What was rounded when it was stored leads beside the delta, how far depends on the optimiser and
+    on how its steps add up. So they go twice: the other time every entry is moved by a unit of its
+    last place, up or down by chance, which is as far as rounding can have moved it and twice more.
+
+    Parameters
+    ----------
+    group : sequence of str
+        Their names.
+    replay : Replay
+        Over the gradients as they are.
+    other : Replay, optional
+        Over those that are moved.
+    """
+
+    def __init__(self, group: Sequence[str], replay: Replay, other: Replay | None) -> None:
+        self.group = group
+        self.replay = replay
+        self.other = other
+        self.finite = True
+        self._signs = torch.Generator().manual_seed(0)
+
+    def follow(self, shard: Shard) -> None:
+        """Make the steps of a shard."""
+        # Zeros of dead taps are written once for a shard, not at every step.
+        kept: dict[str, Tensor] = {}
+        moved: dict[str, Tensor] = {}
+        for step in shard.steps:
+            for name in self.group:
+                kept[name] = shard.gradient(step, name, out=kept.get(name))
+            self.replay.step(kept)
+            if self.other is None:
+                continue
+            for name in self.group:
+                self.finite = self.finite and bool(kept[name].isfinite().all())
+                packed = self._moved(shard.packed(step, name))
+                moved[name] = unpack(
+                    packed, kept[name].shape, shard.taps(name), out=moved.get(name)
+                )
+            self.other.step(moved)
+
+    def _moved(self, stored: Tensor) -> Tensor:
+        unit = stored.float().abs() * torch.finfo(stored.dtype).eps + _least(stored.dtype)
+        signs = torch.randint(0, 2, stored.shape, generator=self._signs, dtype=torch.int8)
+        return stored.float() + unit * (2 * signs - 1)
 
 
 def prove_recomputed(
@@ -287,20 +357,20 @@ def prove_recomputed(
     loss.backward()  # type: ignore[no-untyped-call]
     recorded = client.gradient(step)
     made = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
-    error = _relative_error(
-        torch.cat([made[n].reshape(-1) for n in recorded]),
-        torch.cat([g.reshape(-1) for g in recorded.values()]),
-    )
-    tolerance = RECOMPUTED_TOLERANCE[run.config.capture_dtype]
-    if not error <= tolerance:
+    dtype = run.config.capture_dtype
+    found = torch.cat([made[n].reshape(-1) for n in recorded])
+    expected = torch.cat([g.reshape(-1) for g in recorded.values()])
+    off, tolerance = _norm(found - expected), RECOMPUTED_TOLERANCE[dtype]
+    unit = 0.0 if dtype == "float32" else _least(getattr(torch, dtype))
+    if not off <= tolerance * _norm(expected) + math.sqrt(len(found)) * unit:
         findings.violate(
             RECOMPUTED,
-            f"{client.folder}: the gradient of step {step} is off by {error:.1e}, more than "
-            f"{tolerance:.1e}",
+            f"{client.folder}: the gradient of step {step} is off by "
+            f"{off / (_norm(expected) or 1):.1e}, more than {tolerance:.1e}",
         )
         return
     findings.prove(RECOMPUTED)
-    findings.note(RECOMPUTED, f"some within {tolerance:.1e}" if error else "bit for bit")
+    findings.note(RECOMPUTED, f"some within {tolerance:.1e}" if off else "bit for bit")
 
 
 def recomputable_steps(client: Client) -> list[int]:
@@ -316,10 +386,23 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(expected.double()))
-    off = float(torch.linalg.vector_norm((found - expected).double()))
-    return off / size if size else off
+def _is_norm(norm: float, told: float | None, stored: Tensor, tolerance: float) -> bool:
+    # One that is not finite is null in a row, and is so once it is stored in too few bits.
+    if not math.isfinite(norm):
+        return told is None or told > torch.finfo(stored.dtype).max
+    if told is None:
+        return False
+    rounding = math.sqrt(stored.numel()) * _least(stored.dtype)
+    return abs(norm - told) <= tolerance * max(norm, told) + rounding
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Give the unit of the last place of the smallest numbers, and of zero."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))
 
 
 def _first_difference(found: Arrays, expected: Arrays) -> str | None:

@@ -601,6 +601,14 @@ class Round:
         return self._run.state_file(self._run.layout.aggregate(self.number))
 
     @cached_property
+    def strategy_state(self) -> Mapping[str, Tensor]:
+        """What the strategy kept for the next round, like ``m/<parameter>``.
+
+        Strategies that keep nothing have no such file.
+        """
+        return TensorFile(self._run.layout.strategy(self.number))
+
+    @cached_property
     def clients(self) -> dict[int, Client]:
         """The clients whose work is in the round, by partition id."""
         return {
@@ -731,8 +739,9 @@ class Run:
         for indices in self.partition.values():
             if len(indices) and not 0 <= indices.min() <= indices.max() < held:
                 raise InputError(f"{self.layout.partition} has positions beyond 0 to {held - 1}")
-        name, (_, shape) = list(self.described.items())[len(self.shapes) - 1]
-        if shape != (spec.classes,) or self.round(0).state.described[name][1] != shape:
+        # No more than a fifth of the samples, by the name of the dataset.
+        name, shape = list(self.shapes.items())[-1]
+        if shape != (spec.classes,):
             raise InputError(
                 f"{self.layout.manifest}: {name} has shape {shape}; allowed is ({spec.classes},), "
                 f"the classes of {self.config.dataset}"

@@ -16,6 +16,7 @@ from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
+from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
 from fedsim.recording import proofs
 from fedsim.recording.checksums import ChecksumLine, read_checksums
 from fedsim.recording.disk import WholeReader
@@ -380,7 +381,10 @@ class _Verifier:
         if self._whole(AGGREGATE, [aggregate, "partition.safetensors", *deltas]):
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
-        if self._whole(STATE, [state, self._name(layout.state(number - 1)), aggregate]):
+        needed = [state, self._name(layout.state(number - 1)), aggregate]
+        if run.config.strategy in SERVER_OPTIMIZERS:
+            needed.append(self._name(layout.strategy(number)))
+        if self._whole(STATE, needed):
             with findings.guarded(STATE, state):
                 proofs.prove_state(run, number, findings)
 

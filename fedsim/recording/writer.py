@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
-from fedsim.core.errors import InputError
-from fedsim.recording.checksums import checksum_line
-from fedsim.recording.continuation import check_places, whole_rounds
+from fedsim.core.errors import InputError, RunFailedError
+from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import (
     Checksum,
     Digest,
@@ -29,6 +29,7 @@ from fedsim.recording.files import (
 )
 from fedsim.recording.layout import FORMAT, RunLayout
 from fedsim.recording.reader import TensorFile, load_run
+from fedsim.recording.recovery import Recovery, check_places
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -36,8 +37,21 @@ State = Mapping[str, NDArray[np.generic]]
 def mark_failed(root: Path, error: str) -> None:
     """Give a run that failed, or never began, its true cause in place of what followed from it."""
     manifest = RunLayout(root).manifest
-    if manifest.exists():
+    # Whoever writes to it now knows better.
+    if manifest.exists() and not is_being_written(root):
         RunWriter(root, json.loads(manifest.read_bytes())).finish("failed", error)
+
+
+def is_being_written(root: Path) -> bool:
+    """Say whether a living process writes to a run directory."""
+    try:
+        with RunLayout(root).lock.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class RunWriter:
@@ -58,7 +72,12 @@ class RunWriter:
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._lock_file: BinaryIO | None = None
-        self._grown = {path: Digest() for path in (self.layout.clients, self.layout.rounds)}
+        self._sealed = _size_of(self.layout.checksums)
+
+    @cached_property
+    def _grown(self) -> dict[Path, Digest]:
+        paths = (self.layout.clients, self.layout.rounds)
+        return {path: Digest.of_file(path) if path.exists() else Digest() for path in paths}
 
     @classmethod
     def create(
@@ -85,19 +104,30 @@ class RunWriter:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
         writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
         writer._lock()
-        layout = writer.layout
-        arrays = {str(i): p for i, p in enumerate(partition)}
-        writer._seal({layout.partition: write_tensors(layout.partition, arrays)})
+        # First of all: with it, a run that is killed at once can be resumed.
         writer._write_manifest()
-        layout.clients.touch()
-        layout.rounds.touch()
+        writer._begin(partition)
         return writer
 
-    @classmethod
-    def reopen(cls, root: Path, config: Mapping[str, Any]) -> RunWriter:
-        """Continue a run directory after its last whole round.
+    def _begin(self, partition: Sequence[NDArray[np.int64]]) -> None:
+        layout = self.layout
+        arrays = {str(i): p for i, p in enumerate(partition)}
+        self._seal({layout.partition: write_tensors(layout.partition, arrays)})
+        layout.clients.touch()
+        layout.rounds.touch()
 
-        What an unfinished round left is removed: its folder, its rows, its checksums.
+    @classmethod
+    def reopen(
+        cls,
+        root: Path,
+        config: Mapping[str, Any],
+        partition: Sequence[NDArray[np.int64]],
+        recovery: Recovery,
+        versions: Mapping[str, str],
+    ) -> RunWriter:
+        """Continue a run directory after a whole round.
+
+        What later rounds left is removed: their folders, their rows, their checksums.
 
         Parameters
         ----------
@@ -105,29 +135,44 @@ class RunWriter:
             A run directory that nobody else writes to.
         config : mapping
             The configuration to go on with; it may have more rounds.
+        partition : sequence of ndarray of int64
+            The samples of each client.
+        recovery : Recovery
+            From `find_recovery`.
+        versions : mapping
+            The libraries to go on with, by name; added to ``resumed`` in ``run.json``.
 
         Raises
         ------
         InputError
-            When it is no run directory, is in use, or holds no whole round.
+            When it is no run directory, or is in use.
         """
         run = load_run(root)
         check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k != "error"}
-        writer = cls(root, {**manifest, "status": "running", "config": dict(config)})
+        resumed = [
+            *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
+            {"after": recovery.round, "versions": dict(versions)},
+        ]
+        writer = cls(
+            root, {**manifest, "status": "running", "config": dict(config), "resumed": resumed}
+        )
         writer._lock()
         layout = writer.layout
-        kept = whole_rounds(run)
+        kept = list(read_checksums(layout.checksums))[: recovery.line]
         for path in (layout.rounds, layout.clients):
-            os.truncate(path, kept[-1].files[path.name].size)
-        writer._grown = {p: Digest.of_file(p) for p in (layout.clients, layout.rounds)}
+            path.touch()
+            os.truncate(path, kept[-1].files[path.name].size if kept else 0)
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
         seals = [checksum_line(line.files) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
+        writer._sealed = _size_of(layout.checksums)
         writer._write_manifest()
         writer.drop_unfinished_round()
+        if not kept:
+            writer._begin(partition)
         return writer
 
     @property
@@ -149,6 +194,25 @@ class RunWriter:
         if state_sha256(state) != hashes[round_number]:
             raise InputError(f"{path} is not the state that round {round_number} ended with")
         return state
+
+    def strategy_state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
+        """Read back what the strategy kept after a round; empty where it kept nothing.
+
+        Raises
+        ------
+        InputError
+            When the file is not there, or not what was written.
+        """
+        path = self.layout.strategy(round_number)
+        listed: dict[str, Checksum] = {}
+        for line in read_checksums(self.layout.checksums):
+            listed.update(line.files)
+        checksum = listed.get(self._name(path))
+        if checksum is None:
+            return {}
+        if not path.is_file() or Checksum.of_file(path) != checksum:
+            raise InputError(f"{path} is not what the strategy kept after round {round_number}")
+        return {name: tensor.numpy().copy() for name, tensor in TensorFile(path).items()}
 
     def _lock(self) -> None:
         """Keep every other writer out for as long as this process lives."""
@@ -186,7 +250,8 @@ class RunWriter:
         self._append(self.layout.clients, json_line(row))
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
-        """Keep the row of a client that failed."""
+        """Keep the row of a client that failed, and nothing else that it left."""
+        shutil.rmtree(self.layout.client(row["round"], row["partition"]), ignore_errors=True)
         self._append(self.layout.clients, json_line(row))
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
@@ -197,14 +262,31 @@ class RunWriter:
         """Keep the global state after a round, or the initial one as round 0."""
         self._write_tensors(self.layout.state(round_number), state)
 
+    def add_strategy_state(self, round_number: int, arrays: State) -> None:
+        """Keep what the strategy needs for the next round."""
+        self._write_tensors(self.layout.strategy(round_number), arrays)
+
     def add_round(self, row: Mapping[str, Any]) -> None:
-        """Write the row that makes a round exist; everything else of it is in place by now."""
+        """Write the row that makes a round exist; everything else of it is in place by now.
+
+        Raises
+        ------
+        RunFailedError
+            When a file of the round is not there any more, or has another size.
+        """
+        for name, checksum in self._round_files.items():
+            if (size := _size_of(self.layout.root / name)) != checksum.size:
+                raise RunFailedError(
+                    f"{self.layout.root / name} was changed by another program: it has {size} "
+                    f"bytes, not {checksum.size}"
+                )
         line = json_line(row)
+        before = self._grown[self.layout.rounds].size
         self._grown[self.layout.rounds].update(line)
         grown = {self._name(path): digest.checksum() for path, digest in self._grown.items()}
         self._seal(self._round_files | grown)
         self._round_files = {}
-        append_line(self.layout.rounds, line)
+        append_line(self.layout.rounds, line, at=before)
 
     def drop_unfinished_round(self) -> None:
         """Remove the files of the round that has no row, however many gigabytes they are."""
@@ -232,13 +314,19 @@ class RunWriter:
         self._round_files[self._name(path)] = write_tensors(path, arrays)
 
     def _append(self, path: Path, line: bytes) -> None:
-        append_line(path, line)
+        append_line(path, line, at=self._grown[path].size)
         self._grown[path].update(line)
 
     def _seal(self, files: Mapping[str, Checksum] | Mapping[Path, Checksum]) -> None:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
-        append_line(self.layout.checksums, checksum_line(named))
+        line = checksum_line(named)
+        append_line(self.layout.checksums, line, at=self._sealed)
+        self._sealed += len(line)
 
     def _name(self, path: str | Path) -> str:
         return path if isinstance(path, str) else path.relative_to(self.layout.root).as_posix()
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -79,7 +79,8 @@ class TerminalObserver:
         self._rounds = 0
         self._rounds_trained = 0
         self._started = 0.0
-        self._rows: list[Mapping[str, Any]] = []
+        self._best: Mapping[str, Any] = {}
+        self._last: Mapping[str, Any] = {}
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Print what will be run and start the progress bar."""
@@ -127,16 +128,17 @@ class TerminalObserver:
 
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
-        self._rows.append(row)
+        if row["global_accuracy"] is not None:
+            self._last = row
+            if not self._best or row["global_accuracy"] > self._best["global_accuracy"]:
+                self._best = row
         self._rounds_trained += row["round"] > 0
         self._console.print(Text(round_line(row, self._rounds)))
 
     def run_finished(self, path: Path) -> None:
         """Print the closing table."""
         self.close()
-        measured = [row for row in self._rows if row["global_accuracy"] is not None]
-        best = max(measured, key=lambda row: row["global_accuracy"])
-        last = measured[-1]
+        best, last = self._best, self._last
         failed = f", {self._clients_failed} failed" if self._clients_failed else ""
         table = _Facts()
         table.add_row("accuracy", f"{last['global_accuracy']:.4f} at the end")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fedsim.core.units import parse_bytes
 ROOT = Path(__file__).parents[2]
 KEYS = [name.replace("_", "-") for name in RunConfig.model_fields]
 TWO = "2 or more: norm = 'batch' cannot normalise one sample in resnet18's last stage"
-SEVERAL = "a whole number of 1 or more, or a list of them"
+SEVERAL = "a whole number from 1 to 1,000,000,000, or a list of them"
 RATES = "a finite number above 0, or a list of them"
 FORMS = "none, all, first:K, last:K, every:K or sketch:K with K from 1, a sketch to 1,048,576"
 BYTES = "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'"
@@ -29,9 +30,13 @@ TABLES = "tables [client.<partition>] with whole numbers for partitions"
 BAD_VALUES = [
     ("dataset", "mnist", "digits, cifar10, cifar100, synthetic or synthetic:SAMPLES[:CLASSES]"),
     ("dataset", "synthetic:5", "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
+    ("dataset", "synthetic:\uff16\uff10:3", "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
+    ("dataset", "synthetic:" + "9" * 19, "synthetic:SAMPLES[:CLASSES] with at least 2 classes"),
     ("dataset", 3, "a text"),
     ("data-root", 3, "a text"),
+    ("data-root", "a\0b", "a path in UTF-8 without a zero byte"),
     ("clients", 0, "a value of at least 1"),
+    ("clients", 10**9 + 1, "a value of at most 1000000000"),
     ("clients", "ten", "a whole number"),
     ("clients", 2.0, "a whole number"),
     ("clients", True, "a whole number"),
@@ -44,6 +49,7 @@ BAD_VALUES = [
     ("partition", "shards:0", "dirichlet, iid, shards or shards:K"),
     ("partition", "shards:144", "at most 143 shards a client with 1438 samples"),
     ("partition", 1, "a text"),
+    ("partition", "shards:\u0663", "dirichlet, iid, shards or shards:K"),
     ("alpha", 0.0, "a value above 0.0"),
     ("alpha", -1, "a value above 0.0"),
     ("alpha", "x", "a number"),
@@ -83,6 +89,7 @@ BAD_VALUES = [
     ("local-epochs", 0, SEVERAL),
     ("local-epochs", "x", SEVERAL),
     ("local-steps", 0, SEVERAL),
+    ("local-steps", 10**30, SEVERAL),
     ("local-steps", "x", SEVERAL),
     ("client", 3, TABLES),
     ("capture", "some", FORMS),
@@ -106,7 +113,7 @@ BAD_VALUES = [
     ("capture-budget", 1.5, "a number of bytes above 0 with a unit"),
     ("gradient-statistics", "yes", "true or false"),
     ("gradient-statistics", 1, "true or false"),
-    ("strategy", "fedprox", "one of 'delta-fedavg'"),
+    ("strategy", "fedsgd", "one of 'delta-fedavg', 'fedavgm', 'fedadagrad', 'fedadam', 'fedyogi'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 65, "a value of at most 64"),
     ("workers", "x", "a whole number"),
@@ -117,6 +124,7 @@ BAD_VALUES = [
     ("client-gpus", float("inf"), "a finite number"),
     ("client-gpus", "x", "a number"),
     ("autocast", "float32", "one of 'none', 'bfloat16', 'float16'"),
+    ("autocast", "\udcff", "one of 'none', 'bfloat16', 'float16'"),
     ("autocast", True, "one of 'none', 'bfloat16', 'float16'"),
     ("compile", "max", "true or false"),
     ("compile", 1, "true or false"),
@@ -125,7 +133,14 @@ BAD_VALUES = [
     ("evaluate-every", "x", "a whole number"),
     ("max-failures", -1, "a value of at least 0"),
     ("max-failures", "x", "a whole number"),
+    ("client-timeout", 0, "a value above 0"),
+    ("client-timeout", math.inf, "a finite number"),
+    ("client-timeout", "x", "a number"),
+    ("allow-divergence", 1, "true or false"),
+    ("deterministic", "yes", "true or false"),
     ("output", 3, "a text"),
+    ("output", "\udcff", "a path in UTF-8 without a zero byte"),
+    ("output", "a\0b", "a path in UTF-8 without a zero byte"),
 ]
 
 # everything given, field of the message, value in the message, what it says is allowed
@@ -134,6 +149,8 @@ BAD_COMBINATIONS = [
     ({"nesterov": True, "optimizer": "adam"}, "nesterov", True, "only with optimizer = 'sgd'"),
     ({"clients": 3, "seed": 1}, "clients-per-round", 4, "1 to the number of clients, 3"),
     ({"clients": 144}, "min-samples", 10, "at most 9: digits has 1438 training samples"),
+    ({"clients": 720}, "clients", 720, "at most 719: digits has 1438 training samples"),
+    ({"clients": 1439, "model": "cnn"}, "clients", 1439, "at most 1438: digits has 1438 training"),
     ({"learning-rate": [0.1, -1.0]}, "learning-rate", -1.0, RATES),
     ({"learning-rate": [float("inf")]}, "learning-rate", float("inf"), RATES),
     ({"learning-rate": [0.1, "x"]}, "learning-rate", "x", RATES),
@@ -176,7 +193,9 @@ BAD_COMBINATIONS = [
     ({"client": {"10": {"batch-size": 8}}}, "client.10", {"batch-size": 8}, "clients 0 to 9"),
     ({"clients_per_round": 3}, "clients_per_round", 3, "perhaps clients-per-round"),
     ({"a1": 3}, "a1", 3, "one of dataset"),
-    ({"": 3}, "", 3, "one of dataset"),
+    ({"": 3}, "''", 3, "one of dataset"),
+    ({"a\nb": 3}, r"'a\nb'", 3, "one of dataset"),
+    ({"x" * 99: 3}, "'" + "x" * 76 + "...", 3, "one of dataset"),
     ({"participants": [[0, 1]]}, "participants", [[0, 1]], "each of the 5 rounds"),
     ({"learning-rat": 0.1}, "learning-rat", 0.1, "a known key, perhaps learning-rate"),
     ({"client-per-round": 3}, "client-per-round", 3, "perhaps clients-per-round"),
@@ -272,6 +291,9 @@ def test_cnn_and_group_norm_may_have_batches_and_clients_of_one():
         ("momentum", 0, 0.0),
         ("weight-decay", 0, 0.0),
         ("max-failures", 0, 0),
+        ("client-timeout", 1, 1.0),
+        ("allow-divergence", True, True),
+        ("deterministic", True, True),
         ("dataset", "synthetic:1000:7", "synthetic:1000:7"),
         ("partition", "shards:143", "shards:143"),
         ("capture", "last:3", "last:3"),
@@ -310,7 +332,8 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("data-root", "participants", "nesterov", "local-steps", "client", "capture-layers"),
         *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
-        *("evaluate-every", "max-failures", "output"),
+        *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
+        *("allow-divergence", "output"),
     }
 
 
@@ -446,6 +469,8 @@ FULL = {
     "gradient-statistics": False,
     "autocast": "float16",
     "compile": True,
+    "deterministic": True,
+    "client-timeout": 2.5,
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
     "client-gpus": 0.25,

@@ -111,6 +111,13 @@ def test_a_tiny_alpha_gives_a_class_to_one_client(alpha):
     assert len(set(counts.argmax(axis=0))) > 10
 
 
+@pytest.mark.parametrize("alpha", [1e17, 1e300, 1.7e308])
+def test_a_huge_alpha_gives_every_client_the_same_share_of_a_class(alpha):
+    labels = np.repeat(np.arange(10), 60)
+    counts = class_counts(deal(labels, clients=6, alpha=alpha, min_samples=0), labels, 10)
+    assert abs(counts - 10).max() <= 1
+
+
 @pytest.mark.parametrize("alpha", [1e-6, 1e-300, 1e300])
 def test_an_extreme_alpha_still_covers_every_sample(alpha):
     partition = deal(np.repeat(np.arange(10), 30), clients=6, alpha=alpha, min_samples=5)

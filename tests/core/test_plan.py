@@ -196,6 +196,17 @@ def test_listed_participants_of_different_numbers_are_counted_as_listed():
     assert plan.run_bytes == 20 * 78_184 + 9 * 78_848
 
 
+@pytest.mark.parametrize(
+    ("strategy", "kept"),
+    [("delta-fedavg", 0), ("fedavgm", 1), ("fedadagrad", 2), ("fedadam", 2), ("fedyogi", 2)],
+)
+def test_what_a_strategy_keeps_of_the_parameters_is_counted_in_every_round(strategy, kept):
+    plan, plain = (prepare(strategy=s, rounds=3) for s in (strategy, "delta-fedavg"))
+    assert plan.strategy_bytes == kept * 4 * CNN_PARAMETERS
+    assert plan.round_bytes(2) - plain.round_bytes(2) == plan.strategy_bytes
+    assert plan.run_bytes - plain.run_bytes == 3 * plan.strategy_bytes
+
+
 def test_capture_layers_that_match_nothing_are_refused():
     with pytest.raises(ConfigError) as caught:
         prepare(capture_layers=["fc.*", "head.*"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,10 +19,11 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
-from fedsim.flower.server_app import execute, manifest_of
+from fedsim.flower.server_app import execute, manifest_of, versions
 from fedsim.recording.files import read_lines
+from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.verify import verify
-from fedsim.recording.writer import RunWriter
+from fedsim.recording.writer import RunWriter, is_being_written
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -54,7 +57,7 @@ def go(plan: RunPlan, path: Path, *, before: Any = None, resume: bool = False) -
         observer=observer,
         workers=2,
         stop=threading.Event(),
-        resume=resume,
+        recovery=find_recovery(path) if resume else None,
     )
     return observer
 
@@ -136,28 +139,115 @@ def test_a_torn_row_is_dropped(plan: RunPlan, whole: Path, tmp_path: Path, cut: 
     assert verify(tmp_path / "run").violations == []
 
 
-def test_a_state_that_is_not_that_of_its_row_is_not_continued(
-    plan: RunPlan, tmp_path: Path
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global.safetensors",
+        "clients/P/gradients-00000.safetensors",
+        "clients/P/steps.jsonl",
+    ],
+)
+def test_a_damaged_last_round_is_made_again(
+    plan: RunPlan, whole: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
     with pytest.raises(FedsimError, match="enough"):
-        go(plan, tmp_path / "run", before=fail_in(2, plan.config.participants_of(2)[0]))
-    path = tmp_path / "run/rounds/0001/global.safetensors"
-    broken = bytearray(path.read_bytes())
-    broken[-1] ^= 1
-    path.write_bytes(broken)
-    with pytest.raises(InputError, match=r"0001/global\.safetensors is not the state that round 1"):
-        go(plan, tmp_path / "run", resume=True)
+        go(plan, tmp_path / "run", before=fail_in(3, plan.config.participants_of(3)[0]))
+    name = f"rounds/0002/{name}".replace("/P/", f"/{plan.config.participants_of(2)[0]:04d}/")
+    damage_file(tmp_path / "run" / name, damage)
+    recovery = find_recovery(tmp_path / "run")
+    told = "cannot be read: No such file or directory" if damage == "delete" else "is not what"
+    assert recovery.round == 1
+    assert recovery.damage[0].startswith(f"{name} {told}")
+    observer = go(plan, tmp_path / "run", resume=True)
+    assert [event[1] for event in observer.of("round finished")] == [2, 3, 4]
+    assert contents(tmp_path / "run") == contents(whole)
+    assert verify(tmp_path / "run").violations == []
+    resumed = json.loads((tmp_path / "run/run.json").read_bytes())["resumed"]
+    assert resumed == [{"after": 1, "versions": versions()}]
+
+
+def damage_file(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[:-3])
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "clients.jsonl"])
+def test_rows_that_were_changed_make_their_round_be_made_again(
+    plan: RunPlan, whole: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=fail_in(3, plan.config.participants_of(3)[0]))
+    path = tmp_path / "run" / name
+    lines = path.read_bytes().splitlines(keepends=True)
+    # The last row of round 2; what comes after it in clients.jsonl are those of round 3.
+    row = max(i for i, line in enumerate(lines) if b'"round":2,' in line)
+    lines[row] = lines[row].replace(b'"round":2,', b'"round":2 ,')
+    path.write_bytes(b"".join(lines))
+    assert find_recovery(tmp_path / "run").damage == [f"{name} is not what was written"]
+    go(plan, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
+    assert verify(tmp_path / "run").violations == []
+
+
+def test_damage_before_the_last_round_is_left_to_verify(
+    plan: RunPlan, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=fail_in(4, plan.config.participants_of(4)[0]))
+    path = tmp_path / "run/rounds/0001/aggregate.safetensors"
+    path.unlink()
+    assert find_recovery(tmp_path / "run").round == 3
+    go(plan, tmp_path / "run", resume=True)
+    assert hashes(tmp_path / "run") == hashes(whole)
+    (violation, *_) = verify(tmp_path / "run").violations
+    assert "rounds/0001/aggregate.safetensors" in violation
 
 
 def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) -> None:
     path = tmp_path / "run"
     first = RunWriter.create(path, manifest_of(plan), plan.partition)
     with pytest.raises(InputError, match="is being written by another process"):
-        RunWriter.reopen(path, plan.config.to_mapping())
+        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {})
+    assert is_being_written(path)
     del first
-    # The lock is gone with its owner; what is missing now is a round.
-    with pytest.raises(InputError, match="holds no whole round"):
-        RunWriter.reopen(path, plan.config.to_mapping())
+    # The kernel gives the lock back.
+    assert not is_being_written(path)
+
+
+@pytest.mark.parametrize("left", ["run.json", "partition.safetensors", "rounds/0000"])
+def test_a_run_killed_before_its_first_round_begins_again(
+    plan: RunPlan, whole: Path, tmp_path: Path, left: str
+) -> None:
+    """`left` is the last thing that was written."""
+    path = tmp_path / "run"
+    writer = RunWriter.create(path, manifest_of(plan), plan.partition)
+    if left == "rounds/0000":
+        writer.add_state(0, plan.initial_state)
+    del writer
+    if left == "run.json":
+        for name in ("partition.safetensors", "rounds.jsonl", "clients.jsonl"):
+            (path / name).unlink()
+        lines = (path / "checksums.jsonl").read_bytes().splitlines(keepends=True)
+        (path / "checksums.jsonl").write_bytes(lines[0])
+    assert find_recovery(path) == Recovery(-1, 0, [])
+    go(plan, path, resume=True)
+    assert contents(path) == contents(whole)
+    assert verify(path).violations == []
+
+
+def test_a_run_whose_rounds_are_all_damaged_is_not_begun_again(
+    plan: RunPlan, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    (path / "rounds.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match="holds no whole round: rounds"):
+        find_recovery(path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.training import load_batches, load_state, make_optimizer
 from fedsim.flower.client_app import app
-from fedsim.flower.rounds import traceback_of
 from fedsim.flower.server_app import check_output, execute
 from fedsim.recording.reader import load_run
 from tests.flower.conftest import SMALL
@@ -230,19 +229,6 @@ def test_a_failed_client_stops_the_run_and_is_named(run_locally, tmp_path):
     run = load_run(tmp_path / "run")
     assert (run.status, len(run.round_rows)) == ("failed", 2)
     assert "the sensor is gone" in run.manifest["error"]
-
-
-def test_of_a_chain_of_tracebacks_the_clients_own_is_told():
-    ray = (
-        "<class 'flwr.ClientAppException'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)\n"
-        '           ^^^^\n  File "client.py", line 3, in fit\n    1 / 0\nZeroDivisionError: zero\n'
-        "\nThe above exception was the direct cause of the following exception:\n\n"
-        "ray::ClientAppActor.run()\nflwr.ClientAppException: zero'>"
-    )
-    told = '  File "client.py", line 3, in fit\n    1 / 0\nZeroDivisionError: zero'
-    assert traceback_of(ray) == told
-    assert traceback_of("<class 'flwr.Gone'>:<'the node is gone'>").endswith("the node is gone")
-    assert traceback_of("") == "no reason given"
 
 
 def test_max_failures_lets_the_survivors_go_on(run_locally):

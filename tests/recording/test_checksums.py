@@ -40,7 +40,7 @@ def test_lines_come_back_as_they_were_written(name: str, tmp_path: Path) -> None
     files = {name: Checksum(3, "ab" * 16), "other": Checksum(4, "cd" * 16)}
     path = tmp_path / "checksums.jsonl"
     for line in (ONE, {}, files):
-        append_line(path, checksum_line(line))
+        append_line(path, checksum_line(line), at=path.stat().st_size if path.exists() else 0)
     assert path.read_bytes().isascii()
     assert path.read_bytes().count(b"\n") == 3
     assert list(read_checksums(path)) == [

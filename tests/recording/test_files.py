@@ -22,6 +22,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from fedsim.core.errors import RunFailedError
 from fedsim.recording.files import (
     _READ_BYTES,
     DTYPES,
@@ -145,7 +146,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(mask: int, mode: int, tmp_p
     try:
         write_tensors(tmp_path / "tensors", {"a": np.zeros(1)})
         write_json(tmp_path / "json", {})
-        append_line(tmp_path / "appended", b"{}\n")
+        append_line(tmp_path / "appended", b"{}\n", at=0)
         lines = LineFile(tmp_path / "lines")
         lines.close()
     finally:
@@ -490,10 +491,10 @@ def test_a_row_is_appended_with_one_write(tmp_path: Path) -> None:
         return int(counters.read_text().split("syscw: ")[1].split()[0])
 
     path = tmp_path / "rows.jsonl"
-    append_line(path, json_line({"row": 0}))
+    append_line(path, json_line({"row": 0}), at=0)
     before = writes()
     # Larger than any buffer on the way.
-    append_line(path, json_line({"row": 1, "text": "x" * 1_000_000}))
+    append_line(path, json_line({"row": 1, "text": "x" * 1_000_000}), at=10)
     assert writes() - before == 1
     assert [row["row"] for row in read_lines(path)] == [0, 1]
 
@@ -502,22 +503,30 @@ def test_a_row_that_the_disk_took_in_part_is_an_error_and_is_taken_back(tmp_path
     path = tmp_path / "rows.jsonl"
     row = json_line({"round": 1, "text": "longer than ten bytes"})
     with pytest.raises(OSError, match="No space left") as caught, file_size_limit(10):
-        append_line(path, row)
+        append_line(path, row, at=0)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b""
-    append_line(path, b'{"round":0}\n')
+    append_line(path, b'{"round":0}\n', at=0)
     with pytest.raises(OSError, match="No space left"), file_size_limit(20):
-        append_line(path, row)
+        append_line(path, row, at=12)
     assert path.read_bytes() == b'{"round":0}\n'
-    append_line(path, row)
+    append_line(path, row, at=12)
     assert [found["round"] for found in read_lines(path)] == [0, 1]
 
 
 def test_an_appended_line_is_the_bytes_given(tmp_path: Path) -> None:
-    append_line(tmp_path / "rows", b"one\n")
-    append_line(tmp_path / "rows", b"\xff\x00two\n")
+    append_line(tmp_path / "rows", b"one\n", at=0)
+    append_line(tmp_path / "rows", b"\xff\x00two\n", at=4)
     assert (tmp_path / "rows").read_bytes() == b"one\n\xff\x00two\n"
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_file_that_somebody_else_wrote_to_is_not_appended_to(tmp_path: Path, at: int) -> None:
+    (tmp_path / "rows").write_bytes(b"one\n")
+    with pytest.raises(RunFailedError, match=f"another program: it has 4 bytes, not {at}"):
+        append_line(tmp_path / "rows", b"two\n", at=at)
+    assert (tmp_path / "rows").read_bytes() == b"one\n"
 
 
 def test_a_last_line_without_its_newline_is_no_line(tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ from fedsim.core.inputs import (
     parse_json,
     read_text_bytes,
 )
+from fedsim.flower.server_app import versions
 from fedsim.recording import rows
 from fedsim.recording.checksums import checksum_line, read_checksums
-from fedsim.recording.continuation import check_continuable
 from fedsim.recording.files import Checksum, json_line, text_lines, write_tensors
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import TensorFile
+from fedsim.recording.recovery import check_continuable, find_recovery
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from tests import fuzz
@@ -505,7 +506,9 @@ def test_where_a_run_says_that_its_data_was_nothing_is_made(tmp_path: Path) -> N
 
 def unfinished(run: Path) -> None:
     """Let the run have a second round to go, as one that was killed in it."""
-    writer = RunWriter.reopen(run, load_run(run).config.to_mapping() | {"rounds": 2})
+    config = load_run(run).config.to_mapping() | {"rounds": 2}
+    partition = list(load_run(run).partition.values())
+    writer = RunWriter.reopen(run, config, partition, find_recovery(run), versions())
     (run / "rounds/0002").mkdir()
     (run / "rounds/0002/half").write_text("half")
     writer.close()
@@ -561,19 +564,13 @@ def forget_rounds(path: Path, outside: Path) -> None:
         ("rounds.jsonl", link_to("rounds.jsonl"), "{run}/rounds.jsonl is not a file or folder"),
         ("clients.jsonl", link_to("clients.jsonl"), "{run}/clients.jsonl is not a file or folder"),
         ("rounds/0001", link_to("rounds/0001"), "{run}/rounds/0001 is not a file or folder that"),
-        ("clients.jsonl", flip_last, "{run}/clients.jsonl is not what was written"),
-        ("clients.jsonl", cut, "{run}/clients.jsonl is not what was written"),
-        ("rounds.jsonl", flip_last, "{run}/rounds.jsonl is not what was written"),
+        ("run.json", cut, "{run}/run.json is not what was written"),
+        ("partition.safetensors", cut, "{run}/partition.safetensors is not a whole safetensors"),
         ("checksums.jsonl", flip_last, "{run}/checksums.jsonl: line 6 is not what was written"),
         (
             "checksums.jsonl",
             forget_rounds,
-            "{run}/rounds.jsonl does not have a line for each of the rounds 0 to 0, of which",
-        ),
-        (
-            "rounds/0001/global.safetensors",
-            flip_last,
-            "{run}/rounds/0001/global.safetensors is not the state that round 1 ended with",
+            "{run}/rounds.jsonl has lines that checksums.jsonl does not list; allowed is a run",
         ),
     ],
 )
@@ -594,9 +591,25 @@ def test_a_run_that_is_not_continued_is_not_changed(
     err = capsys.readouterr().err
     assert err.startswith(f"fedsim: {sentence.format(run=run)}")
     assert err.count("\n") == 1
-    with pytest.raises(InputError):
-        RunWriter.reopen(run, {})
     assert fuzz.snapshot(tmp_path) == before
+
+
+def test_a_writer_looks_at_the_places_itself(run: Path, outside: Path, tmp_path: Path) -> None:
+    unfinished(run)
+    recovery = find_recovery(run)
+    shutil.rmtree(run / "rounds/0002")
+    (run / "rounds/0002").symlink_to(outside)
+    before = fuzz.snapshot(tmp_path)
+    with pytest.raises(InputError, match="0002 is not a file or folder that a run writes"):
+        RunWriter.reopen(run, {}, [], recovery, versions())
+    assert fuzz.snapshot(tmp_path) == before
+
+
+def test_a_forged_row_is_no_round_to_go_on_after(run: Path) -> None:
+    edit_line(run / "rounds.jsonl", 1, lambda row: row.update(state_sha256="0" * 64))
+    reseal(run)
+    with pytest.raises(InputError, match="is not the state that round 1 ended with"):
+        find_recovery(run)
 
 
 def test_a_manifest_that_was_edited_is_not_continued(

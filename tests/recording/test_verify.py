@@ -21,9 +21,11 @@ from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
+from fedsim.recording import proofs
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, read_lines, write_tensors
 from fedsim.recording.findings import Findings
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
@@ -298,6 +300,90 @@ def test_a_changed_state_is_found_with_its_row_and_without(copied: Path) -> None
     assert "13.bias is not the state before plus the aggregate" in violation
 
 
+@pytest.fixture(scope="module")
+def adam(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One round of FedAdam. Never write into it: copy it."""
+    path = tmp_path_factory.mktemp("adam") / "run"
+    return record(plan, path, strategy="fedadam", capture="none")
+
+
+def follow_the_state(root: Path, number: int) -> None:
+    """Give a changed state's row its hash, and every file its checksum."""
+    state = safetensors.numpy.load_file(RunLayout(root).state(number))
+
+    def follow(rows: list[dict[str, Any]]) -> None:
+        rows[number]["state_sha256"] = state_sha256(state)
+
+    rewrite_lines(root / "rounds.jsonl", follow)
+    reseal(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "check", "said"),
+    [
+        ("global", "13.bias", "state", "13.bias is not the state before plus the step of fedadam"),
+        ("global", "1.running_var", "state", "1.running_var is not the state before plus the ag"),
+        ("strategy", "m/13.bias", "state", "13.bias is not the state before plus the step of fed"),
+        ("strategy", "v/0.weight", "state", "0.weight is not the state before plus the step of f"),
+        ("aggregate", "13.bias", "aggregate", "13.bias is not the weighted mean of the deltas"),
+    ],
+)
+def test_a_forged_server_step_is_found(
+    adam: Path, tmp_path: Path, file: str, array: str, check: str, said: str
+) -> None:
+    root = Path(shutil.copytree(adam, tmp_path / "run"))
+
+    def change(arrays: Arrays) -> None:
+        arrays[array].flat[0] *= np.float32(1.001)
+
+    rewrite_tensors(root / f"rounds/0001/{file}.safetensors", change)
+    follow_the_state(root, 1)
+    ((found, (violation,)),) = violations_of(verify(root)).items()
+    assert found == check
+    assert said in violation
+
+
+def test_a_strategy_file_that_lacks_an_array_or_is_not_there_is_found(
+    adam: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(adam, tmp_path / "run"))
+    path = root / "rounds/0001/strategy.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    write_tensors(path, {name: array for name, array in arrays.items() if name != "v/13.bias"})
+    reseal(root)
+    ((check, (violation,)),) = violations_of(verify(root)).items()
+    assert check == "state"
+    assert "v/13.bias" in violation
+    path.unlink()
+    findings = verify(root)
+    assert findings.violations == ["rounds/0001/strategy.safetensors is not there"]
+    assert findings.checks["state"].unproven == ["rounds/0001/strategy.safetensors is damaged"]
+
+
+def test_of_a_strategy_whose_step_is_unknown_buffers_and_hash_are_proven(
+    adam: Path, tmp_path: Path
+) -> None:
+    def findings_of(root: Path) -> Findings:
+        run, findings = load_run(root), Findings()
+        run.__dict__["config"] = run.config.model_copy(update={"strategy": "fedmedian"})
+        proofs.prove_state(run, 1, findings)
+        return findings
+
+    findings = findings_of(adam)
+    assert findings.checks["state"].proven == 1
+    assert findings.checks["state"].unproven == [
+        "parameters: fedmedian moves them otherwise than by the aggregate"
+    ]
+    root = Path(shutil.copytree(adam, tmp_path / "run"))
+
+    def change(arrays: Arrays) -> None:
+        arrays["1.running_mean"][0] += 1
+
+    rewrite_tensors(root / "rounds/0001/global.safetensors", change)
+    (violation,) = findings_of(root).violations
+    assert "1.running_mean is not the state before plus the aggregate" in violation
+
+
 def test_a_changed_initial_state_is_found(copied: Path) -> None:
     path = copied / "rounds/0000/global.safetensors"
 
@@ -419,6 +505,43 @@ def test_rounded_gradients_lead_near_the_delta(plan: RunPlan, tmp_path: Path, dt
     (note,) = findings.checks["replay"].notes
     assert note.endswith(f"gradients are stored as {dtype}")
     assert findings.checks["recomputed"].proven == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_as_small_as_the_rounding_of_a_parameter_lead_near_the_delta(
+    plan: RunPlan, tmp_path: Path, dtype: str, optimizer: str
+) -> None:
+    changes = {"capture-dtype": dtype, "optimizer": optimizer, "learning-rate": 1e-7}
+    findings = verify(record(plan, tmp_path / "run", **changes))
+    assert violations_of(findings) == {}
+    assert findings.checks["replay"].unproven == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_delta_beside_that_of_rounded_gradients_is_found(
+    plan: RunPlan, tmp_path: Path, dtype: str, optimizer: str
+) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["8.weight"] *= np.float32(1.02)
+
+    root = record(plan, tmp_path / "run", **{"capture-dtype": dtype, "optimizer": optimizer})
+    rewrite_tensors(root / "rounds/0001/clients/0002/delta.safetensors", change)
+    reseal(root)
+    (violation,) = violations_of(verify(root))["replay"]
+    assert violation.endswith("8.weight is not where the gradients lead, off by 2.0e-02")
+
+
+def test_gradients_that_float16_cannot_hold_prove_nothing(plan: RunPlan, tmp_path: Path) -> None:
+    changes = {"capture-dtype": "float16", "learning-rate": 1e6, "momentum": 0.0}
+    root = record(plan, tmp_path / "run", **changes)
+    norms = [row["gradient_norm"] for path in root.rglob("steps.jsonl") for row in read_lines(path)]
+    assert any(norm and norm > 65504 for norm in norms)
+    findings = verify(root, recompute=1)
+    assert violations_of(findings) == {}
+    unproven = set(findings.checks["replay"].unproven)
+    assert unproven == {"gradients are not finite, or too large for float16"}
 
 
 @pytest.mark.parametrize("capture", ["none", "sketch:64"])

@@ -44,6 +44,7 @@ def test_rounds_and_clients_have_four_digits_or_more(
     assert layout.round(number) == Path("RUN", folder)
     assert layout.state(number) == Path("RUN", folder, "global.safetensors")
     assert layout.aggregate(number) == Path("RUN", folder, "aggregate.safetensors")
+    assert layout.strategy(number) == Path("RUN", folder, "strategy.safetensors")
     assert layout.client(number, partition) == Path("RUN", client)
     assert layout.delta(number, partition) == Path("RUN", client, "delta.safetensors")
     assert layout.steps(number, partition) == Path("RUN", client, "steps.jsonl")
@@ -222,6 +223,31 @@ def test_the_files_of_a_client_are_listed_with_the_checksums_that_it_told(tmp_pa
         f"{folder}/sketch.safetensors": told["sketch.safetensors"],
         f"{folder}/delta.safetensors": Checksum.of_file(root / folder / "delta.safetensors"),
     }
+
+
+def test_what_a_strategy_keeps_is_read_back_or_refused_by_its_path(tmp_path: Path) -> None:
+    writer = make(tmp_path / "run")
+    path = tmp_path / "run/rounds/0001/strategy.safetensors"
+    kept = {"m/w": np.array([0.5, -2], np.float32), "m/b": np.array(3, np.float32)}
+    writer.add_round({"round": 0})
+    writer.add_strategy_state(1, kept)
+    writer.add_round({"round": 1})
+    assert writer.strategy_state(0) == {}
+    found = writer.strategy_state(1)
+    assert {n: (a.dtype.name, a.tolist()) for n, a in found.items()} == {
+        "m/w": ("float32", [0.5, -2]),
+        "m/b": ("float32", 3),
+    }
+    assert list(found) == list(kept)
+    listed = list(read_checksums(tmp_path / "run/checksums.jsonl"))[-1]
+    assert listed.files["rounds/0001/strategy.safetensors"] == Checksum.of_file(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError) as refused:
+        writer.strategy_state(1)
+    assert str(refused.value) == f"{path} is not what the strategy kept after round 1"
+    path.unlink()
+    with pytest.raises(InputError, match="is not what the strategy kept after round 1"):
+        writer.strategy_state(1)
 
 
 def test_a_run_that_is_taken_up_again_goes_on_with_its_rows(tmp_path: Path) -> None:

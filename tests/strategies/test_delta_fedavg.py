@@ -1,82 +1,24 @@
-import json
 import random
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import DeltaFedAvg, view_of
-from strategies.registry import NAMES, build_strategy
+from strategies.delta_fedavg import DeltaFedAvg
 from tests.local_grid import LocalGrid
-
-
-def global_state():
-    random_numbers = np.random.default_rng(0)
-    return {
-        "conv.weight": random_numbers.normal(size=(8, 3, 3, 3)).astype(np.float32),
-        "bn.running_var": random_numbers.uniform(0.5, 2, size=8).astype(np.float32),
-        "bn.num_batches_tracked": np.array(10, dtype=np.int64),
-        "fc.bias": random_numbers.normal(size=4).astype(np.float32),
-    }
-
-
-def local_state(partition):
-    random_numbers = np.random.default_rng(100 + partition)
-    return {
-        name: array + 1 + partition
-        if array.dtype == np.int64
-        else (array + random_numbers.normal(scale=0.1, size=array.shape)).astype(np.float32)
-        for name, array in global_state().items()
-    }
-
-
-SIZES = {0: 70, 1: 400, 2: 25, 3: 400, 4: 131}
-
-
-def reply(partition, *, state=None, num_examples=None, node=None):
-    content = wire.reply_content(
-        wire.array_record(state or local_state(partition)),
-        SIZES[partition] if num_examples is None else num_examples,
-        {"loss": float(partition), "telemetry": json.dumps({"partition": partition})},
-    )
-    message = Message(content, dst_node_id=1, message_type="train")
-    message.metadata.__dict__["_src_node_id"] = node or 1000 - partition
-    return message
-
-
-def failure():
-    asked = Message(RecordDict(), dst_node_id=1, message_type="train")
-    asked.metadata.__dict__["_message_id"] = "1"
-    return Message(Error(code=2, reason="it broke"), reply_to=asked)
-
-
-class Exporter:
-    def __init__(self):
-        self.clients, self.aggregates, self.states = [], {}, {}
-
-    def add_client(self, row, delta):
-        self.clients.append((row, delta))
-
-    def add_aggregate(self, round_number, aggregate):
-        self.aggregates[round_number] = aggregate
-
-    def add_state(self, round_number, state):
-        self.states[round_number] = state
-
-
-def started(strategy):
-    grid = LocalGrid(ClientApp(), clients=5)
-    list(
-        strategy.configure_train(3, wire.array_record(global_state()), ConfigRecord(), grid),
-    )
-    return strategy
-
-
-def bits(arrays):
-    return {name: array.numpy().tobytes() for name, array in arrays.items()}
+from tests.strategies.replies import (
+    SIZES,
+    Exporter,
+    bits,
+    failure,
+    global_state,
+    local_state,
+    reply,
+    started,
+)
 
 
 def test_the_state_equals_flowers_fedavg_to_1e_6():
@@ -184,24 +126,6 @@ def test_a_weight_that_is_no_whole_number_is_refused():
         started(DeltaFedAvg()).aggregate_train(3, [odd])
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
-        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
-        np.array(7, dtype=np.int64),
-        np.zeros((0, 3), dtype=np.float32),
-    ],
-)
-def test_arrays_of_a_message_are_viewed_without_a_copy(array):
-    sent = Array(array)
-    seen = view_of(sent)
-    assert (seen.dtype, seen.shape) == (array.dtype, array.shape)
-    np.testing.assert_array_equal(seen, array)
-    assert not seen.flags.owndata
-    assert not seen.flags.writeable
-
-
 def test_it_runs_under_flowers_own_start_like_fedavg():
     def run(strategy):
         app = ClientApp()
@@ -230,12 +154,3 @@ def test_it_runs_under_flowers_own_start_like_fedavg():
         # Deltas 1 to 4 with weights 10 to 40 have the mean 3.
         np.testing.assert_allclose(ours[name].numpy(), global_state()[name] + 9, atol=1e-5)
     assert int(ours["bn.num_batches_tracked"].numpy()) == 19
-
-
-def test_the_registry_and_the_configuration_name_the_same_strategies():
-    from typing import get_args
-
-    from fedsim.core.config import RunConfig
-
-    assert get_args(RunConfig.model_fields["strategy"].annotation) == NAMES
-    assert all(build_strategy(name, Exporter()) for name in NAMES)

@@ -1,0 +1,31 @@
+"""The one place that decides how far torch's arithmetic repeats."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_deterministic(deterministic: bool) -> None:
+    """Let torch use, for the rest of this process, algorithms that repeat to the bit only, or any.
+
+    On a CPU everything that fedsim calls repeats with either, as long as the number of threads is
+    the same (`torch.set_num_threads`): the sums of a convolution are split by threads. On a GPU
+    cuDNN and cuBLAS choose algorithms whose sums come in any order unless told not to, and an
+    operation that has no other way raises RuntimeError.
+
+    Parameters
+    ----------
+    deterministic : bool
+        Whether to insist.
+    """
+    if deterministic:
+        # cuBLAS reads it when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling fresh memory finds reads of what was never written; it decides no result and costs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+    # Its choice by stopwatch differs from run to run.
+    torch.backends.cudnn.benchmark = False

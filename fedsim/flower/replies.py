@@ -1,0 +1,100 @@
+"""Telling whether a client's reply can be folded, and if not why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from fedsim.core.aggregation import check_like, first_not_finite
+from fedsim.flower import messages as wire
+from strategies.folding import telemetry_of, view_of
+
+State = Mapping[str, NDArray[np.generic]]
+
+
+def problem_of(
+    reply: Message,
+    reference: State,
+    *,
+    partition: int,
+    num_samples: int,
+    folder: Path,
+    allow_divergence: bool,
+) -> str | None:
+    """Say why a reply to a training message cannot be folded.
+
+    Parameters
+    ----------
+    reply : Message
+        Of the client.
+    reference : mapping of str to ndarray
+        The global state that was sent.
+    partition : int
+        Who was asked.
+    num_samples : int
+        Samples of that partition: the weight.
+    folder : Path
+        Where the client left its files of the round.
+    allow_divergence : bool
+        Whether values that are not finite are taken.
+
+    Returns
+    -------
+    str or None
+        The cause, the last line of it one sentence about the client; None for a good reply.
+    """
+    if reply.has_error():
+        return traceback_of(reply.error.reason or "")
+    try:
+        row = telemetry_of(reply)
+        record = next(iter(reply.content.array_records.values()))
+        local = {name: view_of(array) for name, array in record.items()}
+        weight = next(iter(reply.content.metric_records.values()))[wire.NUM_EXAMPLES]
+        check_like(local, reference)
+        if row["partition"] != partition:
+            return f"returned the telemetry of client {row['partition']}"
+        if weight != num_samples:
+            return f"returned {wire.NUM_EXAMPLES} = {weight!r}; its partition has {num_samples}"
+        sizes = {str(name): int(file["bytes"]) for name, file in row["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        return f"returned what cannot be folded: {error or type(error).__name__}"
+    for name, size in sizes.items():
+        if (found := _size_of(folder / Path(name).name)) != size:
+            there = "is gone" if found is None else f"has {found} bytes"
+            return f"wrote {size} bytes to {folder / name}, which {there}"
+    if not allow_divergence and (layer := first_not_finite(local)):
+        return f"returned {layer} with values that are not finite{loss_of(row)}"
+    return None
+
+
+def loss_of(row: Mapping[str, Any]) -> str:
+    """Say, after a semicolon, at which local step a client's loss stopped to be finite."""
+    for step, loss in enumerate(row.get("loss_history", [])):
+        if not math.isfinite(loss):
+            return f"; its loss was not finite from local step {step} on"
+    return ""
+
+
+def traceback_of(reason: str) -> str:
+    """Give the client's own traceback out of the text that Flower sends for a failure."""
+    # Flower and Ray raise their own exceptions from the client's; a chain has its cause first.
+    first = reason.replace("\\n", "\n").partition("\nThe above exception was")[0]
+    lines = first.removesuffix("'>").rstrip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.lstrip().startswith("File ")]
+    if frames:
+        return "\n".join(lines[frames[0] :])
+    # Of what was not raised in the client, Flower tells "<class 'name'>:<'text'>".
+    return "\n".join(lines).partition(">:<'")[2] or "\n".join(lines) or "no reason given"
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return None

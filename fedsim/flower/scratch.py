@@ -1,0 +1,155 @@
+"""A folder for Ray's files that outlives nobody, and neither do the processes that use it.
+
+A run's engine is many processes with sockets, logs and shared memory. They must be gone after any
+end of the run: also after a kill that gives no chance to tidy up. A second process, the janitor,
+waits for the end of the first and removes both. Where it was killed too, the next run does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import psutil
+
+_PREFIX = "fedsim-"
+_OWNER = "owner"
+VARIABLE = "FEDSIM_SCRATCH"
+"""Environment variable with the folder, by which its processes are known."""
+_PATIENCE = 10.0
+
+
+class Scratch:
+    """A temporary folder that is removed, with every process started under it, at any end.
+
+    Used as a context manager. Within, the environment variable `VARIABLE` names the folder, so
+    that whatever is started inherits it.
+
+    Attributes
+    ----------
+    path : Path
+        The folder; short, for the path of a socket has room for about 100 characters.
+    """
+
+    def __enter__(self) -> Self:
+        """Remove what dead runs left, make the folder and start its janitor."""
+        sweep()
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # The kernel gives the lock of a dead process back: a folder whose lock can be had is free
+        # to be removed.
+        self._owner = (self.path / _OWNER).open("wb")
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
+        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+        self._janitor = subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-m", __name__, str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            # Out of reach of a Ctrl-C, and of the end of the terminal.
+            start_new_session=True,
+        )
+        os.environ[VARIABLE] = str(self.path)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let the janitor do its work, and wait for it."""
+        os.environ.pop(VARIABLE, None)
+        self._owner.close()
+        pipe: IO[bytes] | None = self._janitor.stdin
+        if pipe is not None:
+            pipe.close()
+        try:
+            self._janitor.wait(2 * _PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._janitor.kill()
+        # Where somebody killed the janitor.
+        clear(self.path)
+
+
+def sweep() -> None:
+    """Remove the folders of this user's runs that are dead, and what still runs in them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / _OWNER).open("rb") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Kill the processes that were started under a scratch folder, and remove it."""
+    processes = _processes_of(folder)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_PATIENCE)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(VARIABLE) == str(folder):
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def stack_when_late(partition: int, client_timeout: float | None) -> Iterator[None]:
+    """Have `place_of` know where a client is when its time is nearly over.
+
+    Parameters
+    ----------
+    partition : int
+        The client.
+    client_timeout : float or None
+        Seconds that it has; None for as many as it wants.
+    """
+    if client_timeout is None or VARIABLE not in os.environ:
+        yield
+        return
+    with _stack_file(partition).open("w") as file:
+        faulthandler.dump_traceback_later(0.8 * client_timeout, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def place_of(partition: int | None) -> str:
+    """Give the line of code at which a late client was; empty where that is not known."""
+    try:
+        text = _stack_file(partition).read_text()
+    except (OSError, KeyError):
+        return ""
+    # Python writes the main thread as the last of all, and its latest call first.
+    main = text.rpartition("Thread 0x")[2].splitlines()[1:2]
+    return main[0].strip() if main else ""
+
+
+def _stack_file(partition: int | None) -> Path:
+    return Path(os.environ[VARIABLE]) / f"stack-{partition}.txt"
+
+
+if __name__ == "__main__":
+    # Ends when the last holder of the other end does, however it ends.
+    sys.stdin.buffer.read()
+    clear(Path(sys.argv[1]))

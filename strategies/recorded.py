@@ -1,0 +1,175 @@
+"""Flower's own strategies with fedsim's rule for buffers, its exports and its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy.fedopt import FedOpt
+from numpy.typing import NDArray
+
+from fedsim.core.aggregation import apply_delta
+from fedsim.recording.layout import strategy_key
+from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
+
+
+@runtime_checkable
+class StatefulStrategy(Protocol):
+    """A strategy that is a function of the global state and of the arrays it keeps."""
+
+    def state_arrays(self) -> State:
+        """Give what is kept for the next round; empty where nothing is."""
+
+    def load_state_arrays(self, arrays: State) -> None:
+        """Go on from what `state_arrays` gave after some round."""
+
+
+class Recorded(Strategy):
+    """Runs one of Flower's strategies on the trainable parameters, and records it.
+
+    The strategy inside sees a model without buffers, and its arithmetic is untouched. Buffers
+    are averaged here, as `DeltaFedAvg` does it: an optimiser's step on BatchNorm's
+    ``running_var`` would make it negative, and the loss NaN. Parameters that come out in another
+    dtype (FedAdam's are float64) are rounded once to their own, so the global state has the same
+    names, order, shapes and dtypes in every round.
+
+    Replies reach the strategy in the fixed order that `usable_replies` tells. Flower's
+    strategies take them as a list: memory grows with participants times model.
+
+    Parameters
+    ----------
+    strategy : FedAvg
+        Any of Flower's strategies that descend from FedAvg.
+    parameters : collection of str
+        Names of the trainable parameters; all other arrays of the state are buffers.
+    exporter : RoundExporter, optional
+        Receives the artifacts of every round.
+    """
+
+    def __init__(
+        self,
+        strategy: FedAvg,
+        parameters: Collection[str],
+        exporter: RoundExporter | None = None,
+    ) -> None:
+        self.strategy = strategy
+        self._trainable = frozenset(parameters)
+        self._exporter = exporter
+        self._reference: State = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy make its messages, and add the buffers to what it sends."""
+        self._reference = {name: array.numpy() for name, array in arrays.items()}
+        # A list: sampling must be over when this returns.
+        messages = list(
+            self.strategy.configure_train(server_round, self._bare(arrays), config, grid)
+        )
+        for message in messages:
+            key, sent = next(iter(message.content.array_records.items()))
+            message.content[key] = ArrayRecord(
+                {n: sent[n] if n in self._trainable else a for n, a in arrays.items()}
+            )
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the strategy move the parameters, and the buffers by their mean delta.
+
+        Returns
+        -------
+        tuple of (ArrayRecord or None, MetricRecord or None)
+            The new global state, None where the strategy made none, and its metrics.
+
+        Raises
+        ------
+        ValueError
+            When a client's arrays differ from the global ones in name, shape or dtype.
+        """
+        fold = DeltaFold(
+            server_round,
+            weighted_by_key=self.strategy.weighted_by_key,
+            exporter=self._exporter,
+        )
+        bare: list[Message] = []
+        for reply in usable_replies(replies):
+            fold.add(reply, self._reference)
+            bare.append(self._bare_reply(reply))
+            # Still bound, its buffers would live on while the next one is decoded.
+            del reply
+        moved, metrics = self.strategy.aggregate_train(server_round, bare)
+        if moved is None:
+            return None, metrics
+        aggregate = fold.aggregate()
+        state = apply_delta(self._reference, aggregate)
+        state |= {
+            name: np.asarray(array.numpy(), dtype=self._reference[name].dtype)
+            for name, array in moved.items()
+        }
+        if self._exporter is not None:
+            self._exporter.add_aggregate(server_round, aggregate)
+            self._exporter.add_state(server_round, state)
+            if kept := self.state_arrays():
+                self._exporter.add_strategy_state(server_round, kept)
+        return ArrayRecord({name: Array(array) for name, array in state.items()}), metrics
+
+    def state_arrays(self) -> State:
+        """Give the server optimiser's arrays, keyed ``momentum/<parameter>``, ``m/...``, ``v/...``.
+
+        The global state that these strategies hold besides is the one that they are given in
+        `configure_train`.
+        """
+        kept: dict[str, Mapping[str, NDArray[np.generic]] | None] = {}
+        if isinstance(self.strategy, FedAvgM) and self.strategy.momentum_vector is not None:
+            names = [name for name in self._reference if name in self._trainable]
+            kept["momentum"] = dict(zip(names, self.strategy.momentum_vector, strict=True))
+        elif isinstance(self.strategy, FedOpt):
+            kept |= {"m": self.strategy.m_t, "v": self.strategy.v_t}
+        return {
+            strategy_key(what, name): np.asarray(array)
+            for what, arrays in kept.items()
+            for name, array in (arrays or {}).items()
+        }
+
+    def load_state_arrays(self, arrays: State) -> None:
+        """Go on from what `state_arrays` gave, in its order."""
+        kept: dict[str, State] = {}
+        for key, array in arrays.items():
+            what, _, name = key.partition("/")
+            kept.setdefault(what, {})[name] = array
+        if isinstance(self.strategy, FedAvgM):
+            self.strategy.momentum_vector = list(kept.get("momentum", {}).values()) or None
+        elif isinstance(self.strategy, FedOpt):
+            self.strategy.m_t, self.strategy.v_t = kept.get("m"), kept.get("v")
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Do as the strategy does."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Do as the strategy does."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Do as the strategy does."""
+        self.strategy.summary()
+
+    def _bare(self, arrays: ArrayRecord) -> ArrayRecord:
+        return ArrayRecord({n: a for n, a in arrays.items() if n in self._trainable})
+
+    def _bare_reply(self, reply: Message) -> Message:
+        key, arrays = next(iter(reply.content.array_records.items()))
+        bare = copy.copy(reply)
+        bare.content = RecordDict({**reply.content, key: self._bare(arrays)})
+        return bare

@@ -1,0 +1,155 @@
+import json
+
+import numpy as np
+import pytest
+
+from fedsim.flower import messages as wire
+from fedsim.flower.client_app import app
+from fedsim.flower.replies import loss_of, problem_of, traceback_of
+from tests.local_grid import LocalGrid
+from tests.strategies.replies import SIZES, failure, global_state, local_state, reply
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    """Flower stamps messages with the identity of their process, which a grid sets."""
+    LocalGrid(app, 1)
+
+
+def problem(message, folder, *, allow_divergence=False):
+    return problem_of(
+        message,
+        global_state(),
+        partition=1,
+        num_samples=SIZES[1],
+        folder=folder,
+        allow_divergence=allow_divergence,
+    )
+
+
+def reply_of(state=None, num_examples=None, **telemetry):
+    message = reply(1, state=state, num_examples=num_examples)
+    row = {"partition": 1, "files": {}, "loss_history": [1.0, 0.5], **telemetry}
+    message.content.config_records["telemetry"]["json"] = json.dumps(row)
+    return message
+
+
+def test_a_good_reply_has_no_problem(tmp_path):
+    assert problem(reply_of(), tmp_path) is None
+
+
+def changed(name, change):
+    state = local_state(1)
+    state[name] = change(state[name])
+    return state
+
+
+def spoil(value):
+    def change(array):
+        array = array.copy()
+        array.reshape(-1)[-1] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_names_its_layer_and_the_step(tmp_path, value):
+    state = changed("bn.running_var", spoil(value))
+    assert problem(reply_of(state), tmp_path) == (
+        "returned bn.running_var with values that are not finite"
+    )
+    told = problem(reply_of(state, loss_history=[2.0, 9.0, float("inf"), 1.0]), tmp_path)
+    assert told == (
+        "returned bn.running_var with values that are not finite; its loss was not finite from "
+        "local step 2 on"
+    )
+    assert problem(reply_of(state), tmp_path, allow_divergence=True) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (
+            changed("conv.weight", lambda a: a[1:]),
+            "conv.weight has shape (7, 3, 3, 3) and dtype float32; the global state has "
+            "(8, 3, 3, 3) and float32",
+        ),
+        (
+            changed("fc.bias", lambda a: a.astype(np.float64)),
+            "fc.bias has shape (4,) and dtype float64; the global state has (4,) and float32",
+        ),
+        (
+            {n: a for n, a in local_state(1).items() if n != "fc.bias"},
+            "the local state and the global one differ in fc.bias",
+        ),
+        (
+            dict(reversed(local_state(1).items())),
+            "the local state and the global one differ in their order",
+        ),
+    ],
+)
+def test_a_state_of_another_kind_is_no_state(tmp_path, state, told):
+    assert problem(reply_of(state), tmp_path) == f"returned what cannot be folded: {told}"
+    assert problem(reply_of(state), tmp_path, allow_divergence=True) is not None
+
+
+@pytest.mark.parametrize("weight", [399, 0, -400, 401, 400.5])
+def test_the_weight_is_that_of_the_partition(tmp_path, weight):
+    told = problem(reply_of(num_examples=weight), tmp_path)
+    assert told == f"returned num-examples = {weight}; its partition has 400"
+
+
+def test_a_reply_speaks_for_the_client_that_was_asked(tmp_path):
+    assert problem(reply_of(partition=3), tmp_path) == "returned the telemetry of client 3"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"partition":1}', '{"partition":1,"files":3}']
+)
+def test_telemetry_that_cannot_be_read_is_a_problem(tmp_path, text):
+    message = reply_of()
+    message.content.config_records["telemetry"]["json"] = text
+    assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
+
+
+@pytest.mark.parametrize("record", [wire.ARRAYS, wire.METRICS, wire.TELEMETRY])
+def test_a_reply_without_a_record_is_a_problem(tmp_path, record):
+    message = reply_of()
+    del message.content[record]
+    assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
+
+
+def test_files_that_are_not_as_the_client_wrote_them_are_a_problem(tmp_path):
+    message = reply_of(files={"steps.jsonl": {"bytes": 10, "xxh3_128": ""}})
+    path = tmp_path / "steps.jsonl"
+    assert problem(message, tmp_path) == f"wrote 10 bytes to {path}, which is gone"
+    path.write_bytes(b"123456789")
+    assert problem(message, tmp_path) == f"wrote 10 bytes to {path}, which has 9 bytes"
+    path.write_bytes(b"1234567890")
+    assert problem(message, tmp_path) is None
+
+
+def test_an_error_is_told_as_it_is(tmp_path):
+    assert problem(failure(), tmp_path) == "it broke"
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_told():
+    assert loss_of({"loss_history": [1.0, 2.0]}) == ""
+    assert loss_of({}) == ""
+    assert loss_of({"loss_history": [float("nan")]}) == (
+        "; its loss was not finite from local step 0 on"
+    )
+
+
+def test_of_a_chain_of_tracebacks_the_clients_own_is_told():
+    ray = (
+        "<class 'flwr.ClientAppException'>:<'\x1b[36mray::ClientAppActor.run()\x1b[39m (pid=7)\n"
+        '           ^^^^\n  File "client.py", line 3, in fit\n    1 / 0\nZeroDivisionError: zero\n'
+        "\nThe above exception was the direct cause of the following exception:\n\n"
+        "ray::ClientAppActor.run()\nflwr.ClientAppException: zero'>"
+    )
+    told = '  File "client.py", line 3, in fit\n    1 / 0\nZeroDivisionError: zero'
+    assert traceback_of(ray) == told
+    assert traceback_of("<class 'flwr.Gone'>:<'the node is gone'>") == "the node is gone"
+    assert traceback_of("") == "no reason given"

@@ -1,0 +1,115 @@
+"""Real processes, really killed."""
+
+import fcntl
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsim.flower import scratch
+from fedsim.flower.scratch import VARIABLE, Scratch, place_of, stack_when_late, sweep
+
+OWNER = """
+import os, subprocess, sys
+from fedsim.flower.scratch import Scratch
+with Scratch() as scratch:
+    (scratch.path / "a file").write_text("x")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE,
+                             start_new_session=True)
+    print(scratch.path, child.pid, scratch._janitor.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def start():
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    path, child, janitor = owner.stdout.readline().split()
+    return owner, Path(path), psutil.Process(int(child)), psutil.Process(int(janitor))
+
+
+def is_gone(process):
+    return process not in psutil.wait_procs([process], timeout=30)[1]
+
+
+def test_what_was_started_within_is_gone_at_the_end(folder):
+    owner, path, child, janitor = start()
+    assert (path / "a file").exists()
+    owner.communicate("")
+    assert owner.returncode == 0
+    assert is_gone(child)
+    assert is_gone(janitor)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_janitor_tidies_up_after_an_owner_that_was_killed(folder):
+    owner, _, child, janitor = start()
+    owner.kill()
+    owner.communicate()
+    assert is_gone(child)
+    assert is_gone(janitor)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_next_run_tidies_up_where_the_janitor_was_killed_too(folder):
+    owner, path, child, janitor = start()
+    janitor.kill()
+    owner.kill()
+    owner.communicate()
+    assert path.exists()
+    assert child.is_running()
+    with Scratch() as own:
+        assert not path.exists()
+        assert is_gone(child)
+        assert list(folder.iterdir()) == [own.path]
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_alive_or_not_ours_is_left_alone(folder, tmp_path_factory):
+    other = folder / "fedsim-other"
+    other.mkdir()
+    far = tmp_path_factory.mktemp("far")
+    (far / "owner").touch()
+    (folder / "fedsim-link").symlink_to(far)
+    alive = folder / "fedsim-alive"
+    alive.mkdir()
+    with (alive / "owner").open("wb") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        sweep()
+    names = ["fedsim-alive", "fedsim-link", "fedsim-other"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert (far / "owner").exists()
+    sweep()
+    assert sorted(p.name for p in folder.iterdir()) == names[1:]
+
+
+def test_the_place_of_a_late_client_is_known(folder, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(folder))
+    assert place_of(3) == ""
+    with stack_when_late(3, 0.05):
+        stack = folder / "stack-3.txt"
+        while "most recent call first" not in stack.read_text():
+            pass
+    assert place_of(3).startswith(f'File "{__file__}", line ') or "pathlib" in place_of(3)
+    assert place_of(4) == ""
+
+
+def test_who_has_no_limit_leaves_no_stack(folder, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(folder))
+    with stack_when_late(3, None):
+        assert list(folder.iterdir()) == []
+    monkeypatch.delenv(VARIABLE)
+    with stack_when_late(3, 0.05):
+        assert list(folder.iterdir()) == []
+    assert scratch.place_of(3) == ""
