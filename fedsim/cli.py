@@ -376,7 +376,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.flower.simulation import machine_gpus, size_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
-    from fedsim.report.terminal import make_console
+    from fedsim.report.terminal import make_console, printable
 
     # Also where nothing is left to do.
     sweep()
@@ -390,7 +390,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     recovery = check_resume(run, plan)
     if recovery.damage:
         make_console().print(
-            f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}",
+            printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),
             markup=False,
             soft_wrap=True,
         )

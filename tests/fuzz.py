@@ -44,7 +44,7 @@ from fedsim.core.inputs import read_text_bytes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import simulation
 from fedsim.flower.client_app import app
-from fedsim.flower.server_app import execute
+from fedsim.flower.server_app import execute, versions
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.reader import load_run
@@ -513,9 +513,11 @@ def arguments_of(this: Input, scratch: Path) -> list[str]:
 
 def reopen_only(plan: RunPlan, output: Path, *_: Any, recovery: Recovery, **__: Any) -> None:
     """Stand where a resumed run would start its clients."""
-    writer = RunWriter.reopen(output, plan.config.to_mapping(), plan.partition, recovery, {})
+    config = plan.config.to_mapping()
+    writer = RunWriter.reopen(output, config, plan.partition, recovery, versions())
     if recovery.round >= 0:
         writer.state(recovery.round)
+        writer.strategy_state(recovery.round)
     writer.close()
 
 
@@ -777,7 +779,7 @@ def main() -> int:
     print(f"inputs    {report.inputs} in {time.perf_counter() - started:.0f} s, seed {parsed.seed}")
     print(f"failures  {len(report.failures)}")
     for failure in report.failures[:30]:
-        print(f"\n{failure}")
+        print(f"\n{failure if len(failure) < 3000 else failure[:500] + ' ... ' + failure[-2000:]}")
     return 1 if report.failures else 0
 
 

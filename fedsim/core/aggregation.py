@@ -37,6 +37,8 @@ def first_not_finite(state: State) -> str | None:
     return next((name for name, array in state.items() if not np.isfinite(array).all()), None)
 
 
+# A state that is not finite is one that diverged, not a mistake of the arithmetic.
+@np.errstate(all="ignore")
 def delta_of(local: State, reference: State) -> dict[str, Array]:
     """Subtract the global state from a local one, each array in its own dtype.
 
@@ -63,6 +65,7 @@ class DeltaMean:
         self._dtypes: dict[str, np.dtype[np.generic]] = {}
         self.weight = 0
 
+    @np.errstate(all="ignore")
     def add(self, delta: State, weight: int) -> None:
         """Fold one client's delta in.
 
@@ -84,6 +87,7 @@ class DeltaMean:
                 self._dtypes[name] = array.dtype
         self.weight += weight
 
+    @np.errstate(all="ignore")
     def mean(self) -> dict[str, Array]:
         """Divide by the total weight and round once to each array's own dtype.
 
@@ -99,6 +103,7 @@ class DeltaMean:
         return result
 
 
+@np.errstate(all="ignore")
 def apply_delta(reference: State, delta: State) -> dict[str, Array]:
     """Add a delta to the global state, each array in its own dtype."""
     return {n: np.asarray(np.add(array, delta[n])) for n, array in reference.items()}

@@ -79,6 +79,10 @@ def _parsed_by(parser: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+MOST_TOML_BYTES = 2 * 2**20
+"""Of a configuration; Python reads TOML at a megabyte or two a second."""
+
+
 def _nameable(value: str) -> str:
     # What is no UTF-8 comes as surrogates, which no terminal and no other program can print.
     if "\0" in value or value.encode(errors="ignore").decode() != value:
@@ -90,9 +94,6 @@ def _nameable(value: str) -> str:
 MOST = 1_000_000_000
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Folder = Annotated[str, AfterValidator(_nameable)]
-MOST_TOML_BYTES = 2 * 2**20
-"""Of a configuration; Python reads TOML at a megabyte or two a second."""
-
 Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
 Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
@@ -138,12 +139,8 @@ class RunConfig(_Strict):
     data_root: Folder | None = Field(
         None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
     )
-    clients: Annotated[int, Field(ge=1, le=100_000)] = Field(
-        10, description="number of clients, one partition each"
-    )
-    clients_per_round: Annotated[int, Field(ge=1, le=50_000)] = Field(
-        4, description="participants drawn for each round"
-    )
+    clients: Count = Field(10, description="number of clients, one partition each")
+    clients_per_round: Count = Field(4, description="participants drawn for each round")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
         "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
@@ -166,7 +163,7 @@ class RunConfig(_Strict):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite)] = Field(
+    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite), Field(le=1e30)] = Field(
         5e-4, description="L2 penalty of the local optimiser"
     )
     batch_size: Annotated[Counts, BeforeValidator(_listed)] = Field(
@@ -449,10 +446,8 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     key = str(problems[0]["loc"][0])
     # A value that may be one thing or a list has a report for either; the deepest is about what
     # was meant, and of two as deep the last, for pydantic tries lists last.
-    problem = max(
-        (p for p in problems if p["loc"][0] == key),
-        key=lambda p: (len(p["loc"]), problems.index(p)),
-    )
+    of_key = [p for p in problems if p["loc"][0] == key]
+    problem = max(reversed(of_key), key=lambda p: len(p["loc"]))
     location, given, kind = problem["loc"], problem["input"], problem["type"]
     in_table = key == "client" and len(location) > 1 and "[key]" not in location
     field = ".".join(str(part) for part in location) if in_table else key
@@ -500,8 +495,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         When the file is missing or cannot be parsed.
     """
     try:
-        most = MOST_JSON_BYTES if path.suffix == ".json" else MOST_TOML_BYTES
-        content = read_text_bytes(path, most=most, follow=True)
+        of_run = path.suffix == ".json"
+        most = MOST_JSON_BYTES if of_run else MOST_TOML_BYTES
+        content = read_text_bytes(path, most=most, follow=not of_run)
         text = content.decode()
     except UnicodeDecodeError:
         raise InputError(f"config = {str(path)!r} cannot be read: it is not UTF-8 text") from None
@@ -548,6 +544,7 @@ def parse_text(field: str, text: str) -> Any:
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
     if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text
+    # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
     with contextlib.suppress(ValueError):
         return _parse_toml(f"value = {text}")["value"]
     # TOML knows no ".5"; people do.

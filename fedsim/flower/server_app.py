@@ -94,9 +94,9 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     for key, value in asked.items():
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
-    if plan.dataset.sha256() != run.manifest["dataset"]["sha256"]:
+    if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if partition_sha256(plan.partition) != run.manifest["partition"]["sha256"]:
+    if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     if is_being_written(run.path):
         raise InputError(

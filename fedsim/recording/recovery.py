@@ -1,21 +1,71 @@
-"""Finding the round after which a run can go on, and whether anything can be written there."""
+"""Finding the round after which a run can go on, and whether it may."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
-from fedsim.core.inputs import parse_json
+from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
+from fedsim.recording import rows
 from fedsim.recording.checksums import ChecksumLine, read_checksums
-from fedsim.recording.files import TEMPORARY, Checksum, text_lines
+from fedsim.recording.files import TEMPORARY, Checksum
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Run, TensorFile
 
 _WRITTEN = ("run.json", "rounds.jsonl", "clients.jsonl", "checksums.jsonl", "lock")
+
+
+def check_continuable(run: Run) -> None:
+    """Refuse to continue a run that is not what it says, before anything of it is changed.
+
+    Raises
+    ------
+    InputError
+        Naming the file.
+    """
+    check_places(run.path)
+    try:
+        there = Checksum.of_file(run.layout.manifest)
+    except OSError as error:
+        raise InputError(f"{run.layout.manifest} cannot be read: {error.strerror}") from None
+    listed = (line.files.get("run.json") for line in read_checksums(run.layout.checksums))
+    if there not in listed:
+        raise InputError(f"{run.layout.manifest} is not what was written")
+    # A run that was killed before it had one is begun anew.
+    if os.path.lexists(run.layout.partition):
+        run.check_sizes()
+
+
+def check_places(root: Path) -> None:
+    """Refuse a run directory whose files a writer would find outside of it.
+
+    Raises
+    ------
+    InputError
+        When something to be written, emptied or removed is a symbolic link, or is no file or no
+        folder where one must be.
+    """
+    for folder in (root, root / "rounds"):
+        try:
+            with os.scandir(folder) as entries:
+                odd = [entry.path for entry in entries if not _is_in_place(entry, folder == root)]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {error.strerror}") from None
+        if odd:
+            raise InputError(f"{min(odd)} is not a file or folder that a run writes")
+
+
+def _is_in_place(entry: os.DirEntry[str], at_top: bool) -> bool:
+    if at_top and (entry.name in _WRITTEN or entry.name.endswith(TEMPORARY)):
+        return entry.is_file(follow_symlinks=False)
+    if entry.name == "rounds" if at_top else entry.name.isdecimal():
+        return entry.is_dir(follow_symlinks=False)
+    return True
 
 
 @dataclass(frozen=True)
@@ -105,64 +155,72 @@ def find_recovery(root: Path) -> Recovery:
     check_places(root)
     layout = RunLayout(root)
     lines = list(read_checksums(layout.checksums))
-    rows = layout.rounds.lstat().st_size if layout.rounds.exists() else 0
-    listed = [line.rows.size for line in lines if line.rows is not None]
-    if rows and _rows_before(layout, rows) > len(listed):
-        raise InputError(
-            f"{layout.rounds} has rounds of which {layout.checksums.name} does not tell"
-        )
+    there = layout.rounds.lstat().st_size if os.path.lexists(layout.rounds) else 0
     damage: list[str] = []
     for line in reversed(lines):
         # A line without the rows is of run.json; one with more rows, of a round never closed.
-        if line.rows is None or line.rows.size > rows:
+        if line.rows is None or line.rows.size > there:
             continue
-        problem = next(_problems(layout, line), None)
-        if problem is None:
-            return Recovery(_rows_before(layout, line.rows.size) - 1, line.number, damage)
-        damage.append(problem)
-    if not damage and len(listed) <= 1:
+        try:
+            _check_files(layout, line)
+            recovery = Recovery(_check_rows(layout, line.rows.size), line.number, damage)
+        except InputError as error:
+            damage.append(str(error))
+            continue
+        if not damage:
+            _check_nothing_unlisted(layout, line.rows.size)
+        return recovery
+    if not damage and sum(line.rows is not None for line in lines) <= 1:
         return Recovery(-1, 0, [])
     told = damage[-1] if damage else "rounds.jsonl is not what was written"
     raise InputError(f"{root} holds no whole round: {told}; allowed is a new run")
 
 
-def _problems(layout: RunLayout, line: ChecksumLine) -> Iterator[str]:
-    grows = (layout.rounds.name, layout.clients.name)
+def _check_nothing_unlisted(layout: RunLayout, listed: int) -> None:
+    """Refuse to throw away finished rounds of which only the checksums are lost."""
+    with os.fdopen(open_regular(layout.rounds), "rb") as file:
+        file.seek(listed)
+        if b"\n" in file.read(MOST_JSON_BYTES):
+            raise InputError(
+                f"{layout.rounds} has lines that {layout.checksums.name} does not list; allowed is "
+                "a run whose finished rounds are listed"
+            )
+
+
+def _check_files(layout: RunLayout, line: ChecksumLine) -> None:
+    """Check that all files of a round are what was written."""
+    missing = {"rounds.jsonl", "clients.jsonl"} - {*line.files}
+    if missing:
+        raise InputError(f"{min(missing)} is not listed with its round in checksums.jsonl")
     for name, expected in line.files.items():
+        path = layout.inside(name)
         try:
-            path = layout.inside(name)
             # Of files that grow, the beginning is what the line speaks of.
-            same_size = name in grows or path.lstat().st_size == expected.size
-            if not same_size or Checksum.of_file(path, expected.size) != expected:
-                yield f"{name} is not what was written"
-        except InputError as error:
-            yield str(error)
+            grows = name in ("rounds.jsonl", "clients.jsonl")
+            size = path.lstat().st_size
+            wrong = size < expected.size or (size > expected.size and not grows)
+            if wrong or Checksum.of_file(path, expected.size) != expected:
+                raise InputError(f"{name} is not what was written")
         except OSError as error:
-            yield f"{name} cannot be read: {error.strerror}"
-    if line.rows is None or layout.clients.name not in line.files:
-        yield f"line {line.number} of checksums.jsonl lists no rows"
-        return
+            raise InputError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _check_rows(layout: RunLayout, size: int) -> int:
+    """Give the last round of the first `size` bytes of the rows, whose state must be there."""
+    # They have the checksum of what was written; a forgery has that too.
+    with os.fdopen(open_regular(layout.rounds), "rb") as file:
+        lines = file.read(size).splitlines()
     try:
-        *_, text = _beginning(layout, line.rows.size)
-        row = parse_json(text)
-        number, told = int(row["round"]), str(row["state_sha256"])
-        state = {name: tensor.numpy() for name, tensor in TensorFile(layout.state(number)).items()}
-    except (InputError, ValueError, KeyError, TypeError) as error:
-        yield f"rounds.jsonl is not what was written: {error}"
-        return
-    if state_sha256(state) != told:
-        yield f"rounds/{number:04d}/global.safetensors is not the state that the round ended with"
-
-
-def _rows_before(layout: RunLayout, size: int) -> int:
-    return len(_beginning(layout, size))
-
-
-def _beginning(layout: RunLayout, size: int) -> list[bytes]:
-    rows: list[bytes] = []
-    for row in text_lines(layout.rounds):
-        if size <= 0:
-            break
-        rows.append(row)
-        size -= len(row)
-    return rows
+        found = [parse_json(line) for line in lines]
+    except ValueError:
+        raise InputError(f"{layout.rounds} holds a line that is not JSON") from None
+    for number, row in enumerate(found):
+        rows.check(rows.RoundRow, row, f"{layout.rounds}: line {number + 1}")
+        if row["round"] != number:
+            raise InputError(f"{layout.rounds}: rounds do not count up from 0")
+    last = len(found) - 1
+    path = layout.state(last)
+    state = {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
+    if state_sha256(state) != found[last]["state_sha256"]:
+        raise InputError(f"{path} is not the state that round {last} ended with")
+    return last

@@ -65,6 +65,11 @@ class _Device(_Row):
     worker_threads: Annotated[int, Field(ge=1, le=1024)]
 
 
+class _Resumed(_Row):
+    after: Annotated[int, Field(ge=-1, le=10**9)]
+    versions: dict[str, str]
+
+
 class Manifest(_Row):
     """``run.json``. What is not there is missed by whoever needs it."""
 
@@ -77,6 +82,7 @@ class Manifest(_Row):
     model: _Model | None = None
     dataset: _Dataset | None = None
     partition: _Partition | None = None
+    resumed: list[_Resumed] = []
 
 
 class _RoundSeconds(_Row):

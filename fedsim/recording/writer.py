@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,8 +72,12 @@ class RunWriter:
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._lock_file: BinaryIO | None = None
-        self._grown = {path: Digest() for path in (self.layout.clients, self.layout.rounds)}
-        self._sealed = 0
+        self._sealed = _size_of(self.layout.checksums)
+
+    @cached_property
+    def _grown(self) -> dict[Path, Digest]:
+        paths = (self.layout.clients, self.layout.rounds)
+        return {path: Digest.of_file(path) if path.exists() else Digest() for path in paths}
 
     @classmethod
     def create(
@@ -158,7 +163,6 @@ class RunWriter:
         for path in (layout.rounds, layout.clients):
             path.touch()
             os.truncate(path, kept[-1].files[path.name].size if kept else 0)
-        writer._grown = {p: Digest.of_file(p) for p in (layout.clients, layout.rounds)}
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
         seals = [checksum_line(line.files) for line in kept]
@@ -325,4 +329,4 @@ class RunWriter:
 
 
 def _size_of(path: Path) -> int:
-    return path.lstat().st_size if path.exists() else 0
+    return path.stat().st_size if path.exists() else 0

@@ -29,6 +29,7 @@ from fedsim.core.inputs import (
     read_text_bytes,
 )
 from fedsim.flower import simulation
+from fedsim.flower.server_app import versions
 from fedsim.recording import rows
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, json_line, text_lines, write_tensors
@@ -71,6 +72,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is resumed is opened for it, and no client is started."""
+    monkeypatch.setattr(simulation, "simulate", fuzz.reopen_only)
+
+
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
@@ -106,7 +113,6 @@ def command(*arguments: str | Path) -> int:
 
 COMMANDS: list[list[str]] = [
     ["inspect", "{run}"],
-    ["resume", "{run}"],
     ["export", "breaching", "{run}", "--round=1", "--client=0", "--step=0", "--output={out}"],
     ["export", "notebook", "{run}", "--round=1", "--output={out}"],
 ]
@@ -183,6 +189,12 @@ def test_what_is_no_file_of_the_run_is_named_at_once_and_not_followed(
         for written in tmp_path.glob("written*"):
             shutil.rmtree(written) if written.is_dir() else written.unlink()
     assert fuzz.snapshot(tmp_path) == before
+    beyond = fuzz.snapshot(outside)
+    # After round 0, where it is round 1 that is damaged.
+    if command("resume", run) == 2:
+        assert fuzz.snapshot(tmp_path) == before
+    assert fuzz.snapshot(outside) == beyond
+    assert time.perf_counter() - started < 5
 
 
 # --- the sentence
@@ -462,7 +474,7 @@ def test_a_partition_of_something_else_is_refused(
 ) -> None:
     rewrite(run / "partition.safetensors", change)
     reseal(run)
-    for arguments in COMMANDS[1:3]:
+    for arguments in (["resume", "{run}"], COMMANDS[1]):
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
         assert sentence in capsys.readouterr().err
     assert command("verify", run) == 1
@@ -481,7 +493,8 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
 ) -> None:
     edit(run / "run.json", lambda manifest: manifest["config"].update(values))
     reseal(run)
-    for arguments in COMMANDS[1:3]:
+    started = time.perf_counter()
+    for arguments in (["resume", "{run}"], COMMANDS[1]):
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
         assert "allowed is" in capsys.readouterr().err
     assert command("verify", run, "--recompute=1") == 1
@@ -507,9 +520,9 @@ def test_where_a_run_says_that_its_data_was_nothing_is_made(tmp_path: Path) -> N
 
 def unfinished(run: Path) -> None:
     """Let the run have a second round to go, as one that was killed in it."""
-    made = load_run(run)
-    config = made.config.to_mapping() | {"rounds": 2}
-    writer = RunWriter.reopen(run, config, list(made.partition.values()), find_recovery(run), {})
+    config = load_run(run).config.to_mapping() | {"rounds": 2}
+    partition = list(load_run(run).partition.values())
+    writer = RunWriter.reopen(run, config, partition, find_recovery(run), versions())
     (run / "rounds/0002").mkdir()
     (run / "rounds/0002/half").write_text("half")
     writer.close()
@@ -565,11 +578,13 @@ def forget_rounds(path: Path, outside: Path) -> None:
         ("rounds.jsonl", link_to("rounds.jsonl"), "{run}/rounds.jsonl is not a file or folder"),
         ("clients.jsonl", link_to("clients.jsonl"), "{run}/clients.jsonl is not a file or folder"),
         ("rounds/0001", link_to("rounds/0001"), "{run}/rounds/0001 is not a file or folder that"),
+        ("run.json", cut, "{run}/run.json is not what was written"),
+        ("partition.safetensors", cut, "{run}/partition.safetensors is not a whole safetensors"),
         ("checksums.jsonl", flip_last, "{run}/checksums.jsonl: line 6 is not what was written"),
         (
             "checksums.jsonl",
             forget_rounds,
-            "{run}/rounds.jsonl has rounds of which checksums.jsonl does not tell",
+            "{run}/rounds.jsonl has lines that checksums.jsonl does not list; allowed is a run",
         ),
     ],
 )
@@ -590,9 +605,25 @@ def test_a_run_that_is_not_continued_is_not_changed(
     err = capsys.readouterr().err
     assert err.startswith(f"fedsim: {sentence.format(run=run)}")
     assert err.count("\n") == 1
-    with pytest.raises(InputError):
-        find_recovery(run)
     assert fuzz.snapshot(tmp_path) == before
+
+
+def test_a_writer_looks_at_the_places_itself(run: Path, outside: Path, tmp_path: Path) -> None:
+    unfinished(run)
+    recovery = find_recovery(run)
+    shutil.rmtree(run / "rounds/0002")
+    (run / "rounds/0002").symlink_to(outside)
+    before = fuzz.snapshot(tmp_path)
+    with pytest.raises(InputError, match="0002 is not a file or folder that a run writes"):
+        RunWriter.reopen(run, {}, [], recovery, versions())
+    assert fuzz.snapshot(tmp_path) == before
+
+
+def test_a_forged_row_is_no_round_to_go_on_after(run: Path) -> None:
+    edit_line(run / "rounds.jsonl", 1, lambda row: row.update(state_sha256="0" * 64))
+    reseal(run)
+    with pytest.raises(InputError, match="is not the state that round 1 ended with"):
+        find_recovery(run)
 
 
 def test_a_manifest_that_was_edited_is_not_continued(

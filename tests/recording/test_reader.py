@@ -1060,7 +1060,8 @@ def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     model = {"arch": "cnn", "parameters": parameters, "buffers": []}
     writer = RunWriter.create(root, {"model": model}, [])
     writer.add_client(client_row(1, 0, 7), {"w": np.zeros(1)})
-    append_line(root / "rounds.jsonl", json_line(round_row(1, [0])), at=0)
+    rows = root / "rounds.jsonl"
+    append_line(rows, json_line(round_row(1, [0])), at=rows.stat().st_size)
     client = load_run(root).round(1).client(0)
     with pytest.raises(InputError, match=r"step 0 of .* was not captured; captured are none$"):
         client.gradient(0)
