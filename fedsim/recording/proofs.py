@@ -298,7 +298,7 @@ class _Course:
         self.replay = replay
         self._others = others
         self.finite = True
-        self._signs = torch.Generator().manual_seed(0)
+        self._signs = np.random.Generator(np.random.PCG64(0))
 
     def follow(self, shard: Shard) -> None:
         """Make the steps of a shard."""
@@ -321,8 +321,8 @@ class _Course:
     def _moved(self, shard: Shard, step: int, name: str) -> Tensor:
         stored, shape = shard.packed(step, name), self.replay.parameters[name].shape
         unit = stored.float().abs() * torch.finfo(stored.dtype).eps + _least(stored.dtype)
-        signs = torch.randint(0, 2, stored.shape, generator=self._signs, dtype=torch.int8)
-        return unpack(stored.float() + unit * (2 * signs - 1), shape, shard.taps(name))
+        ups = torch.from_numpy(self._signs.integers(0, 2, tuple(stored.shape), dtype=np.int8))
+        return unpack(stored.float() + unit * (2 * ups - 1), shape, shard.taps(name))
 
 
 def prove_recomputed(
