@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,7 +282,8 @@ def assert_runs(plan: RunPlan, output: Path) -> None:
     if failure is not None:
         # The only way to fail here: settings that no model survives.
         assert not config.allow_divergence
-        assert "diverged: " in str(failure) or "not finite" in str(failure), failure
+        causes = ("diverged: ", "not finite", "no client of round")
+        assert any(cause in str(failure) for cause in causes), failure
         assert len(str(failure).splitlines()) == 1
     findings = verify(output, recompute=1)
     assert findings.violations == []
@@ -393,11 +393,7 @@ def test_any_file_is_planned_or_refused_in_one_sentence(document: bytes) -> None
         assert err.getvalue().count("\n") == 1
 
 
-@pytest.mark.parametrize("key", sorted({*SENSIBLE} ^ {*KEYS}))
-def test_every_key_is_drawn(key: str) -> None:
-    pytest.fail(f"{key} is drawn but no key, or a key and never drawn")
-
-
-def test_every_key_of_a_client_is_drawn() -> None:
+def test_every_key_is_drawn() -> None:
     drawn = {"batch-size", "local-epochs", "local-steps", "learning-rate"}
     assert {name.replace("_", "-") for name in ClientSettings.model_fields} == drawn
+    assert {*SENSIBLE} == {*KEYS}

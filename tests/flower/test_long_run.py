@@ -26,9 +26,9 @@ from fedsim.report.terminal import TerminalObserver
 from tests.local_grid import LocalGrid
 
 ROUNDS = 220
-FIRST = 40
+FIRST = 100
 """Round from which memory is watched."""
-STRIDE = 10
+STRIDE = 20
 MOST_BYTES = 1000
 """Of memory that a round may leave behind; a state has 80,000, telemetry 1,500."""
 
