@@ -56,12 +56,6 @@ FILES = [
 SHARD = FILES[-1]
 
 
-@pytest.fixture(autouse=True)
-def _no_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose last round is damaged may be resumed; here it ends before its clients start."""
-    monkeypatch.setattr(simulation, "simulate", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one round: clients 0 and 1 of three, all steps captured. Never write into it."""
@@ -194,7 +188,6 @@ def test_what_is_no_file_of_the_run_is_named_at_once_and_not_followed(
     if command("resume", run) == 2:
         assert fuzz.snapshot(tmp_path) == before
     assert fuzz.snapshot(outside) == beyond
-    assert time.perf_counter() - started < 5
 
 
 # --- the sentence
@@ -493,7 +486,6 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
 ) -> None:
     edit(run / "run.json", lambda manifest: manifest["config"].update(values))
     reseal(run)
-    started = time.perf_counter()
     for arguments in (["resume", "{run}"], COMMANDS[1]):
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
         assert "allowed is" in capsys.readouterr().err
