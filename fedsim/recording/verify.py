@@ -475,8 +475,7 @@ class _Verifier:
         if run.config.autocast == "float16":
             self.findings.leave(RECOMPUTED, "autocast = 'float16' scales by what came before")
             return
-        whole = [c for c in clients if self._is_reliable(run, c)]
-        candidates = [(c, step) for c in whole for step in proofs.recomputable_steps(c)]
+        candidates = [(c, step) for c in clients for step in self._recomputable_steps(run, c)]
         if not candidates:
             reason = "no step was captured with all layers and all steps before it"
             self.findings.leave(RECOMPUTED, reason)
@@ -495,12 +494,14 @@ class _Verifier:
                 with self.findings.guarded(RECOMPUTED, f"{self._name(client.folder)}, step {step}"):
                     proofs.prove_recomputed(run, client, step, dataset, model, self.findings)
 
-    def _is_reliable(self, run: Run, client: Client) -> bool:
+    def _recomputable_steps(self, run: Run, client: Client) -> list[int]:
         try:
             folder = self._name(client.folder)
             start = self._name(run.layout.state(client.round - 1))
+            files = [f"{folder}/{name}" for name in client.telemetry["files"]]
+            needed = [*files, start, "partition.safetensors"]
+            whole = all(self._is_whole(name) for name in needed)
+            return proofs.recomputable_steps(client) if whole else []
         except InputError:
-            # A symbolic link, as the files have told.
-            return False
-        files = [f"{folder}/{name}" for name in client.telemetry["files"]]
-        return all(self._is_whole(name) for name in [*files, start, "partition.safetensors"])
+            # The checks of the client have told.
+            return []

@@ -439,6 +439,8 @@ def test_a_shard_of_other_gradients_is_refused(
 ) -> None:
     rewrite(run / SHARD, change)
     reseal(run)
+    assert command("verify", run, "--recompute=1") == 1
+    assert "Error" not in capsys.readouterr().err
     for form in (["breaching", "--client=0", "--step=0"], ["notebook"]):
         code = command("export", form[0], run, "--round=1", *form[1:], f"--output={tmp_path}/out")
         assert code == 2
