@@ -87,55 +87,6 @@ class Recovery:
     damage: list[str]
 
 
-def check_continuable(run: Run) -> None:
-    """Check what continuing a run relies on before its data and its model are made.
-
-    Raises
-    ------
-    InputError
-        Naming the file.
-    """
-    check_places(run.path)
-    layout = run.layout
-    listed = [line.files.get("run.json") for line in read_checksums(layout.checksums)]
-    try:
-        if Checksum.of_file(layout.manifest) not in listed:
-            raise InputError(f"{layout.manifest} is not what was written")
-    except OSError as error:
-        raise InputError(f"{layout.manifest} cannot be read: {error.strerror}") from None
-    if run.round_rows:
-        run.check_sizes()
-
-
-def check_places(root: Path) -> None:
-    """Refuse a run directory whose files a writer would find outside of it.
-
-    Raises
-    ------
-    InputError
-        When something to be written, emptied or removed is a symbolic link, or is no file or no
-        folder where one must be.
-    """
-    for folder in (root, root / "rounds"):
-        try:
-            with os.scandir(folder) as entries:
-                odd = [entry.path for entry in entries if not _is_in_place(entry, folder == root)]
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read: {error.strerror}") from None
-        if odd:
-            raise InputError(f"{min(odd)} is not a file or folder that a run writes")
-
-
-def _is_in_place(entry: os.DirEntry[str], at_top: bool) -> bool:
-    if at_top and (entry.name in _WRITTEN or entry.name.endswith(TEMPORARY)):
-        return entry.is_file(follow_symlinks=False)
-    if entry.name == "rounds" if at_top else entry.name.isdecimal():
-        return entry.is_dir(follow_symlinks=False)
-    return True
-
-
 def find_recovery(root: Path) -> Recovery:
     """Find the newest round of a run whose every file is what was written.
 
@@ -152,7 +103,6 @@ def find_recovery(root: Path) -> Recovery:
     InputError
         When there were rounds and none is whole.
     """
-    check_places(root)
     layout = RunLayout(root)
     lines = list(read_checksums(layout.checksums))
     there = layout.rounds.lstat().st_size if os.path.lexists(layout.rounds) else 0

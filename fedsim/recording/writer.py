@@ -168,7 +168,7 @@ class RunWriter:
         seals = [checksum_line(line.files) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
-        writer._sealed = layout.checksums.stat().st_size
+        writer._sealed = _size_of(layout.checksums)
         writer._write_manifest()
         writer.drop_unfinished_round()
         if not kept:
