@@ -103,7 +103,6 @@ def find_recovery(root: Path) -> Recovery:
     InputError
         When there were rounds and none is whole.
     """
-    check_places(root)
     layout = RunLayout(root)
     lines = list(read_checksums(layout.checksums))
     there = layout.rounds.lstat().st_size if os.path.lexists(layout.rounds) else 0

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError, RunFailedError
+from fedsim.core.inputs import open_regular
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import (
     Checksum,
@@ -45,7 +46,7 @@ def mark_failed(root: Path, error: str) -> None:
 def is_being_written(root: Path) -> bool:
     """Say whether a living process writes to a run directory."""
     try:
-        with RunLayout(root).lock.open("rb") as lock:
+        with os.fdopen(open_regular(RunLayout(root).lock), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -168,7 +169,7 @@ class RunWriter:
         seals = [checksum_line(line.files) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
-        writer._sealed = layout.checksums.stat().st_size
+        writer._sealed = _size_of(layout.checksums)
         writer._write_manifest()
         writer.drop_unfinished_round()
         if not kept:

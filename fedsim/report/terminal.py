@@ -31,6 +31,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
+from fedsim.recording.writer import is_being_written
 
 _SHADES = " ▁▂▃▄▅▆▇█"
 _MOST_ROWS = 24
@@ -265,6 +266,8 @@ def print_run(console: Console, run: Run) -> None:
     table = _Facts()
     table.add_row("run", str(run.path))
     status = run.status + (f": {run.entry('error')}" if "error" in run.manifest else "")
+    if run.status == "running" and not is_being_written(run.path):
+        status = f"killed: `fedsim resume {run.path}` continues"
     table.add_row("status", status)
     table.add_row("created", run.entry("created"))
     data = run.entry("dataset")

@@ -109,7 +109,7 @@ def test_a_run_tells_its_story_and_nothing_else(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 3, 4])
 def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers):
     flags = [*SMALL, "--output", "run", "--workers", str(workers)]
     code, _, err = finish(start(flags, folder))
@@ -120,6 +120,18 @@ def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers)
     theirs = {p.relative_to(reference[0]): p.read_bytes() for p in reference[0].glob(shards)}
     assert len(ours) == 6
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_with_more_threads_a_worker_the_number_of_workers_changes_nothing_either(folder):
+    made = []
+    for workers in (1, 2):
+        flags = [*SMALL, "--client-cpus", "2", "--workers", str(workers)]
+        code, _, err = finish(start([*flags, "--output", f"run{workers}"], folder))
+        assert (code, err) == (0, "")
+        made.append(folder / f"run{workers}")
+        assert load_run(made[-1]).manifest["device"]["worker_threads"] == 2
+    assert hashes(made[0]) == hashes(made[1])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ def test_what_is_no_file_of_the_run_is_named_at_once_and_not_followed(
 ) -> None:
     damage(run / name, run, outside)
     before = fuzz.snapshot(tmp_path)
+    started = time.perf_counter()
     assert command("verify", run, "--jobs=1") == 1
     err = capsys.readouterr().err
     assert err.startswith(f"fedsim: {run} is not what was recorded: ")
@@ -492,6 +494,7 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
         assert "allowed is" in capsys.readouterr().err
     assert command("verify", run, "--recompute=1") == 1
+    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize(

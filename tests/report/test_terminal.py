@@ -655,6 +655,21 @@ def test_a_failed_run_says_why(make_run: Callable[..., Run]) -> None:
     assert lines_of(console)[1] == ("status     failed: client 3 failed in round 1: ValueError: no")
 
 
+def test_a_killed_run_is_told_from_one_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(rounds=3, capture="first:2")
+    writer = RunWriter.create(Path("run"), manifest_of(plan), plan.partition)
+    console = console_of()
+    print_run(console, load_run(Path("run")))
+    assert lines_of(console)[1] == "status     running"
+    writer.close()
+    console = console_of()
+    print_run(console, load_run(Path("run")))
+    assert lines_of(console)[1] == "status     killed: `fedsim resume run` continues"
+
+
 def test_the_error_of_a_failed_run_is_printed_as_it_is(make_run: Callable[..., Run]) -> None:
     console = console_of()
     print_run(console, make_run(row_of(0), error="ValueError: [/b] is no :x:"))

@@ -1,0 +1,81 @@
+"""The death of Ray's own processes, of workers for want of memory, and of the terminal."""
+
+import signal
+import time
+
+import psutil
+import pytest
+
+from fedsim.recording.reader import load_run
+from fedsim.recording.verify import verify
+from tests.flower.test_simulation import SMALL, finish, folder, leftovers, start, wait_for
+
+__all__ = ["folder"]
+
+LONG = [*SMALL, "--rounds", "500", "--output", "run"]
+
+
+def under_way(folder, process):
+    rows = folder / "run" / "rounds.jsonl"
+    wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2, process)
+
+
+def nothing_is_left(folder):
+    deadline = time.monotonic() + 60
+    while leftovers(folder) != ([], []):
+        assert time.monotonic() < deadline, leftovers(folder)
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
+    process = start(LONG, folder)
+    under_way(folder, process)
+    children = psutil.Process(process.pid).children()
+    next(child for child in children if child.name() == name).kill()
+    code, _, err = finish(process, timeout=60)
+    assert (code, err) == (1, f"fedsim: Ray's process {name} died, and with it the workers\n")
+    nothing_is_left(folder)
+    run = load_run(folder / "run")
+    assert run.status == "failed"
+    assert run.manifest["error"] == f"Ray's process {name} died, and with it the workers"
+    assert verify(run.path).violations == []
+
+
+@pytest.mark.slow
+def test_a_worker_killed_for_want_of_memory_is_told_as_that(folder):
+    # Ray kills workers while the machine uses more than this share of its memory.
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "50"}
+    code, _, err = finish(start(LONG, folder, **limits), timeout=180)
+    assert code == 1
+    assert "its worker was killed to free memory" in err
+    assert err.count("\n") == 1
+    nothing_is_left(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder, twice):
+    process = start(LONG, folder)
+    under_way(folder, process)
+    process.send_signal(signal.SIGHUP)
+    if twice:
+        assert "a second one ends at once" in process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+    code, _, err = finish(process, timeout=60)
+    assert code == 130
+    assert "Traceback" not in err
+    nothing_is_left(folder)
+    assert verify(folder / "run").violations == []
+
+
+@pytest.mark.slow
+def test_the_server_alone_can_be_killed_without_leaving_anything(folder):
+    process = start(LONG, folder)
+    under_way(folder, process)
+    process.kill()
+    code, _, _ = finish(process)
+    assert code == -9
+    nothing_is_left(folder)
+    assert load_run(folder / "run").status == "running"
