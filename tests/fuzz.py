@@ -705,6 +705,9 @@ class Fuzzer:
             problems.append("it changed what is outside of the run")
         if (arguments[0] != "resume" or code != 0) and snapshot(this.run) != within:
             problems.append("it changed the run")
+        asked = "cannot be used" in said or "this machine" in said
+        if arguments[0] == "verify" and code == 2 and not asked:
+            problems.append(f"it refuses what it should judge: {said}")
         if arguments[0] == "verify" and code == 0 and is_plainly_damaged(this, base):
             problems.append("it takes a damaged run for a whole one")
         name = " ".join(a for a in arguments[:2] if not a.startswith("/"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -828,7 +829,7 @@ def _has_no_gap(numbers: list[int]) -> bool:
 def _ranges(numbers: list[int]) -> str:
     if not numbers:
         return "none"
-    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if len(numbers) > 1 and all(b - a == 1 for a, b in itertools.pairwise(numbers)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(str(n) for n in numbers)
 

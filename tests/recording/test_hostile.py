@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,6 @@ def test_what_is_no_file_of_the_run_is_named_at_once_and_not_followed(
 ) -> None:
     damage(run / name, run, outside)
     before = fuzz.snapshot(tmp_path)
-    started = time.perf_counter()
     assert command("verify", run, "--jobs=1") == 1
     err = capsys.readouterr().err
     assert err.startswith(f"fedsim: {run} is not what was recorded: ")
@@ -494,7 +492,6 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
         assert "allowed is" in capsys.readouterr().err
     assert command("verify", run, "--recompute=1") == 1
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -510,6 +507,12 @@ def test_where_a_run_says_that_its_data_was_nothing_is_made(tmp_path: Path) -> N
     with pytest.raises(InputError, match="is not downloaded for a recorded run"):
         load_dataset("cifar10", data_root=str(tmp_path / "theirs"), seed=1, download=False)
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_round_number_alone_costs_nothing(run: Path) -> None:
+    edit_line(run / "rounds.jsonl", 1, lambda row: row.update(round=10**9))
+    with pytest.raises(InputError, match="finished are 0, 1000000000$"):
+        load_run(run).round(7)
 
 
 # --- continuing
