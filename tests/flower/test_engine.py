@@ -1,4 +1,4 @@
-"""The death of Ray's own processes, of workers for want of memory, and of the terminal."""
+"""The death of Ray's own processes, of the server and of the terminal."""
 
 import signal
 import time
@@ -35,23 +35,15 @@ def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
     children = psutil.Process(process.pid).children()
     next(child for child in children if child.name() == name).kill()
     code, _, err = finish(process, timeout=60)
-    assert (code, err) == (1, f"fedsim: Ray's process {name} died, and with it the workers\n")
+    # Ray's own C++ may complain before.
+    assert code == 1
+    assert err.endswith(f"fedsim: Ray's process {name} died, and with it the workers\n")
+    assert "Traceback" not in err
     nothing_is_left(folder)
     run = load_run(folder / "run")
     assert run.status == "failed"
     assert run.manifest["error"] == f"Ray's process {name} died, and with it the workers"
     assert verify(run.path).violations == []
-
-
-@pytest.mark.slow
-def test_a_worker_killed_for_want_of_memory_is_told_as_that(folder):
-    # Ray kills workers while the machine uses more than this share of its memory.
-    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "50"}
-    code, _, err = finish(start(LONG, folder, **limits), timeout=180)
-    assert code == 1
-    assert "its worker was killed to free memory" in err
-    assert err.count("\n") == 1
-    nothing_is_left(folder)
 
 
 @pytest.mark.slow
