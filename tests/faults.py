@@ -95,13 +95,13 @@ class Fault:
         elif self.kind == "raise":
             raise InjectedError("on purpose")
         elif self.kind == "hang":
-            if self.moment == "before training":
+            if self.moment in ("before training", "mid-training"):
                 threading.Event().wait()
             self._of_worker(signal.SIGSTOP)
         elif self.kind == "disk full":
             fill(root.parent)
         elif self.kind == "unwritable directory":
-            remount(root.parent, "ro")
+            cover(root / "rounds")
         elif self.kind == "corrupt last line":
             name = "clients.jsonl" if self.moment in IN_CLIENT else "rounds.jsonl"
             with (root / name).open("ab") as file:
@@ -136,8 +136,14 @@ def fill(folder: Path) -> None:
             file.write(b"\0" * 4096)
 
 
-def remount(folder: Path, mode: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
+def cover(folder: Path) -> None:
+    """Lay a folder over another that nobody can write to; root may write whatever the mode."""
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=4k", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True)
+
+
+def uncover(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def spoilt(record: ArrayRecord, fault: Fault) -> ArrayRecord:

@@ -201,7 +201,7 @@ class RoundLoop:
         self._writer.add_failure(
             {"round": number, "partition": partition, "status": "failed", "error": reason}
         )
-        last = reason.splitlines()[-1]
+        last = reason.splitlines()[-1].strip()
         if wire.DISK_FULL in last:
             # However many failures are allowed: the next client fares no better.
             raise DiskFullError(
