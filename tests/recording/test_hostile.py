@@ -511,7 +511,7 @@ def test_where_a_run_says_that_its_data_was_nothing_is_made(tmp_path: Path) -> N
 
 def test_a_round_number_alone_costs_nothing(run: Path) -> None:
     edit_line(run / "rounds.jsonl", 1, lambda row: row.update(round=10**9))
-    with pytest.raises(InputError, match="finished are 0, 1000000000$"):
+    with pytest.raises(InputError, match=r"finished are 0, 1000000000$"):
         load_run(run).round(7)
 
 
