@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, RunFailedError
 from fedsim.recording.checksums import read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
@@ -215,14 +215,32 @@ def test_the_files_of_a_client_are_listed_with_the_checksums_that_it_told(tmp_pa
     root = tmp_path / "run"
     writer = make(root)
     told = {"steps.jsonl": Checksum(5, "a" * 32), "sketch.safetensors": Checksum(9, "b" * 32)}
-    write_round(writer, 1, 7, files={name: c.to_json() for name, c in told.items()})
     folder = "rounds/0001/clients/0007"
+    (root / folder).mkdir(parents=True)
+    for name, checksum in told.items():
+        (root / folder / name).write_bytes(b"x" * checksum.size)
+    write_round(writer, 1, 7, files={name: c.to_json() for name, c in told.items()})
     found = latest_checksums(root)
     assert {n: c for n, c in found.items() if n.startswith(folder)} == {
         f"{folder}/steps.jsonl": told["steps.jsonl"],
         f"{folder}/sketch.safetensors": told["sketch.safetensors"],
         f"{folder}/delta.safetensors": Checksum.of_file(root / folder / "delta.safetensors"),
     }
+
+
+@pytest.mark.parametrize("left", [None, 0, 4, 6])
+def test_a_round_with_a_file_that_was_changed_is_not_closed(
+    tmp_path: Path, left: int | None
+) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    path = root / "rounds/0001/clients/0007/steps.jsonl"
+    path.parent.mkdir(parents=True)
+    if left is not None:
+        path.write_bytes(b"x" * left)
+    with pytest.raises(RunFailedError, match=rf"it has {left or 0} bytes, not 5$"):
+        write_round(writer, 1, 7, files={path.name: Checksum(5, "a" * 32).to_json()})
+    assert (root / "rounds.jsonl").read_bytes() == b""
 
 
 def test_what_a_strategy_keeps_is_read_back_or_refused_by_its_path(tmp_path: Path) -> None:
