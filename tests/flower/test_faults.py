@@ -99,6 +99,7 @@ def told(text: str, path: Path) -> str:
     """What is said, without what differs from run to run."""
     text = text.replace(str(path), "RUN")
     text = re.sub(r"client \d", "client P", text)
+    text = re.sub(r"round \d\b", "round R", text)
     text = re.sub(r"clients/\d{4}", "clients/PPPP", text)
     text = re.sub(r"\.\d+\.partial", ".PID.partial", text)
     text = re.sub(r"\b\d+( bytes)", r"N\1", text)
@@ -114,7 +115,9 @@ def note(fault: Fault, path: Path, code: int, sentence: str) -> None:
     assert rows == list(range(len(rows)))
     recovery = find_recovery(path)
     seen = told("; ".join(violations), path) or "accepts it"
-    after = f"after round {recovery.round}" if recovery.round < ROUNDS else "is not needed"
+    after = "after the newest round" if recovery.round == rows[-1] else "after the one before"
+    if recovery.round == ROUNDS:
+        after = "is not needed"
     outcomes[fault.kind, fault.moment] = (str(code), told(sentence, path), seen, after)
 
 
