@@ -271,7 +271,9 @@ class _Engine:
                     if (name := child.name()) in _ENGINE:
                         self._processes[name] = child
         for name, process in self._processes.items():
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            gone = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+            # Ray leaves the cluster before it ends the processes of its own accord.
+            if gone and ray.is_initialized():
                 return EngineError(f"Ray's process {name} died, and with it the workers")
         return None
 

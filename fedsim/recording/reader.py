@@ -79,7 +79,7 @@ class TensorFile(Mapping[str, Tensor]):
                     self._entries = _entries_of(file, self._size)
             else:
                 self._size = len(content)
-                self._entries = _entries_of(io.BytesIO(content), self._size)
+                self._entries = _entries_of(io.BytesIO(content[: 8 + MOST_JSON_BYTES]), self._size)
         except FileNotFoundError:
             raise InputError(f"{path} is not there") from None
         except (OSError, ValueError) as error:

@@ -127,11 +127,11 @@ def names_of(line: ChecksumLine) -> set[str]:
     return set(line.files)
 
 
-def test_a_new_run_lists_its_partition_and_its_manifest(tmp_path: Path) -> None:
+def test_a_new_run_lists_its_manifest_and_its_partition(tmp_path: Path) -> None:
     root = tmp_path / "run"
     RunWriter.create(root, {"seed": 1}, [])
     lines = list(read_checksums(root / "checksums.jsonl"))
-    assert [names_of(line) for line in lines] == [{"partition.safetensors"}, {"run.json"}]
+    assert [names_of(line) for line in lines] == [{"run.json"}, {"partition.safetensors"}]
     for line in lines:
         for name, checksum in line.files.items():
             assert checksum == Checksum.of_file(root / name)

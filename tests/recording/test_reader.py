@@ -568,6 +568,15 @@ def test_what_was_not_kept_is_named_with_what_was(tmp_path: Path) -> None:
     assert some.shard(3, "head").keys == ["000002/head", "000003/head"]
 
 
+def test_a_shard_has_no_more_gradients_than_a_header_should_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.recording.gradients.MOST_KEYS", 7)
+    client = run_of(tmp_path / "run", [gradients_of(n) for n in range(5)], capture="all")
+    steps = {shard.path.name: shard.steps for shard in client.shards.values()}
+    assert sorted(steps.values()) == [[0, 1], [2, 3], [4]]
+
+
 # --- shards that were not written by a recorder
 
 
