@@ -12,6 +12,7 @@ from flwr.supercore.run import Run
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.flower import messages as wire
+from fedsim.flower.replies import traceback_of
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
@@ -173,9 +174,8 @@ def map_partitions(
     replies = stream_replies(grid, queries, window=window, stop=stop)
     for node, reply in zip(nodes, replies, strict=True):
         if reply.has_error():
-            raise RunFailedError(
-                f"a node could not say which partition it holds: {reply.error.reason}"
-            )
+            cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
+            raise RunFailedError(f"a node could not say which partition it holds: {cause}")
         record = reply.content.metric_records[wire.METRICS]
         partition = int(record[wire.PARTITION])  # type: ignore[arg-type]
         if partition in held:

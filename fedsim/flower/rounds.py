@@ -27,6 +27,7 @@ from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
 from fedsim.flower.replies import loss_of, problem_of
+from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
 from strategies.recorded import StatefulStrategy
@@ -34,7 +35,7 @@ from strategies.recorded import StatefulStrategy
 State = Mapping[str, NDArray[np.generic]]
 
 _PATIENCE = 60.0
-"""Seconds on top of what two late clients take."""
+"""Seconds on top of what two late clients take, each as often as it is repeated."""
 
 
 class RunObserver(Protocol):
@@ -101,6 +102,7 @@ class RoundLoop:
         self._window = 2 * workers
         self._stop = stop
         self._suspects: dict[int, str] = {}
+        self._last = ""
         self._device = resolve_device(self._config.device)
         self._model = build_model(
             self._config.model,
@@ -144,7 +146,7 @@ class RoundLoop:
                 number, self._replies(number, participants, nodes, state, failed)
             )
             if arrays is None:
-                raise RunFailedError(f"no client of round {number} returned a model")
+                raise RunFailedError(f"no client of round {number} returned a model{self._last}")
             state = wire.state_of(arrays)
             del arrays
             if layer := self._not_finite(state):
@@ -169,7 +171,7 @@ class RoundLoop:
             window=self._window,
             stop=self._stop,
             # Whoever runs the clients answers for late ones; this is for when nobody does.
-            patience=None if limit is None else 2 * limit + _PATIENCE,
+            patience=None if limit is None else 2 * (1 + RETRIES) * limit + _PATIENCE,
         )
         self._suspects = {}
         for partition in order:
@@ -202,6 +204,7 @@ class RoundLoop:
             {"round": number, "partition": partition, "status": "failed", "error": reason}
         )
         last = reason.splitlines()[-1].strip()
+        self._last = f"; the last that failed was client {partition}: {last}"
         if wire.DISK_FULL in last:
             # However many failures are allowed: the next client fares no better.
             raise DiskFullError(

@@ -36,7 +36,7 @@ from fedsim.flower.client_app import app as client_app
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
-from fedsim.flower.workers import RETRIES, SupervisedPool
+from fedsim.flower.workers import SupervisedPool
 from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import mark_failed
 
@@ -291,14 +291,7 @@ def _backend(
     if ray_gpus is None:
         ray_gpus = torch.cuda.device_count() if pool.gpus else 0
     return {
-        "client_resources": {
-            "num_cpus": pool.cpus,
-            "num_gpus": pool.gpus,
-            # A worker that dies is started again and its client retried; without these Flower
-            # puts the dead worker back into its pool, where it swallows the clients to come.
-            "max_restarts": -1,
-            "max_task_retries": RETRIES,
-        },
+        "client_resources": {"num_cpus": pool.cpus, "num_gpus": pool.gpus},
         "init_args": {
             # A cluster of our own: Ray otherwise joins any that it finds.
             "address": "local",

@@ -1,5 +1,6 @@
 """The death of Ray's own processes, of the server and of the terminal."""
 
+import re
 import signal
 import time
 
@@ -46,7 +47,16 @@ def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
     assert verify(run.path).violations == []
 
 
+@pytest.fixture
+def hangup():
+    """Let children take SIGHUP, which they ignore where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder, twice):
     process = start(LONG, folder)
@@ -60,6 +70,26 @@ def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder, twice):
     assert "Traceback" not in err
     nothing_is_left(folder)
     assert verify(folder / "run").violations == []
+
+
+@pytest.mark.slow
+def test_workers_that_need_more_memory_than_there_is_end_the_run_with_that_cause(folder):
+    process = start(
+        LONG,
+        folder,
+        RAY_memory_usage_threshold="0.01",
+        RAY_memory_monitor_refresh_ms="50",
+    )
+    code, _, err = finish(process, timeout=120)
+    assert code == 1
+    assert re.search(
+        r"^fedsim: .*: its worker was killed for want of memory with [\d.]+ of [\d.]+ GB in use, "
+        r"at most 1% allowed; fewer workers need less$",
+        err,
+        re.MULTILINE,
+    )
+    assert "Traceback" not in err
+    nothing_is_left(folder)
 
 
 @pytest.mark.slow

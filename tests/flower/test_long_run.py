@@ -26,8 +26,8 @@ from fedsim.report.terminal import TerminalObserver
 from tests.local_grid import LocalGrid
 
 ROUNDS = 220
-FIRST = 100
-"""Round from which memory is watched."""
+TRACED, FIRST = 20, 100
+"""Rounds from which memory is traced, and watched: what Python keeps to use again comes first."""
 STRIDE = 20
 MOST_BYTES = 1000
 """Of memory that a round may leave behind; a state has 80,000, telemetry 1,500."""
@@ -51,7 +51,7 @@ class Meter(TerminalObserver):
         stream = self._console.file
         stream.seek(0)
         stream.truncate()
-        if row["round"] == FIRST:
+        if row["round"] == TRACED:
             tracemalloc.start()
         elif row["round"] > FIRST and (row["round"] - FIRST) % STRIDE == 0:
             # Rich remembers the widths of the last few thousand texts.

@@ -1,3 +1,4 @@
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -246,10 +247,27 @@ def test_max_failures_lets_the_survivors_go_on(run_locally):
 def test_a_round_without_any_survivor_fails(run_locally):
     def before(partition, message):
         if message.metadata.message_type == "train":
-            raise ZeroDivisionError
+            raise ZeroDivisionError("the sensor is gone")
 
-    with pytest.raises(RunFailedError, match="no client of round 1"):
+    with pytest.raises(RunFailedError) as failed:
         run_locally(before=before, max_failures=6)
+    assert re.fullmatch(
+        r"no client of round 1 returned a model; the last that failed was client [0-5]: "
+        r"ZeroDivisionError: the sensor is gone",
+        str(failed.value),
+    )
+
+
+def test_a_node_that_cannot_say_what_it_holds_tells_why(run_locally):
+    def before(partition, message):
+        if message.metadata.message_type == "query":
+            raise ZeroDivisionError("the sensor is gone")
+
+    with pytest.raises(RunFailedError) as failed:
+        run_locally(before=before)
+    assert str(failed.value) == (
+        "a node could not say which partition it holds: ZeroDivisionError: the sensor is gone"
+    )
 
 
 def test_a_stop_ends_the_run_and_keeps_the_finished_rounds(tmp_path):
