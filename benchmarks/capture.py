@@ -4,6 +4,7 @@ ResNet18 on 3x32x32 images, batch 32, two workers of one thread each, in these w
 
 - ``a``: nothing kept, gradients measured (the statistics of every step);
 - ``a2``: nothing kept, nothing measured;
+- ``a3``: nothing kept, gradients measured, ``deterministic = true``;
 - ``b``: all steps, float32, dense;
 - ``c``: all steps, float32, without dead taps (the default encoding);
 - ``d``: all steps, bfloat16, without dead taps;
@@ -92,6 +93,7 @@ class Way:
 WAYS = {
     "a": Way("none", "--capture none"),
     "a2": Way("none, no statistics", "--capture none --gradient-statistics false"),
+    "a3": Way("none, deterministic", "--capture none --deterministic true"),
     "b": Way("all float32 dense", "--capture all --capture-encoding dense", STATE_BYTES),
     "c": Way("all float32", "--capture all --capture-encoding support", STATE_BYTES),
     "d": Way(

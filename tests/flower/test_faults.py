@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -153,8 +154,8 @@ def test_a_fault_stops_the_run_with_its_cause_and_a_resume_ends_the_same(
 # With real processes: a run is started, ended by a fault, resumed into the next fault, and so on.
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
     # Ray's sockets live below it, and the path of a socket has room for 107 characters.
     path = Path(tempfile.mkdtemp(prefix="fs-"))
     for name in ("tmp", "marks"):
@@ -197,39 +198,62 @@ def nothing_is_left(folder: Path) -> None:
     assert list((folder / "tmp").iterdir()) == []
 
 
-@pytest.mark.slow
-def test_killed_workers_are_replaced_and_their_clients_repeated(folder: Path, whole: Path) -> None:
-    path = folder / "run"
-    faults = [Fault("kill worker", moment, n) for n, moment in enumerate(MOMENTS, start=1)]
-    assert run_there(folder, faults, "run", *flags(), "--output", str(path)) == (0, "")
-    nothing_is_left(folder)
-    assert sorted(p.name for p in (folder / "marks").iterdir()) == sorted(map(str, faults))
-    for fault in faults:
-        note(fault, path, 0, "")
-    check_end(path, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill server", "hang"])
-def test_a_run_resumed_from_fault_to_fault_ends_the_same(
-    folder: Path, whole: Path, kind: str
-) -> None:
-    path = folder / "run"
-    arguments = ["run", *flags(), "--output", str(path)]
-    last = 0
-    for moment in MOMENTS:
-        # After the first round that this process makes.
-        fault = Fault(kind, moment, last + 1 + (moment == "between rounds"))
-        code, sentence = run_there(folder, [fault], *arguments)
-        assert (folder / "marks" / str(fault)).exists()
+def kill_workers(whole: Path) -> None:
+    """Kill a worker in each round, each at another moment."""
+    with temporary_folder() as folder:
+        path = folder / "run"
+        faults = [Fault("kill worker", moment, n) for n, moment in enumerate(MOMENTS, start=1)]
+        assert run_there(folder, faults, "run", *flags(), "--output", str(path)) == (0, "")
         nothing_is_left(folder)
-        assert code == {"kill server": -9, "hang": 1}[kind]
-        note(fault, path, code, sentence)
-        last = find_recovery(path).round
-        arguments = ["resume", str(path)]
-    assert run_there(folder, [], *arguments) == (0, "")
-    nothing_is_left(folder)
-    check_end(path, whole)
+        assert sorted(p.name for p in (folder / "marks").iterdir()) == sorted(map(str, faults))
+        for fault in faults:
+            note(fault, path, 0, "")
+        check_end(path, whole)
+
+
+def resume_from_fault_to_fault(whole: Path, kind: str) -> None:
+    """End a run by a fault, resume it into the same one at the next moment, and so on."""
+    with temporary_folder() as folder:
+        path = folder / "run"
+        arguments = ["run", *flags(), "--output", str(path)]
+        last = 0
+        for moment in MOMENTS:
+            # After the first round that this process makes.
+            fault = Fault(kind, moment, last + 1 + (moment == "between rounds"))
+            code, sentence = run_there(folder, [fault], *arguments)
+            assert (folder / "marks" / str(fault)).exists()
+            nothing_is_left(folder)
+            assert code == {"kill server": -9, "hang": 1}[kind]
+            note(fault, path, code, sentence)
+            last = find_recovery(path).round
+            arguments = ["resume", str(path)]
+        assert run_there(folder, [], *arguments) == (0, "")
+        nothing_is_left(folder)
+        check_end(path, whole)
+
+
+@pytest.fixture(scope="module")
+def hanging(whole: Path) -> Iterator[Future[None]]:
+    """The runs that hang, which mostly wait, beside those that are killed."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(resume_from_fault_to_fault, whole, "hang")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hanging")
+def test_killed_workers_are_replaced_and_their_clients_repeated(whole: Path) -> None:
+    kill_workers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hanging")
+def test_a_killed_run_resumed_into_the_next_kill_ends_the_same(whole: Path) -> None:
+    resume_from_fault_to_fault(whole, "kill server")
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_resumed_into_the_next_hang_ends_the_same(hanging: Future[None]) -> None:
+    hanging.result()
 
 
 def table() -> str:

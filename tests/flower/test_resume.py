@@ -28,24 +28,21 @@ from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
 ROUNDS = 4
+VALUES = {
+    "dataset": "digits",
+    "model": "cnn",
+    "clients": 4,
+    "clients-per-round": 3,
+    "rounds": ROUNDS,
+    "batch-size": 64,
+    "capture": "all",
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
 def plan() -> RunPlan:
-    return RunPlan.prepare(
-        RunConfig.from_mapping(
-            {
-                "dataset": "digits",
-                "model": "cnn",
-                "clients": 4,
-                "clients-per-round": 3,
-                "rounds": ROUNDS,
-                "batch-size": 64,
-                "capture": "all",
-                "device": "cpu",
-            }
-        )
-    )
+    return RunPlan.prepare(RunConfig.from_mapping(VALUES))
 
 
 def go(plan: RunPlan, path: Path, *, before: Any = None, resume: bool = False) -> Memory:
@@ -279,8 +276,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(tmp_path: Path) -> None:
-    flags = "--model cnn --clients 4 --clients-per-round 3 --rounds 3 --capture all --device cpu"
+def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(
+    whole: Path, tmp_path: Path
+) -> None:
+    flags = [f"--{name}={value}" for name, value in VALUES.items()]
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -289,12 +288,12 @@ def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(tmp_pat
             start_new_session=True,
         )
 
-    assert start("run", *flags.split(), "--output", f"{tmp_path}/whole").wait(120) == 0
-    process = start("run", *flags.split(), "--output", f"{tmp_path}/run")
+    process = start("run", *flags, "--output", f"{tmp_path}/run")
     rows = tmp_path / "run" / "rounds.jsonl"
     end = time.monotonic() + 120
     while not rows.exists() or rows.read_bytes().count(b"\n") < 2:
         assert time.monotonic() < end
+        time.sleep(0.01)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -302,6 +301,6 @@ def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(tmp_pat
     process.wait(60)
     assert verify(tmp_path / "run").violations == []
     assert start("resume", f"{tmp_path}/run").wait(120) == 0
-    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert hashes(tmp_path / "run") == hashes(whole)
+    assert contents(tmp_path / "run") == contents(whole)
     assert verify(tmp_path / "run").violations == []

@@ -126,35 +126,12 @@ def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers)
 def test_with_more_threads_a_worker_the_number_of_workers_changes_nothing_either(folder):
     made = []
     for workers in (1, 2):
-        flags = [*SMALL, "--client-cpus", "2", "--workers", str(workers)]
+        flags = [*SMALL, "--rounds", "1", "--client-cpus", "2", "--workers", str(workers)]
         code, _, err = finish(start([*flags, "--output", f"run{workers}"], folder))
         assert (code, err) == (0, "")
         made.append(folder / f"run{workers}")
         assert load_run(made[-1]).manifest["device"]["worker_threads"] == 2
     assert hashes(made[0]) == hashes(made[1])
-
-
-@pytest.mark.slow
-def test_a_worker_killed_in_mid_round_is_replaced_and_its_client_repeated(folder):
-    long = [*SMALL, "--local-steps", "60", "--capture", "every:5", "--output"]
-    process = start([*long, "run"], folder)
-
-    def unfinished():
-        # The writer's temporary name carries the worker's process id.
-        return list((folder / "run").glob("rounds/0001/clients/*/steps.jsonl.*.partial"))
-
-    (victim, *_) = wait_for(unfinished, process)
-    os.kill(int(victim.name.split(".")[2]), signal.SIGKILL)
-    code, _, err = finish(process)
-    assert (code, err) == (0, "")
-    assert leftovers(folder) == ([], [])
-    run = load_run(folder / "run")
-    assert [row["failed"] for row in run.round_rows] == [[], [], []]
-    assert [len(run.round(r).clients) for r in (1, 2)] == [3, 3]
-    assert list(run.path.rglob("*.partial")) == []
-    code, _, _ = finish(start([*long, "undisturbed"], folder))
-    assert code == 0
-    assert hashes(run.path) == hashes(folder / "undisturbed")
 
 
 @pytest.mark.slow
