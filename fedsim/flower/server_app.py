@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 import fedsim
 from fedsim.core.determinism import use_deterministic
-from fedsim.core.errors import ConfigError, DiskFullError, InputError
+from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
@@ -187,7 +187,11 @@ def execute(
             writer.drop_unfinished_round()
         # Whatever ended the run is what the user must hear, not that this cannot be written.
         with contextlib.suppress(OSError):
-            writer.finish("failed", str(failure) or type(failure).__name__)
+            writer.finish(
+                "failed",
+                str(failure) or type(failure).__name__,
+                diverged=isinstance(failure, DivergedError),
+            )
         raise failure from None if failure is error else error
     else:
         writer.finish("finished")

@@ -75,6 +75,7 @@ class Manifest(_Row):
 
     status: Literal["running", "finished", "failed"] = "running"
     error: str = ""
+    diverged: bool = False
     created: str = ""
     config: dict[str, Any] = {}
     versions: _Versions | None = None
