@@ -121,6 +121,7 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
     )
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    _add_tracker(command)
     if with_keys:
         _add_keys(command)
 
@@ -152,6 +153,7 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
     command.set_defaults(command=_resume)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    _add_tracker(command)
     if with_keys:
         _add_keys(command)
 
@@ -185,8 +187,19 @@ def _add_compare(commands: Any, *, with_keys: bool) -> None:
         help="folder of the comparison (default: a dated one under runs/)",
     )
     command.add_argument("--verbose", action="store_true", help="log what Flower and Ray log")
+    _add_tracker(command)
     if with_keys:
         _add_keys(command, but=("output",))
+
+
+def _add_tracker(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tell the run to tensorboard, mlflow, wandb or trackio too (repeatable)",
+    )
 
 
 def _add_keys(command: argparse.ArgumentParser, *, but: Sequence[str] = ()) -> None:
@@ -407,7 +420,7 @@ def _run(parsed: argparse.Namespace) -> None:
     from fedsim.flower.server_app import check_output
 
     check_output(output, plan)
-    _simulate(plan, pool, output, verbose=parsed.verbose)
+    _simulate(parsed, plan, pool, output)
 
 
 def _resume(parsed: argparse.Namespace) -> None:
@@ -435,26 +448,33 @@ def _resume(parsed: argparse.Namespace) -> None:
             markup=False,
             soft_wrap=True,
         )
-    _simulate(plan, pool, parsed.run, verbose=parsed.verbose, recovery=recovery)
+    _simulate(parsed, plan, pool, parsed.run, recovery)
 
 
 def _simulate(
+    parsed: argparse.Namespace,
     plan: RunPlan,
     pool: WorkerPool,
     output: Path,
-    *,
-    verbose: bool,
     recovery: Recovery | None = None,
 ) -> None:
     from fedsim.flower.simulation import simulate
     from fedsim.report.terminal import TerminalObserver
+    from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
 
+    trackers = [TrackingObserver(name, make_tracker(name), _say) for name in parsed.tracker]
     observer = TerminalObserver()
     stop = threading.Event()
     _stop_on_interrupt(stop)
     try:
         simulate(
-            plan, output, pool, observer=observer, stop=stop, verbose=verbose, recovery=recovery
+            plan,
+            output,
+            pool,
+            observer=Observers([observer, *trackers]),
+            stop=stop,
+            verbose=parsed.verbose,
+            recovery=recovery,
         )
     except RunInterruptedError:
         raise RunInterruptedError(
@@ -463,6 +483,8 @@ def _simulate(
         ) from None
     finally:
         observer.close()
+        for tracker in trackers:
+            tracker.close()
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -497,6 +519,11 @@ def _compare(parsed: argparse.Namespace) -> int:
         if axis.key in flags:
             raise InputError(f"{axis.key} is varied and set by a flag; allowed is one of them")
     target = _target_of(parsed.target)
+    if parsed.tracker:
+        from fedsim.report.trackers import check_tracker
+
+        for name in parsed.tracker:
+            check_tracker(name)
     values = {**(read_config_file(parsed.config) if parsed.config else {}), **flags}
     named = values.pop("output", None)
     cells = make_cells(values, axes)
@@ -519,7 +546,9 @@ def _compare(parsed: argparse.Namespace) -> int:
         cells,
         lambda c: size_pool(c, machine_cpus=cpus, machine_gpus=machine_gpus(c)),
     )
-    launch = compare.ProcessLauncher(output, ["--verbose"] if parsed.verbose else [])
+    more = [f"--tracker={name}" for name in parsed.tracker]
+    more += ["--verbose"] if parsed.verbose else []
+    launch = compare.ProcessLauncher(output, more)
     console = make_console()
     progress = GridProgress(console)
     stop = threading.Event()
@@ -542,8 +571,8 @@ def _compare(parsed: argparse.Namespace) -> int:
     failed = [name for name, f in figures.items() if f.status == "failed"]
     if not failed:
         return SUCCESS
-    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    _say(f"{failed[0]} failed: {figures[failed[0]].error}{more}; the same command tries it again")
+    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    _say(f"{failed[0]} failed: {figures[failed[0]].error}{others}; the same command tries it again")
     return FAILURE
 
 
