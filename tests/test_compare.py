@@ -172,7 +172,7 @@ def test_every_cell_is_a_run_of_its_own_that_proves_itself(whole):
     )
     for name in NAMES:
         run = load_run(whole / name)
-        assert (run.status, f"strategy={run.config.strategy},seed={run.config.seed}") == (
+        assert (run.status, f"strategy={run.config.strategy.name},seed={run.config.seed}") == (
             "finished",
             name,
         )

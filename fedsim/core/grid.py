@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.core.config import RunConfig, parse_text, unknown_key
+from fedsim.core.config import RunConfig, parse_text
 from fedsim.core.errors import ConfigError, InputError, shorten
+from fedsim.core.fields import unknown_key
 
 MOST_CELLS = 1000
 _MOST_OF_VALUE, _MOST_OF_NAME = 60, 200
@@ -64,7 +65,7 @@ def parse_axis(key: str, text: str) -> Axis:
         When `key` cannot be an axis, or a value is empty.
     """
     if key not in _KEYS:
-        raise unknown_key(key, text)
+        raise unknown_key(key, text, RunConfig)
     if key == "output":
         raise ConfigError(key, text, "a key that decides something of a run")
     parts = _split(text)
@@ -167,7 +168,9 @@ def written(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
         return "+".join(written(v) for v in value)
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    plain = re.sub(r"[^A-Za-z0-9._:+-]", "_", text)
+    # Of a strategy's table the name says most.
+    head = str(value["name"]) if isinstance(value, dict) and "name" in value else text
+    plain = re.sub(r"[^A-Za-z0-9._:+-]", "_", head)
     if plain == text and len(text) <= _MOST_OF_VALUE:
         return text
     return f"{plain[: _MOST_OF_VALUE - 9]}~{_digest(text)}"

@@ -56,7 +56,21 @@ def test_a_grid_is_every_combination_with_the_seed_fastest_and_names_that_follow
     ]
     assert cells[3].values == {"strategy": "fedavgm", "seed": 1, "alpha": 0.1}
     config = cells[3].config
-    assert (config.strategy, config.seed, config.alpha, config.rounds) == ("fedavgm", 1, 0.1, 3)
+    assert config.strategy.name == "fedavgm"
+    assert (config.seed, config.alpha, config.rounds) == (1, 0.1, 3)
+
+
+def test_a_table_is_a_value_too_and_its_settings_are_in_the_name():
+    tables = """{name="fedavgm", server-momentum=0.5},{name='fedavgm', server-momentum=0.7}"""
+    cells = make_cells({}, [parse_axis("strategy", f"{tables},delta-fedavg")])
+    heads = [cell.name.partition("~")[0] for cell in cells]
+    assert heads == ["strategy=fedavgm", "strategy=fedavgm", "strategy=delta-fedavg"]
+    assert len({cell.name for cell in cells}) == 3
+    assert [cell.config.to_mapping()["strategy"]["name"] for cell in cells] == [
+        "fedavgm",
+        "fedavgm",
+        "delta-fedavg",
+    ]
 
 
 def test_the_order_of_asking_changes_no_name():
@@ -107,6 +121,7 @@ def test_a_base_that_fits_no_value_alone_is_no_hindrance():
         (None, "null"),
         ([16, 32], "16+32"),
         ("../a", ".._a~"),
+        ({"name": "fedavgm", "server-momentum": 0.5}, "fedavgm~"),
         ("20 GB", "20_GB~"),
         ([[0, 1], [2, 3]], "__0__1____2__3__~"),
     ],
@@ -116,7 +131,7 @@ def test_values_are_written_so_that_they_can_be_in_a_file_name(value, text):
     import json
 
     head, tilde, _ = text.partition("~")
-    raw = value if isinstance(value, str) else json.dumps(value)
+    raw = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     digest = hashlib.sha256(raw.encode()).hexdigest()[:8]
     assert written(value) == (f"{head}~{digest}" if tilde else text)
 
