@@ -18,6 +18,7 @@ from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
+from fedsim.report import trackers
 from fedsim.report.trackers import (
     NAMES,
     Observers,
@@ -184,6 +185,28 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path):
         forever.set()
 
 
+def test_a_tracker_that_does_not_keep_up_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
+    forever = threading.Event()
+
+    class Hanging(Listed):
+        def start(self, path: Path, config: Mapping[str, Any], step: int) -> None:
+            super().start(path, config, step)
+            forever.wait()
+
+    warnings: list[str] = []
+    tracker = Hanging()
+    observer = TrackingObserver("any", tracker, warnings.append)
+    memory = Memory()
+    go(tmp_path / "run", [memory, observer])
+    assert warnings == ["tracker any does not keep up; the run goes on without it"]
+    assert len(memory.of("round finished")) == 3
+    forever.set()
+    observer.close()
+    assert [call[0] for call in tracker.calls] == ["start"]
+    assert len(warnings) == 1
+
+
 def test_figures_that_are_not_finite_or_not_there_are_not_told():
     row = {
         "round": 1,
@@ -255,7 +278,8 @@ def test_tensorboard_reads_what_was_told(tmp_path):
 
     warnings, _ = track(tmp_path / "run", make_tracker("tensorboard"))
     assert warnings == []
-    # As a run that was stopped after round 1 and told rounds that are made again.
+    # Round 2 is made again, and told again.
+    (tmp_path / "run" / "rounds" / "0002" / "global.safetensors").write_bytes(b"damage")
     track(tmp_path / "run", make_tracker("tensorboard"), rounds=3, resume=True)
     read = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     read.Reload()
