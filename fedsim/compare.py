@@ -39,7 +39,7 @@ from fedsim.report.comparison import (
     group_rows,
     to_csv,
 )
-from strategies.registry import build_strategy
+from strategies.registry import check_strategy
 
 FORMAT = 1
 _GRID, _LOCK, _CONFIGS, _LOGS = "compare.json", "lock", "configs", "logs"
@@ -227,7 +227,7 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
     plan = RunPlan.prepare(cell.config)
     plan.check_budget()
     if run is None:
-        build_strategy(plan.config, plan.parameters)
+        check_strategy(plan.config.strategy)
         return Work(cell, path, "run", 0, plan.run_bytes)
     check_continuable(run)
     done = max(check_resume(run, plan).round, 0)
