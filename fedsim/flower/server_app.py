@@ -106,7 +106,9 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         )
     recovery = find_recovery(run.path)
     last = recovery.round
-    if last >= plan.config.rounds:
+    # One that was killed before it could say that it is finished has that left to do.
+    ended = run.status == "finished" or last > plan.config.rounds
+    if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
     plan.check_budget()
     needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))

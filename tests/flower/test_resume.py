@@ -19,11 +19,13 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
-from fedsim.flower.server_app import execute, manifest_of, versions
+from fedsim.flower.server_app import check_resume, execute, manifest_of, versions
 from fedsim.recording.files import read_lines
+from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter, is_being_written
+from tests import fuzz
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -203,6 +205,22 @@ def test_damage_before_the_last_round_is_left_to_verify(
     assert hashes(tmp_path / "run") == hashes(whole)
     (violation, *_) = verify(tmp_path / "run").violations
     assert "rounds/0001/aggregate.safetensors" in violation
+
+
+def test_a_run_that_was_killed_after_its_last_row_is_finished_by_a_resume(
+    plan: RunPlan, whole: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    with pytest.raises(InputError, match="the others are there"):
+        check_resume(load_run(path), plan)
+    manifest = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    fuzz.reseal(path)
+    assert check_resume(load_run(path), plan).round == ROUNDS
+    assert go(plan, path, resume=True).of("round finished") == []
+    assert load_run(path).status == "finished"
+    assert contents(path) == contents(whole)
+    assert verify(path).violations == []
 
 
 def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) -> None:
