@@ -322,8 +322,11 @@ def _report(parsed: argparse.Namespace) -> int:
             data_root=parsed.data_root,
             progress=progress,
         )
-    for path in written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True)
+    page, *images = written
+    console.print(f"written: {page}", markup=False, soft_wrap=True)
+    if images:
+        text = f"written: {len(images)} images in {parsed.png}"
+        console.print(text, markup=False, soft_wrap=True)
     if not violations:
         return SUCCESS
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""

@@ -165,16 +165,16 @@ def _partition(studies: Studies) -> _Drawn:
         counts, unknown = study.class_counts
         if unknown:
             told += _about(studies, study, unknown)
-        yield View(
-            name="",
-            marks=[
-                Matrix(
-                    rows=[str(number) for number in range(len(counts))],
-                    columns=[str(number) for number in range(counts.shape[1])],
-                    values=[[_finite(n) for n in row] for row in counts.tolist()],
-                )
-            ],
+        clients, classes = counts.shape
+        shown = spread(range(clients), MOST_CELLS // classes)
+        if len(shown) < clients:
+            told += _about(studies, study, f"{len(shown)} of {clients} clients are shown.")
+        matrix = Matrix(
+            rows=[str(number) for number in shown],
+            columns=[str(number) for number in range(classes)],
+            values=[[_finite(n) for n in counts[number].tolist()] for number in shown],
         )
+        yield View(name="", marks=[matrix])
 
     chosen = list(first_of.values())
     views, missing = _in_turn(chosen, draw_one)
@@ -192,21 +192,19 @@ def _participation(studies: Studies) -> _Drawn:
         if not rows:
             raise _NoFigureError("No round is finished yet.")
         clients = len(study.run.partition)
-        rows = spread(rows, max(2, MOST_CELLS // clients))
-        values: list[list[Number]] = [[None] * len(rows) for _ in range(clients)]
-        for column, row in enumerate(rows):
+        shown = spread(rows, max(1, MOST_CELLS // clients))
+        clients = min(clients, MOST_CELLS)
+        values: list[list[Number]] = [[None] * len(shown) for _ in range(clients)]
+        for column, row in enumerate(shown):
             for client in row["participants"]:
-                values[client][column] = 2 if client in row["failed"] else 1
-        yield View(
-            name="",
-            marks=[
-                Matrix(
-                    rows=[str(number) for number in range(clients)],
-                    columns=[str(row["round"]) for row in rows],
-                    values=values,
-                )
-            ],
+                if client < clients:
+                    values[client][column] = 2 if client in row["failed"] else 1
+        matrix = Matrix(
+            rows=[str(number) for number in range(clients)],
+            columns=[str(row["round"]) for row in shown],
+            values=values,
         )
+        yield View(name="", marks=[matrix])
 
     views, missing = _in_turn(studies, draw_one)
     caption = f"Who was asked to take part in which round, and who failed.{missing}"
@@ -296,19 +294,15 @@ def _layer_norms(studies: Studies) -> _Drawn:
             raise _NoFigureError("No client has trained yet.")
         names = list(study.run.shapes)
         rounds = spread(sorted(by_round), max(2, MOST_CELLS // len(names)))
-        yield View(
-            name="",
-            marks=[
-                Matrix(
-                    rows=names,
-                    columns=[str(number) for number in rounds],
-                    values=[
-                        [_log_median(row.get(name) for row in by_round[n]) for n in rounds]
-                        for name in names
-                    ],
-                )
+        matrix = Matrix(
+            rows=names,
+            columns=[str(number) for number in rounds],
+            values=[
+                [_log_median(row.get(name) for row in by_round[n]) for n in rounds]
+                for name in names
             ],
         )
+        yield View(name="", marks=[matrix])
 
     views, missing = _in_turn(studies, draw_one)
     caption = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -138,6 +139,19 @@ class Figure:
     views: Sequence[View]
     colour: Axis | None = None
     levels: Sequence[str] = ()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it shows a `Matrix`."""
+        return any(isinstance(mark, Matrix) for view in self.views for mark in view.marks)
+
+    @property
+    def decades(self) -> float:
+        """How many powers of ten lie between the largest and the smallest positive number."""
+        marks = [mark for view in self.views for mark in view.marks]
+        numbers = [y for m in marks if isinstance(m, Line | Points) for y in m.y]
+        positive = [number for number in numbers if number is not None and number > 0]
+        return math.log10(max(positive) / min(positive)) if positive else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

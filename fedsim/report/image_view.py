@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from fedsim.recording.files import temporary
@@ -76,8 +76,8 @@ def _draw(figure: Figure, view: View) -> Canvas:
             _draw_bars(axes, mark, tops)
         else:
             _draw_series(axes, mark)
-    if not any(isinstance(mark, Matrix) for mark in view.marks):
-        _scale(axes, figure.y)
+    if not figure.is_matrix:
+        _scale(axes, figure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(view.marks) > 1:
             axes.legend()
@@ -118,11 +118,15 @@ def _draw_bars(axes: Axes, mark: Bars, tops: dict[float, float]) -> None:
     tops.update(zip(mark.x, (bottom + heights).tolist(), strict=True))
 
 
-def _scale(axes: Axes, axis: Axis) -> None:
-    if axis.log:
+def _scale(axes: Axes, figure: Figure) -> None:
+    if figure.y.log:
         axes.set_yscale("log")
-    if axis.limits:
-        axes.set_ylim(*axis.limits)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if figure.decades < 2 else (1,)))
+        # Its own labels are formulas.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if figure.y.limits:
+        axes.set_ylim(*figure.y.limits)
 
 
 def _draw_matrix(canvas: Canvas, axes: Axes, figure: Figure, mark: Matrix) -> None:

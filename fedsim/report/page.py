@@ -150,7 +150,7 @@ def _plot(figure: Figure) -> dict[str, Any]:
         "key": figure.key,
         "layout": layout(figure),
         "height": _height(figure),
-        "matrix": any(isinstance(m, Matrix) for view in figure.views for m in view.marks),
+        "matrix": figure.is_matrix,
         "views": [{"name": printable(v.name), "data": traces(figure, v)} for v in figure.views],
     }
 

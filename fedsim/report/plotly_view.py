@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.report.figures import Axis, Band, Bars, Figure, Line, Mark, Matrix, Number, Points, View
+from fedsim.report.figures import Axis, Band, Bars, Figure, Mark, Matrix, Number, Points, View
 from fedsim.report.palette import DIVERGING, LEVELS, SEQUENTIAL, SERIES
 from fedsim.report.terminal import printable
 
@@ -140,20 +140,20 @@ def _as_int(value: float) -> float:
 def layout(figure: Figure) -> dict[str, Any]:
     """Give axes and their titles as plotly's JSON, without colours."""
     marks = [mark for view in figure.views for mark in view.marks]
-    is_matrix = any(isinstance(mark, Matrix) for mark in marks)
+    has_legend = not figure.is_matrix and len(marks) > 1
     settings: dict[str, Any] = {
         "xaxis": _axis(figure.x),
         "yaxis": _axis(figure.y),
-        "showlegend": not is_matrix and len(marks) > 1,
+        "showlegend": has_legend,
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-        "margin": {"l": 60, "r": 10, "t": 40, "b": 50},
+        "margin": {"l": 60, "r": 10, "t": 60 if has_legend else 40, "b": 50},
         "hovermode": "closest",
     }
     if figure.y.log:
-        settings["yaxis"]["dtick"] = "D2" if _decades(marks) < 2 else 1
+        settings["yaxis"]["dtick"] = "D2" if figure.decades < 2 else 1
     if any(isinstance(mark, Bars) for mark in marks):
         settings["barmode"] = "stack"
-    if is_matrix:
+    if figure.is_matrix:
         # Names that are numbers are names all the same.
         settings["xaxis"] |= {"type": "category", "showgrid": False}
         settings["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
@@ -162,14 +162,6 @@ def layout(figure: Figure) -> dict[str, Any]:
         if max(rounds, default=0) - min(rounds, default=0) < 10:
             settings["xaxis"]["dtick"] = 1
     return settings
-
-
-def _decades(marks: Sequence[Mark]) -> float:
-    numbers = [
-        y for mark in marks if isinstance(mark, Line | Points) for y in mark.y if y is not None
-    ]
-    positive = [number for number in numbers if number > 0] or [1.0]
-    return math.log10(max(positive) / min(positive))
 
 
 def _axis(axis: Axis) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def _write(
                 if isinstance(figure, Figure):
                     written += write_images(figure, images)
     except OSError as error:
-        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from None
+        raise InputError(
+            f"{error.filename or output} cannot be written: {error.strerror}"
+        ) from None
     return written
 
 
