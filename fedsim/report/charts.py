@@ -187,18 +187,24 @@ _LEVELS = ("trained", "failed")
 
 
 def _participation(studies: Studies) -> _Drawn:
+    told = ""
+
     def draw_one(study: Study) -> Iterable[View]:
+        nonlocal told
         rows = [row for row in study.run.round_rows if row["round"]]
         if not rows:
             raise _NoFigureError("No round is finished yet.")
         clients = len(study.run.partition)
         shown = spread(rows, max(1, MOST_CELLS // clients))
+        if len(shown) < len(rows):
+            told += _about(studies, study, f"{len(shown)} of {len(rows)} rounds are shown.")
         clients = min(clients, MOST_CELLS)
         values: list[list[Number]] = [[None] * len(shown) for _ in range(clients)]
         for column, row in enumerate(shown):
+            failed = set(row["failed"])
             for client in row["participants"]:
                 if client < clients:
-                    values[client][column] = 2 if client in row["failed"] else 1
+                    values[client][column] = 2 if client in failed else 1
         matrix = Matrix(
             rows=[str(number) for number in range(clients)],
             columns=[str(row["round"]) for row in shown],
@@ -207,7 +213,7 @@ def _participation(studies: Studies) -> _Drawn:
         yield View(name="", marks=[matrix])
 
     views, missing = _in_turn(studies, draw_one)
-    caption = f"Who was asked to take part in which round, and who failed.{missing}"
+    caption = f"Who was asked to take part in which round, and who failed.{told}{missing}"
     return _ROUND, _CLIENT, views, caption, {"levels": _LEVELS}
 
 
