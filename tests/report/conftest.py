@@ -41,11 +41,18 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """Record a run over the in-process grid; clients in `failing` raise."""
 
     def make(
-        name: str = "run", *, failing: tuple[int, ...] = (), stop_after: int = 0, **values: Any
+        name: str = "run",
+        *,
+        failing: tuple[int, ...] = (),
+        stop_after: int = 0,
+        observer: Any = None,
+        told: Callable[[Path], None] = lambda path: None,
+        **values: Any,
     ) -> Path:
         keys = {key.replace("_", "-"): value for key, value in values.items()}
         plan = RunPlan.prepare(RunConfig.from_mapping({**SMALL, **keys}))
         path = tmp_path_factory.mktemp("runs") / name
+        told(path)
 
         def before(partition: int, message: Any) -> None:
             if message.metadata.message_type != "train":
@@ -61,7 +68,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
                 LocalGrid(app, plan.config.clients, before=before),
                 plan,
                 path,
-                observer=Memory(),
+                observer=observer or Memory(),
                 workers=2,
                 stop=threading.Event(),
             )
@@ -80,5 +87,5 @@ def small(make_run: MakeRun) -> Path:
 
 @pytest.fixture(scope="session")
 def other(make_run: MakeRun) -> Path:
-    """Two rounds of the same clients, of whom client 3 fails both times; sketches in place of steps."""
+    """Two rounds of the same clients with sketches, in both of which client 3 fails."""
     return make_run("other", failing=(3,), capture="sketch:512", max_failures=3, rounds=2)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 from pathlib import Path
@@ -39,7 +38,9 @@ def matrix_of(figure: Figure, view: int = 0) -> Matrix:
     return mark
 
 
-@pytest.mark.parametrize(("key", "column"), [("accuracy", "global_accuracy"), ("loss", "global_loss")])
+@pytest.mark.parametrize(
+    ("key", "column"), [("accuracy", "global_accuracy"), ("loss", "global_loss")]
+)
 def test_curves_are_the_rows(small: Path, key: str, column: str) -> None:
     rows = load_run(small).round_rows
     (line,) = drawn(key, small).views[0].marks
@@ -163,9 +164,7 @@ def test_pairs_are_a_matrix_for_each_round(small: Path, other: Path) -> None:
     ]
 
 
-def test_pairs_that_no_page_can_hold_are_told(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_that_no_page_can_hold_are_told(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.report.study.MOST_CELLS", 9)
     assert drawn("drift_pairs", small).caption.endswith("1 of 3 rounds are shown.")
     monkeypatch.setattr("fedsim.report.study.MOST_CELLS", 8)
@@ -253,7 +252,7 @@ def test_bytes_are_those_on_the_disk(small: Path) -> None:
     assert all(isinstance(bar, Bars) for bar in bars)
     for number in range(4):
         folder = small / "rounds" / f"{number:04d}"
-        on_disk = sum(os.path.getsize(p) for p in folder.rglob("*") if p.is_file())
+        on_disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         told = 1e6 * sum(bar.y[number] for bar in bars)  # type: ignore[union-attr, misc]
         assert told == pytest.approx(on_disk)
 
