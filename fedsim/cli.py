@@ -96,12 +96,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
     """Refuse what no command takes; a misspelt key of a run gets the nearest one."""
     if command in (_run, _plan, _resume) and unknown.startswith("--"):
-        from fedsim.core.config import unknown_key
+        from fedsim.core.config import RunConfig
+        from fedsim.core.fields import unknown_key
 
         key, _, value = unknown.removeprefix("--").partition("=")
         # From all arguments: argparse has taken the value for the name of the file.
         after = arguments[arguments.index(unknown) + 1 :]
-        raise unknown_key(key, value or " ".join(a for a in after[:1] if not a.startswith("--")))
+        given = value or " ".join(a for a in after[:1] if not a.startswith("--"))
+        raise unknown_key(key, given, RunConfig)
     raise InputError(f"unrecognized argument {unknown!r}; `fedsim --help` lists what is allowed")
 
 

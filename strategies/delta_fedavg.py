@@ -37,7 +37,7 @@ class DeltaFedAvg(FedAvg):
 
     def __init__(self, exporter: RoundExporter | None = None, **settings: Any) -> None:
         super().__init__(**settings)
-        self._exporter = exporter
+        self.exporter = exporter
         self._reference: State = {}
 
     def configure_train(
@@ -63,11 +63,7 @@ class DeltaFedAvg(FedAvg):
         ValueError
             When a client's arrays differ from the global ones in name, shape or dtype.
         """
-        fold = DeltaFold(
-            server_round,
-            weighted_by_key=self.weighted_by_key,
-            exporter=self._exporter,
-        )
+        fold = self._fold(server_round)
         metrics: list[RecordDict] = []
         for reply in usable_replies(replies):
             fold.add(reply, self._reference)
@@ -77,9 +73,12 @@ class DeltaFedAvg(FedAvg):
         if fold.is_empty:
             return None, None
         aggregate = fold.aggregate()
-        state = apply_delta(self._reference, aggregate)
-        if self._exporter is not None:
-            self._exporter.add_aggregate(server_round, aggregate)
-            self._exporter.add_state(server_round, state)
+        state = apply_delta(self._reference, fold.update(aggregate))
+        if self.exporter is not None:
+            self.exporter.add_aggregate(server_round, aggregate)
+            self.exporter.add_state(server_round, state)
         arrays = ArrayRecord({name: Array(np.asarray(a)) for name, a in state.items()})
         return arrays, self.train_metrics_aggr_fn(metrics, self.weighted_by_key)
+
+    def _fold(self, server_round: int) -> DeltaFold:
+        return DeltaFold(server_round, weighted_by_key=self.weighted_by_key, exporter=self.exporter)

@@ -88,12 +88,20 @@ class DeltaFold:
         if not isinstance(weight, int):
             raise ValueError(f"{self._weighted_by_key} is {weight!r}; a whole number is needed")
         self._mean.add(delta, weight)
+        self._take(row, delta, weight)
         if self._exporter is not None:
             self._exporter.add_client({"round": self._round, **row}, delta)
 
     def aggregate(self) -> State:
         """Give the mean delta."""
         return self._mean.mean()
+
+    def update(self, aggregate: State) -> State:
+        """Give what is added to the global state: the mean delta."""
+        return aggregate
+
+    def _take(self, row: Mapping[str, Any], delta: State, weight: int) -> None:
+        """Look at a delta that was folded, and at its client's telemetry."""
 
 
 def usable_replies(replies: Iterable[Message]) -> Iterator[Message]:

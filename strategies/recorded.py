@@ -9,12 +9,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import FedAvgM, Strategy
+from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdaptiveBase
+from flwr.serverapp.strategy.dp_fixed_clipping import DifferentialPrivacyFixedClippingBase
 from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import apply_delta
-from fedsim.recording.layout import strategy_key
+from fedsim.core.rng import numpy_seed
+from fedsim.recording.layout import CLIPPING_NORM, strategy_key
 from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
 
 
@@ -43,21 +46,30 @@ class Recorded(Strategy):
 
     Parameters
     ----------
-    strategy : FedAvg
-        Any of Flower's strategies that descend from FedAvg.
+    strategy : Strategy
+        Any of Flower's, a wrapper of differential privacy around one, or the user's own. What it
+        keeps from round to round is checkpointed for Flower's, and where it is a
+        `StatefulStrategy` itself.
     parameters : collection of str
         Names of the trainable parameters; all other arrays of the state are buffers.
     exporter : RoundExporter, optional
         Receives the artifacts of every round.
+    seed : int
+        Of the noise: numpy's global generator, which Flower draws from, is seeded for every
+        aggregation and put back after it.
     """
 
     def __init__(
         self,
-        strategy: FedAvg,
+        strategy: Strategy,
         parameters: Collection[str],
         exporter: RoundExporter | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         self.strategy = strategy
+        self._inner = _unwrapped(strategy)
+        self._seed = seed
         self._trainable = frozenset(parameters)
         self._exporter = exporter
         self._reference: State = {}
@@ -95,7 +107,7 @@ class Recorded(Strategy):
         """
         fold = DeltaFold(
             server_round,
-            weighted_by_key=self.strategy.weighted_by_key,
+            weighted_by_key=getattr(self._inner, "weighted_by_key", "num-examples"),
             exporter=self._exporter,
         )
         bare: list[Message] = []
@@ -104,7 +116,8 @@ class Recorded(Strategy):
             bare.append(self._bare_reply(reply))
             # Still bound, its buffers would live on while the next one is decoded.
             del reply
-        moved, metrics = self.strategy.aggregate_train(server_round, bare)
+        with numpy_seed(self._seed, server_round):
+            moved, metrics = self.strategy.aggregate_train(server_round, bare)
         if moved is None:
             return None, metrics
         aggregate = fold.aggregate()
@@ -121,33 +134,46 @@ class Recorded(Strategy):
         return ArrayRecord({name: Array(array) for name, array in state.items()}), metrics
 
     def state_arrays(self) -> State:
-        """Give the server optimiser's arrays, keyed ``momentum/<parameter>``, ``m/...``, ``v/...``.
+        """Give what is kept: ``momentum/<parameter>``, ``m/...``, ``v/...``, ``clipping-norm``.
 
         The global state that these strategies hold besides is the one that they are given in
         `configure_train`.
         """
         kept: dict[str, Mapping[str, NDArray[np.generic]] | None] = {}
-        if isinstance(self.strategy, FedAvgM) and self.strategy.momentum_vector is not None:
+        arrays: State = {}
+        inner = self._inner
+        if isinstance(inner, StatefulStrategy):
+            arrays |= inner.state_arrays()
+        elif isinstance(inner, FedAvgM) and inner.momentum_vector is not None:
             names = [name for name in self._reference if name in self._trainable]
-            kept["momentum"] = dict(zip(names, self.strategy.momentum_vector, strict=True))
-        elif isinstance(self.strategy, FedOpt):
-            kept |= {"m": self.strategy.m_t, "v": self.strategy.v_t}
-        return {
+            kept["momentum"] = dict(zip(names, inner.momentum_vector, strict=True))
+        elif isinstance(inner, FedOpt):
+            kept |= {"m": inner.m_t, "v": inner.v_t}
+        arrays |= {
             strategy_key(what, name): np.asarray(array)
-            for what, arrays in kept.items()
-            for name, array in (arrays or {}).items()
+            for what, found in kept.items()
+            for name, array in (found or {}).items()
         }
+        if isinstance(self.strategy, DifferentialPrivacyAdaptiveBase):
+            arrays[CLIPPING_NORM] = np.asarray(self.strategy.clipping_norm, np.float64)
+        return arrays
 
     def load_state_arrays(self, arrays: State) -> None:
         """Go on from what `state_arrays` gave, in its order."""
+        arrays = dict(arrays)
+        if isinstance(self.strategy, DifferentialPrivacyAdaptiveBase):
+            self.strategy.clipping_norm = float(arrays.pop(CLIPPING_NORM))
         kept: dict[str, State] = {}
         for key, array in arrays.items():
             what, _, name = key.partition("/")
             kept.setdefault(what, {})[name] = array
-        if isinstance(self.strategy, FedAvgM):
-            self.strategy.momentum_vector = list(kept.get("momentum", {}).values()) or None
-        elif isinstance(self.strategy, FedOpt):
-            self.strategy.m_t, self.strategy.v_t = kept.get("m"), kept.get("v")
+        inner = self._inner
+        if isinstance(inner, StatefulStrategy):
+            inner.load_state_arrays(arrays)
+        elif isinstance(inner, FedAvgM):
+            inner.momentum_vector = list(kept.get("momentum", {}).values()) or None
+        elif isinstance(inner, FedOpt):
+            inner.m_t, inner.v_t = kept.get("m"), kept.get("v")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -173,3 +199,9 @@ class Recorded(Strategy):
         bare = copy.copy(reply)
         bare.content = RecordDict({**reply.content, key: self._bare(arrays)})
         return bare
+
+
+def _unwrapped(strategy: Strategy) -> Strategy:
+    """Give what is inside of a wrapper of differential privacy."""
+    wrappers = (DifferentialPrivacyFixedClippingBase, DifferentialPrivacyAdaptiveBase)
+    return strategy.strategy if isinstance(strategy, wrappers) else strategy

@@ -54,6 +54,36 @@ def delta_of(local: State, reference: State) -> dict[str, Array]:
     return {n: np.asarray(np.subtract(local[n], array)) for n, array in reference.items()}
 
 
+class _Sums:
+    """Sums of weighted arrays in float64; the order of `add` decides their last bits."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+
+    @np.errstate(all="ignore")
+    def add(self, arrays: State, weight: float) -> None:
+        for name, array in arrays.items():
+            weighted = np.multiply(array, weight, dtype=np.float64)
+            if name in self._sums:
+                self._sums[name] += weighted
+            else:
+                self._sums[name] = weighted
+                self._dtypes[name] = array.dtype
+
+    @np.errstate(all="ignore")
+    def divided(self, divisor: float) -> dict[str, Array]:
+        """Divide and round once to each array's own dtype, integers half to even."""
+        result: dict[str, Array] = {}
+        for name, total in self._sums.items():
+            mean = total / divisor
+            dtype = self._dtypes[name]
+            if np.issubdtype(dtype, np.integer):
+                mean = np.rint(mean)
+            result[name] = np.asarray(mean, dtype=dtype)
+        return result
+
+
 class DeltaMean:
     """The weighted mean of deltas, one at a time, in float64.
 
@@ -61,11 +91,9 @@ class DeltaMean:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, NDArray[np.float64]] = {}
-        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+        self._sums = _Sums()
         self.weight = 0
 
-    @np.errstate(all="ignore")
     def add(self, delta: State, weight: int) -> None:
         """Fold one client's delta in.
 
@@ -78,29 +106,61 @@ class DeltaMean:
         """
         if weight < 1:
             raise ValueError(f"a delta needs a weight of 1 or more, not {weight}")
-        for name, array in delta.items():
-            weighted = np.multiply(array, weight, dtype=np.float64)
-            if name in self._sums:
-                self._sums[name] += weighted
-            else:
-                self._sums[name] = weighted
-                self._dtypes[name] = array.dtype
+        self._sums.add(delta, weight)
         self.weight += weight
 
-    @np.errstate(all="ignore")
     def mean(self) -> dict[str, Array]:
         """Divide by the total weight and round once to each array's own dtype.
 
         Integer buffers are rounded half to even.
         """
-        result: dict[str, Array] = {}
-        for name, total in self._sums.items():
-            mean = total / self.weight
-            dtype = self._dtypes[name]
-            if np.issubdtype(dtype, np.integer):
-                mean = np.rint(mean)
-            result[name] = np.asarray(mean, dtype=dtype)
-        return result
+        return self._sums.divided(self.weight)
+
+
+class NormalisedMean:
+    """The normalised mean of deltas (FedNova, Wang et al. 2020, eq. 8), in float64.
+
+    With weights ``p`` that sum to 1, deltas ``x`` and local work ``a``, it is
+    ``sum(p * a) * sum(p * x / a)``: every client moves the mean in proportion to its samples,
+    not to the steps that it made. With equal work it is `DeltaMean`.
+    """
+
+    def __init__(self) -> None:
+        self._rates = _Sums()
+        self._work = 0.0
+        self._weight = 0
+
+    def add(self, delta: State, weight: int, work: float) -> None:
+        """Fold one client's delta in; `work` is its `local_work`."""
+        self._rates.add(delta, weight / work)
+        self._work += weight * work
+        self._weight += weight
+
+    def mean(self) -> dict[str, Array]:
+        """Give the mean, rounded once to each array's own dtype."""
+        return self._rates.divided(self._weight**2 / self._work)
+
+
+def local_work(
+    steps: int, *, learning_rate: float, momentum: float = 0.0, nesterov: bool = False
+) -> float:
+    """Give how far SGD moves in some steps whose gradient is always 1.
+
+    That is the learning rate times the norm ``|a|_1`` of Wang et al. 2020, sec. 4: the steps
+    themselves without momentum, and about ``1 / (1 - momentum)`` times as many with it.
+
+    Parameters
+    ----------
+    steps : int
+        Local steps of a round, 1 or more.
+    learning_rate, momentum, nesterov : float, float, bool
+        Of torch's SGD, without dampening.
+    """
+    velocity = moved = 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + 1
+        moved += 1 + momentum * velocity if nesterov else velocity
+    return learning_rate * moved
 
 
 @np.errstate(all="ignore")

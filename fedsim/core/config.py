@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     model_validator,
 )
 
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
-from fedsim.core.errors import ConfigError, InputError, shorten
+from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.fields import (
+    MOST,
+    Count,
+    Counts,
+    Folder,
+    Rate,
+    Rates,
+    StrictModel,
+    allowed_instead,
+    finite,
+    unknown_key,
+)
 from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
+from fedsim.core.strategies import (
+    DeltaFedAvgSettings,
+    FedNovaSettings,
+    KrumSettings,
+    QFedAvgSettings,
+    StrategySettings,
+    strategy_table,
+)
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
 
-Strategy = Literal["delta-fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -61,12 +77,6 @@ def _is_plain(key: Any) -> bool:
     return isinstance(key, str) and key.isdecimal() and key.isascii() and key == str(int(key))
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("a finite number")
-    return value
-
-
 def _bytes_written(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -83,34 +93,7 @@ MOST_TOML_BYTES = 2 * 2**20
 """Of a configuration; Python reads TOML at a megabyte or two a second."""
 
 
-def _nameable(value: str) -> str:
-    # What is no UTF-8 comes as surrogates, which no terminal and no other program can print.
-    if "\0" in value or value.encode(errors="ignore").decode() != value:
-        raise ValueError("a path in UTF-8 without a zero byte")
-    return value
-
-
-# More would not fit where steps are counted: no run comes near it.
-MOST = 1_000_000_000
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Folder = Annotated[str, AfterValidator(_nameable)]
-Rate = Annotated[float, Field(gt=0), AfterValidator(_finite)]
-Counts = Annotated[Count | Annotated[tuple[Count, ...], Field(min_length=1)], Field()]
-Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field()]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
-        validate_by_name=True,
-        validate_by_alias=True,
-    )
-
-
-class ClientSettings(_Strict):
+class ClientSettings(StrictModel):
     """What a ``[client.<partition>]`` table may set for one client."""
 
     batch_size: Count | None = None
@@ -119,7 +102,7 @@ class ClientSettings(_Strict):
     learning_rate: Rate | None = None
 
 
-class RunConfig(_Strict):
+class RunConfig(StrictModel):
     """Everything that decides a run.
 
     Field names with ``-`` for ``_`` are the TOML keys, the command-line flags and the keys of
@@ -163,7 +146,7 @@ class RunConfig(_Strict):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: Annotated[float, Field(ge=0), AfterValidator(_finite), Field(le=1e30)] = Field(
+    weight_decay: Annotated[float, Field(ge=0), AfterValidator(finite), Field(le=1e30)] = Field(
         5e-4, description="L2 penalty of the local optimiser"
     )
     batch_size: Annotated[Counts, BeforeValidator(_listed)] = Field(
@@ -203,15 +186,15 @@ class RunConfig(_Strict):
     gradient_statistics: bool = Field(
         True, description="measure the gradient of every local step, kept or not"
     )
-    strategy: Strategy = Field(
-        "delta-fedavg",
-        description="aggregation: delta-fedavg, or Flower's fedavgm, fedadagrad, fedadam, fedyogi",
+    strategy: Annotated[SerializeAsAny[StrategySettings], BeforeValidator(strategy_table)] = Field(
+        default_factory=lambda: DeltaFedAvgSettings(name="delta-fedavg"),
+        description="aggregation: a name, or a table [strategy] with its name and settings",
     )
     workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
     )
     client_cpus: Count = Field(1, description="CPU cores (and torch threads) of a worker")
-    client_gpus: Annotated[float, Field(ge=0), AfterValidator(_finite)] | None = Field(
+    client_gpus: Annotated[float, Field(ge=0), AfterValidator(finite)] | None = Field(
         None, description="share of a GPU for a worker, like 0.5 (default: all, shared equally)"
     )
     autocast: Autocast = Field(
@@ -309,7 +292,48 @@ class RunConfig(_Strict):
         if models.needs_two_samples(self.model, self.norm):
             self._check_two_samples()
         self._check_samples()
+        self._check_strategy()
         return self
+
+    def _check_strategy(self) -> None:
+        strategy = self.strategy
+        numbers = {self.num_participants(r) for r in range(1, self.rounds + 1)}
+        for field in ("noise-multiplier", "clipping-norm"):
+            value = getattr(strategy, field.replace("-", "_"))
+            if (value is None) != (strategy.dp is None):
+                raise ConfigError(f"strategy.{field}", value, "a number together with strategy.dp")
+        if strategy.dp is not None and len(numbers) > 1:
+            raise ConfigError(
+                "strategy.dp", strategy.dp, "none where rounds differ in their participants"
+            )
+        if strategy.dp is not None and strategy.dp.endswith("adaptive"):
+            # Part of the privacy is spent on the count of clipped updates.
+            most = min(numbers) / 10
+            if strategy.noise_multiplier and strategy.noise_multiplier >= most:
+                raise ConfigError(
+                    "strategy.noise-multiplier",
+                    strategy.noise_multiplier,
+                    f"a value below {most:g}, a tenth of the participants, where clipping adapts",
+                )
+        if isinstance(strategy, KrumSettings) and min(numbers) < strategy.least_participants():
+            raise ConfigError(
+                "strategy",
+                strategy.name,
+                f"another, or {strategy.least_participants()} participants in every round",
+            )
+        if isinstance(strategy, FedNovaSettings) and self.optimizer != "sgd":
+            raise ConfigError("optimizer", self.optimizer, "'sgd' with strategy = 'fednova'")
+        varies = isinstance(self.learning_rate, tuple) or any(
+            table.learning_rate is not None for table in self.client.values()
+        )
+        if (
+            isinstance(strategy, QFedAvgSettings)
+            and strategy.client_learning_rate is None
+            and varies
+        ):
+            raise ConfigError(
+                "strategy.client-learning-rate", None, "a number where clients have different ones"
+            )
 
     def _check_participants(self, rounds: tuple[tuple[int, ...], ...]) -> None:
         if len(rounds) < self.rounds:
@@ -418,17 +442,6 @@ def _one_of(value: Any, draw: np.random.Generator) -> Any:
     return value[int(position * len(value))] if isinstance(value, tuple) else value
 
 
-_TYPES = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-}
-_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _ALLOWED = {
     "capture-budget": "a number of bytes above 0 with a unit, like '20 GB' or '1.5 GiB'",
     "batch-size": f"a whole number from 1 to {MOST:,}, or a list of them",
@@ -453,32 +466,10 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     field = ".".join(str(part) for part in location) if in_table else key
     if kind == "extra_forbidden":
         return unknown_key(field, given, ClientSettings if in_table else RunConfig)
-    if kind == "too_short":
-        return ConfigError(field, given, "a list of one or more")
-    if key in _ALLOWED and not in_table:
+    if key in _ALLOWED and not in_table and kind != "too_short":
         return ConfigError(key, given, _ALLOWED[key])
-    context = problem.get("ctx", {})
-    # Of several texts none is chosen by what is no Unicode at all.
-    if kind in ("literal_error", "string_unicode"):
-        options = get_args(RunConfig.model_fields[key.replace("-", "_")].annotation)
-        return ConfigError(field, given, "one of " + ", ".join(repr(o) for o in options))
-    if kind == "value_error":
-        return ConfigError(field, given, str(context["error"]))
-    bounds = [f"{name} {context[bound]}" for bound, name in _BOUNDS.items() if bound in context]
-    if bounds:
-        return ConfigError(field, given, f"a value {' and '.join(bounds)}")
-    return ConfigError(field, given, _TYPES.get(kind, problem["msg"]))
-
-
-_BARE = re.compile(r"[\w.-]{1,40}")
-
-
-def unknown_key(field: str, value: Any, known: type[_Strict] = RunConfig) -> ConfigError:
-    """Make the error for a key that does not exist, with the nearest ones that do."""
-    keys = [name.replace("_", "-") for name in known.model_fields]
-    near = difflib.get_close_matches(field.rsplit(".", 1)[-1], keys, n=1)
-    hint = f"a known key, perhaps {near[0]}" if near else "one of " + ", ".join(keys)
-    return ConfigError(field if _BARE.fullmatch(field) else shorten(field), value, hint)
+    annotation: Any = None if in_table else RunConfig.model_fields[key.replace("-", "_")].annotation
+    return ConfigError(field, given, allowed_instead(problem, annotation))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -540,7 +531,7 @@ def parse_text(field: str, text: str) -> Any:
         When `field` is not a key.
     """
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
-        raise unknown_key(field, text)
+        raise unknown_key(field, text, RunConfig)
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
     if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text

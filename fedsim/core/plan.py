@@ -22,7 +22,7 @@ from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
+from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
@@ -110,10 +110,10 @@ class RunPlan:
     @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
-        optimizer = SERVER_OPTIMIZERS.get(self.config.strategy)
-        if optimizer is None:
-            return 0
-        return len(optimizer.keeps) * sum(self.initial_state[n].nbytes for n in self.parameters)
+        kept = len(KEEPS.get(self.config.strategy.name, ()))
+        # An adaptive clipping norm is one float64.
+        norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
+        return norm + kept * sum(self.initial_state[n].nbytes for n in self.parameters)
 
     @cached_property
     def supports(self) -> dict[str, Taps | None]:

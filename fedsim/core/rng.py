@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     PARTITION = 5
     SYNTHETIC_DATA = 6
     SKETCH = 7
+    NOISE = 8
 
 
 def generator(
@@ -62,6 +63,20 @@ def torch_seed(seed: int) -> Iterator[None]:
         # Not torch.manual_seed: it seeds every GPU's generator as well, for good.
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def numpy_seed(seed: int, round_number: int) -> Iterator[None]:
+    """Seed numpy's global generator for the noise of a round, and put it back afterwards.
+
+    Flower's differential privacy draws from the global generator and takes no other.
+    """
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(int(generator(seed, Purpose.NOISE, round_number).integers(2**32)))  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
 
 
 def draw_participants(seed: int, round_number: int, clients: int, per_round: int) -> list[int]:

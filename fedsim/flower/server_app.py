@@ -35,13 +35,14 @@ def default_output() -> Path:
 
 
 def check_output(path: Path, plan: RunPlan) -> None:
-    """Refuse a run directory that exists, or a run that its budget or its disk cannot hold.
+    """Refuse a directory that exists, a strategy that cannot be made, and what has no room.
 
     Raises
     ------
     InputError
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
+    build_strategy(plan.config, plan.parameters)
     try:
         path.lstat()
     except FileNotFoundError:
@@ -94,6 +95,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     for key, value in asked.items():
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
+    build_strategy(plan.config, plan.parameters)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
     if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
@@ -170,7 +172,7 @@ def execute(
         loop = RoundLoop(
             plan,
             grid=grid,
-            strategy=build_strategy(plan.config.strategy, writer, plan.parameters),
+            strategy=build_strategy(plan.config, plan.parameters, writer),
             writer=writer,
             observer=observer,
             workers=workers,

@@ -89,6 +89,8 @@ class RunLayout:
 STEPS = "steps.jsonl"
 SKETCH = "sketch.safetensors"
 SKETCH_KEY = "sketch"
+CLIPPING_NORM = "clipping-norm"
+"""Key of the one number that adaptive clipping keeps from round to round, float64."""
 SHARD_INDEX = "gradients.safetensors.index.json"
 
 

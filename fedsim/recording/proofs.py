@@ -11,13 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core.aggregation import DeltaMean, apply_delta, state_sha256
+from fedsim.core.aggregation import (
+    DeltaMean,
+    NormalisedMean,
+    apply_delta,
+    local_work,
+    state_sha256,
+)
 from fedsim.core.datasets import Dataset
 from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS, server_step
+from fedsim.core.server_optimizer import KEEPS, server_step
 from fedsim.core.support import unpack
 from fedsim.core.training import Arrays, Replay, schedule, state_arrays
 from fedsim.recording.findings import (
@@ -144,7 +150,7 @@ def prove_state(run: Run, number: int, findings: Findings) -> None:
     """Check that the state is the one before plus the update, with the hash of its row."""
     state, path = arrays_of(run.round(number).state), run.layout.state(number)
     if number and (odd := _first_difference(state, _updated(run, number, state, findings))):
-        strategy = run.config.strategy
+        strategy = run.config.strategy.name
         added = odd not in run.shapes or strategy == "delta-fedavg"
         update = "the aggregate" if added else f"the step of {strategy}"
         findings.violate(STATE, f"{path}: {odd} is not the state before plus {update}")
@@ -158,19 +164,41 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
     """Give what the state must be, as far as that follows from the one before."""
     strategy, this = run.config.strategy, run.round(number)
     before = arrays_of(run.round(number - 1).state)
-    expected = apply_delta(before, arrays_of(this.aggregate))
-    if strategy == "delta-fedavg":
+    aggregate = arrays_of(this.aggregate)
+    expected = apply_delta(before, aggregate)
+    if strategy.dp is None and strategy.name == "delta-fedavg":
         return expected
-    if strategy not in SERVER_OPTIMIZERS:
-        findings.leave(STATE, f"parameters: {strategy} moves them otherwise than by the aggregate")
+    if strategy.dp is None and strategy.name == "fednova":
+        return apply_delta(before, aggregate | _normalised_mean(run, number))
+    if strategy.dp is not None or strategy.name not in KEEPS:
+        how = strategy.name + (f" with dp = {strategy.dp!r}" if strategy.dp else "")
+        findings.leave(STATE, f"parameters: {how} moves them otherwise than by the aggregate")
         return expected | {name: state[name] for name in run.shapes}
     findings.leave(STATE, "strategy.safetensors: it follows from the deltas up to rounding only")
     arrays = arrays_of(this.strategy_state)
     kept = {
         what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
-        for what in SERVER_OPTIMIZERS[strategy].keeps
+        for what in KEEPS[strategy.name]
     }
     return expected | server_step(strategy, {n: before[n] for n in run.shapes}, kept, number)
+
+
+def _normalised_mean(run: Run, number: int) -> Arrays:
+    """Make FedNova's mean of the parameters' deltas once more."""
+    clients = run.round(number).clients
+    sizes = [len(indices) for indices in run.partition.values()]
+    mean = NormalisedMean()
+    for partition in fold_order(list(clients), sizes):
+        client, settings = clients[partition], run.config.training_of(partition).optimizer
+        work = local_work(
+            client.telemetry["num_steps"],
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+        )
+        delta = arrays_of(client.delta)
+        mean.add({name: delta[name] for name in run.shapes}, sizes[partition], work)
+    return mean.mean()
 
 
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:

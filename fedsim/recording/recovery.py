@@ -159,9 +159,11 @@ def _check_rows(layout: RunLayout, size: int) -> int:
     """Give the last round of the first `size` bytes of the rows, whose state must be there."""
     # They have the checksum of what was written; a forgery has that too.
     with os.fdopen(open_regular(layout.rounds), "rb") as file:
-        lines = file.read(size).splitlines()
+        content = file.read(size)
+    if not content.endswith(b"\n"):
+        raise InputError(f"{layout.rounds} ends within a line")
     try:
-        found = [parse_json(line) for line in lines]
+        found = [parse_json(line) for line in content.splitlines()]
     except ValueError:
         raise InputError(f"{layout.rounds} holds a line that is not JSON") from None
     for number, row in enumerate(found):

@@ -16,7 +16,7 @@ from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
+from fedsim.core.server_optimizer import KEEPS
 from fedsim.recording import proofs
 from fedsim.recording.checksums import ChecksumLine, read_checksums
 from fedsim.recording.disk import WholeReader
@@ -382,8 +382,10 @@ class _Verifier:
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
         needed = [state, self._name(layout.state(number - 1)), aggregate]
-        if run.config.strategy in SERVER_OPTIMIZERS:
+        if run.config.strategy.name in KEEPS:
             needed.append(self._name(layout.strategy(number)))
+        elif run.config.strategy.name == "fednova":
+            needed += deltas
         if self._whole(STATE, needed):
             with findings.guarded(STATE, state):
                 proofs.prove_state(run, number, findings)

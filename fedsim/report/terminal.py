@@ -193,7 +193,9 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
         "partition", f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client"
     )
     table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
-    table.add_row("rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy}")
+    table.add_row(
+        "rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy.name}"
+    )
     table.add_row("capture", _capture_line(plan))
     if config.rounds > 1:
         largest = max(plan.round_bytes(r) for r in range(1, config.rounds + 1))
@@ -282,7 +284,7 @@ def print_run(console: Console, run: Run) -> None:
     table.add_row(
         "model", f"{run.entry('model')['arch']}, {config.norm} norm, {parameters:,} parameters"
     )
-    table.add_row("strategy", f"{config.strategy}, seed {config.seed}")
+    table.add_row("strategy", f"{config.strategy.name}, seed {config.seed}")
     captured = sum(row.get("bytes_captured", 0) for row in run.client_rows)
     steps = sum(row.get("num_steps_captured", 0) for row in run.client_rows)
     table.add_row("captured", f"{config.capture}: {steps} steps, {format_bytes(captured)}")

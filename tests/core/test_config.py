@@ -113,7 +113,11 @@ BAD_VALUES = [
     ("capture-budget", 1.5, "a number of bytes above 0 with a unit"),
     ("gradient-statistics", "yes", "true or false"),
     ("gradient-statistics", 1, "true or false"),
-    ("strategy", "fedsgd", "one of 'delta-fedavg', 'fedavgm', 'fedadagrad', 'fedadam', 'fedyogi'"),
+    ("strategy", "fedsgd", "one of 'delta-fedavg', 'fedavg', 'fedavgm', 'fedadagrad', 'fedadam', "),
+    ("strategy", 3, "or a class as 'package.module:Class'"),
+    ("strategy", "module:", "or a class as 'package.module:Class'"),
+    ("strategy", ["fedavg"], "one of 'delta-fedavg', "),
+    ("strategy", {"eta": 0.1}, "a name, or a table with one, like name = 'fedadam'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 65, "a value of at most 64"),
     ("workers", "x", "a whole number"),
@@ -327,8 +331,9 @@ def test_defaults_are_those_of_the_quickstart_file():
     values = read_config_file(ROOT / "configs" / "quickstart.toml")
     assert RunConfig.from_mapping(values) == RunConfig() == RunConfig.from_mapping({})
     defaults = RunConfig().to_mapping()
+    assert values.pop("strategy") == defaults["strategy"]["name"]
     assert values == {key: defaults[key] for key in values}
-    assert set(KEYS) - set(values) == {
+    assert set(KEYS) - {"strategy"} - set(values) == {
         *("data-root", "participants", "nesterov", "local-steps", "client", "capture-layers"),
         *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS, server_step
+from fedsim.core.server_optimizer import KEEPS, server_step
+from fedsim.core.strategies import strategy_table
 
 PARAMETERS = {"w": np.array([1, -2], np.float32), "scale": np.array(4, np.float32)}
 M = {"w": np.array([0.5, -0.25], np.float32), "scale": np.array(2, np.float32)}
@@ -9,7 +10,7 @@ V = {"w": np.array([0.25, 0], np.float32), "scale": np.array(4, np.float32)}
 
 
 def test_momentum_is_taken_off_because_it_points_against_the_update():
-    moved = server_step("fedavgm", PARAMETERS, {"momentum": M}, 7)
+    moved = server_step(strategy_table("fedavgm"), PARAMETERS, {"momentum": M}, 7)
     np.testing.assert_array_equal(moved["w"], np.array([0.5, -1.75], np.float32))
     np.testing.assert_array_equal(moved["scale"], np.array(2, np.float32))
 
@@ -24,16 +25,16 @@ def test_momentum_is_taken_off_because_it_points_against_the_update():
     ],
 )
 def test_moments_give_the_step_by_hand(strategy, number, rate):
-    moved = server_step(strategy, PARAMETERS, {"m": M, "v": V}, number)
+    moved = server_step(strategy_table(strategy), PARAMETERS, {"m": M, "v": V}, number)
     expected = [1 + rate * 0.5 / 0.501, -2 - rate * 0.25 / 0.001]
     np.testing.assert_allclose(moved["w"], expected, rtol=1e-6)
     np.testing.assert_allclose(moved["scale"], 4 + rate * 2 / 2.001, rtol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", SERVER_OPTIMIZERS)
+@pytest.mark.parametrize("strategy", KEEPS)
 def test_dtypes_and_shapes_are_kept(strategy):
-    kept = dict.fromkeys(SERVER_OPTIMIZERS[strategy].keeps, V)
-    moved = server_step(strategy, PARAMETERS, kept, 1)
+    kept = dict.fromkeys(KEEPS[strategy], V)
+    moved = server_step(strategy_table(strategy), PARAMETERS, kept, 1)
     assert {n: (a.dtype, a.shape) for n, a in moved.items()} == {
         "w": (np.float32, (2,)),
         "scale": (np.float32, ()),

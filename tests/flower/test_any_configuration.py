@@ -14,16 +14,17 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim import cli
-from fedsim.core.config import ClientSettings, RunConfig, Strategy, parse_text
+from fedsim.core.config import ClientSettings, RunConfig, parse_text
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, FedsimError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
+from fedsim.core.strategies import STRATEGIES
 from fedsim.flower.client_app import app
 from fedsim.flower.run_config import config_from_run_config
 from fedsim.flower.server_app import check_output, execute
@@ -112,7 +113,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "capture-encoding": st.sampled_from(["support", "dense"]),
     "capture-budget": st.sampled_from(["20 GB", "1 MB", "300kB", 10**6, "1.5 GiB"]),
     "gradient-statistics": st.booleans(),
-    "strategy": st.sampled_from(get_args(Strategy)),
+    "strategy": st.sampled_from([*STRATEGIES]),
     "workers": st.integers(1, 6),
     "client-cpus": st.integers(1, 2),
     "client-gpus": st.sampled_from([0, 0.0]),

@@ -12,10 +12,10 @@ import pytest
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError
 from fedsim.core.plan import RunPlan
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
+from fedsim.core.server_optimizer import KEEPS
+from fedsim.core.strategies import STRATEGIES
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.verify import verify
-from strategies.registry import NAMES
 from tests.flower.test_resume import contents, fail_in, go, hashes
 
 ROUNDS = 4
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return give
 
 
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_stopped_in_every_round_ends_with_the_same_bytes(
     strategy: str, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -70,16 +70,16 @@ def test_a_run_stopped_in_every_round_ends_with_the_same_bytes(
     assert hashes(path) == hashes(whole(strategy))
     assert contents(path) == contents(whole(strategy))
     kept = [name for name in contents(path) if name.endswith("strategy.safetensors")]
-    assert len(kept) == (ROUNDS if strategy in SERVER_OPTIMIZERS else 0)
+    assert len(kept) == (ROUNDS if strategy in KEEPS else 0)
     assert verify(path).violations == []
 
 
-@pytest.mark.parametrize("strategy", SERVER_OPTIMIZERS)
+@pytest.mark.parametrize("strategy", KEEPS)
 def test_the_whole_run_is_proven_and_what_is_kept_is_of_the_parameters(
     strategy: str, whole: Callable[[str], Path]
 ) -> None:
     run = load_run(whole(strategy))
-    keeps = SERVER_OPTIMIZERS[strategy].keeps
+    keeps = KEEPS[strategy]
     for number in range(1, ROUNDS + 1):
         kept = run.round(number).strategy_state
         assert list(kept) == [f"{what}/{name}" for what in keeps for name in run.shapes]
@@ -95,7 +95,7 @@ def test_the_whole_run_is_proven_and_what_is_kept_is_of_the_parameters(
     ]
 
 
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_written_bytes_are_those_of_the_plan(
     strategy: str, whole: Callable[[str], Path]
 ) -> None:
@@ -115,7 +115,7 @@ def test_the_written_bytes_are_those_of_the_plan(
     assert sum(per_round) == plan.run_bytes
 
 
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_order_of_replies_changes_nothing(
     strategy: str, whole: Callable[[str], Path], run_locally
 ) -> None:
@@ -127,7 +127,7 @@ def test_the_order_of_replies_changes_nothing(
 
 @pytest.mark.parametrize(
     ("strategy", "model"),
-    [*((name, "cnn") for name in SERVER_OPTIMIZERS), ("fedadam", "resnet18")],
+    [*((name, "cnn") for name in KEEPS), ("fedadam", "resnet18")],
 )
 def test_no_variance_is_negative_and_no_loss_is_nan(
     strategy: str, model: str, tmp_path: Path

@@ -815,3 +815,11 @@ def test_of_random_damage_every_command_says_one_sentence(part: int, fuzzed: fuz
     """As ``python -m tests.fuzz`` does by the thousand."""
     report = fuzzed.run(range(100 * part, 100 * part + 100))
     assert report.failures == []
+
+
+def test_a_resealed_row_without_its_end_is_no_row(run: Path) -> None:
+    rows = (run / "rounds.jsonl").read_bytes()
+    (run / "rounds.jsonl").write_bytes(rows[:-1])
+    reseal(run)
+    with pytest.raises(InputError, match=r"rounds\.jsonl ends within a line"):
+        find_recovery(run)

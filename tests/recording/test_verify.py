@@ -19,6 +19,7 @@ from fedsim.core.aggregation import state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
+from fedsim.core.strategies import strategy_table
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording import proofs
@@ -365,7 +366,9 @@ def test_of_a_strategy_whose_step_is_unknown_buffers_and_hash_are_proven(
 ) -> None:
     def findings_of(root: Path) -> Findings:
         run, findings = load_run(root), Findings()
-        run.__dict__["config"] = run.config.model_copy(update={"strategy": "fedmedian"})
+        run.__dict__["config"] = run.config.model_copy(
+            update={"strategy": strategy_table("fedmedian")}
+        )
         proofs.prove_state(run, 1, findings)
         return findings
 

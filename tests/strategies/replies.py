@@ -6,7 +6,9 @@ import numpy as np
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
+from strategies.registry import build_strategy
 from tests.local_grid import LocalGrid
 
 
@@ -38,7 +40,7 @@ def reply(partition, *, state=None, num_examples=None, node=None):
     content = wire.reply_content(
         wire.array_record(state or local_state(partition)),
         SIZES[partition] if num_examples is None else num_examples,
-        {"loss": float(partition), "telemetry": json.dumps({"partition": partition})},
+        {"loss": 1.0 + partition, "telemetry": json.dumps({"partition": partition})},
     )
     message = Message(content, dst_node_id=1, message_type="train")
     message.metadata.__dict__["_src_node_id"] = node or 1000 - partition
@@ -49,6 +51,13 @@ def failure():
     asked = Message(RecordDict(), dst_node_id=1, message_type="train")
     asked.metadata.__dict__["_message_id"] = "1"
     return Message(Error(code=2, reason="it broke"), reply_to=asked)
+
+
+def built(name, exporter=None, parameters=("w",), **settings):
+    """Build a strategy of the registry with settings as the configuration names them."""
+    table = {"name": name, **{k.replace("_", "-"): v for k, v in settings.items()}}
+    config = RunConfig.from_mapping({"strategy": table, "clients-per-round": 5})
+    return build_strategy(config, parameters, exporter)
 
 
 class Exporter:

@@ -28,7 +28,7 @@ def test_the_state_equals_flowers_fedavg_to_1e_6():
         np.testing.assert_allclose(ours[name].numpy(), theirs[name].numpy(), atol=1e-6, rtol=0)
     assert metrics["loss"] == pytest.approx(their_metrics["loss"], abs=1e-12)
     assert metrics["loss"] == pytest.approx(
-        sum(p * n for p, n in SIZES.items()) / sum(SIZES.values()), abs=1e-12
+        sum((1 + p) * n for p, n in SIZES.items()) / sum(SIZES.values()), abs=1e-12
     )
 
 

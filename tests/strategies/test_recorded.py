@@ -5,18 +5,21 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS, server_step
+from fedsim.core.rng import Purpose, generator
+from fedsim.core.server_optimizer import KEEPS, server_step
+from fedsim.core.strategies import strategy_table
 from fedsim.flower import messages as wire
 from strategies.delta_fedavg import DeltaFedAvg
 from strategies.recorded import Recorded, StatefulStrategy
-from strategies.registry import build_strategy
 from tests.local_grid import LocalGrid
 from tests.strategies.replies import (
     SIZES,
     Exporter,
     bits,
+    built,
     failure,
     global_state,
     local_state,
@@ -28,10 +31,24 @@ TRAINABLE = ["conv.weight", "fc.bias", "fc.scale"]
 BUFFERS = ["bn.running_var", "bn.num_batches_tracked"]
 FIXED_ORDER = [1, 3, 4, 0, 2]
 PLAIN = {
-    "fedavgm": lambda: FedAvgM(server_momentum=0.9),
-    "fedadagrad": FedAdagrad,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
+    "fedavgm": lambda: flower.FedAvgM(server_momentum=0.9),
+    "fedadagrad": flower.FedAdagrad,
+    "fedadam": flower.FedAdam,
+    "fedyogi": flower.FedYogi,
+    "fedavg": flower.FedAvg,
+    "fedprox": lambda: flower.FedProx(proximal_mu=0.01),
+    "fedmedian": flower.FedMedian,
+    "fedtrimmedavg": flower.FedTrimmedAvg,
+    "krum": flower.Krum,
+    "multikrum": lambda: flower.MultiKrum(num_nodes_to_select=2),
+    "bulyan": flower.Bulyan,
+    "qfedavg": lambda: flower.QFedAvg(client_learning_rate=0.01, train_loss_key="loss"),
+}
+PRIVATE = {
+    "server-side-fixed": flower.DifferentialPrivacyServerSideFixedClipping,
+    "client-side-fixed": flower.DifferentialPrivacyClientSideFixedClipping,
+    "server-side-adaptive": flower.DifferentialPrivacyServerSideAdaptiveClipping,
+    "client-side-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
 }
 
 
@@ -43,6 +60,15 @@ def one_round(strategy, state, round_number, order=FIXED_ORDER):
     """Run a round on the replies to a state, and give the new arrays."""
     started(strategy, state=state, round_number=round_number)
     return strategy.aggregate_train(round_number, replies(state, round_number, order))
+
+
+def bare_replies(state, round_number):
+    """Leave out of the replies what a strategy without fedsim has no rule for."""
+    sent = replies(state, round_number)
+    for message in sent:
+        arrays = message.content["arrays"]
+        message.content["arrays"] = ArrayRecord({n: arrays[n] for n in TRAINABLE})
+    return sent
 
 
 def some_rounds(strategy, rounds, state=None):
@@ -58,10 +84,11 @@ def bits_of(state):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_parameters_move_as_under_flower_alone_to_the_bit(name):
-    ours, theirs = build_strategy(name, Exporter(), TRAINABLE), PLAIN[name]()
+    ours, theirs = built(name, Exporter(), TRAINABLE), PLAIN[name]()
     state = global_state()
     for number in range(1, 6):
-        expected, expected_metrics = one_round(theirs, state, number)
+        started(theirs, state={n: state[n] for n in TRAINABLE}, round_number=number)
+        expected, expected_metrics = theirs.aggregate_train(number, bare_replies(state, number))
         found, metrics = one_round(ours, state, number)
         for parameter in TRAINABLE:
             # FedAdam's own are float64; a state of the model is float32.
@@ -74,14 +101,14 @@ def test_parameters_move_as_under_flower_alone_to_the_bit(name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_names_order_shapes_and_dtypes_stay_those_of_the_model(name):
-    start, state = global_state(), some_rounds(build_strategy(name, Exporter(), TRAINABLE), [1, 2])
+    start, state = global_state(), some_rounds(built(name, Exporter(), TRAINABLE), [1, 2])
     about = [(n, a.dtype, a.shape) for n, a in start.items()]
     assert [(n, a.dtype, a.shape) for n, a in state.items()] == about
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_buffers_are_averaged_as_in_delta_fedavg(name):
-    found, _ = one_round(build_strategy(name, Exporter(), TRAINABLE), global_state(), 3)
+    found, _ = one_round(built(name, Exporter(), TRAINABLE), global_state(), 3)
     expected, _ = one_round(DeltaFedAvg(), global_state(), 3)
     for buffer in BUFFERS:
         assert bits(found)[buffer] == bits(expected)[buffer]
@@ -94,7 +121,7 @@ def test_buffers_are_averaged_as_in_delta_fedavg(name):
 def test_a_variance_that_shrinks_stays_positive_where_flower_alone_makes_it_negative(name):
     state = global_state()
     state["bn.running_var"] = np.full(8, 0.03, np.float32)
-    ours, theirs = build_strategy(name, Exporter(), TRAINABLE), PLAIN[name]()
+    ours, theirs = built(name, Exporter(), TRAINABLE), PLAIN[name]()
     lowest = {}
     for strategy in (ours, theirs):
         started(strategy, state=state)
@@ -112,7 +139,7 @@ def test_a_variance_that_shrinks_stays_positive_where_flower_alone_makes_it_nega
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_list_of_replies_in_any_order_gives_the_same_bits(name):
     def go(order):
-        strategy = build_strategy(name, Exporter(), TRAINABLE)
+        strategy = built(name, Exporter(), TRAINABLE)
         state = global_state()
         for number in (1, 2):
             state = wire.state_of(one_round(strategy, state, number, order)[0])
@@ -155,7 +182,7 @@ def test_what_a_strategy_changes_in_the_parameters_it_sends_is_sent():
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_round_is_exported_and_the_aggregate_is_the_mean_delta(name):
     ours, plain = Exporter(), Exporter()
-    strategy = build_strategy(name, ours, TRAINABLE)
+    strategy = built(name, ours, TRAINABLE)
     arrays, _ = one_round(strategy, global_state(), 3)
     one_round(DeltaFedAvg(exporter=plain), global_state(), 3)
     assert [row["partition"] for row, _ in ours.clients] == FIXED_ORDER
@@ -165,27 +192,28 @@ def test_every_round_is_exported_and_the_aggregate_is_the_mean_delta(name):
         assert bits_of(delta) == bits_of(their_delta)
     assert bits_of(ours.aggregates[3]) == bits_of(plain.aggregates[3])
     assert bits_of(ours.states[3]) == bits_of(wire.state_of(arrays))
-    assert bits_of(ours.kept[3]) == bits_of(strategy.state_arrays())
-    keeps = SERVER_OPTIMIZERS[name].keeps
-    assert list(ours.kept[3]) == [f"{what}/{p}" for what in keeps for p in TRAINABLE]
-    for key, array in ours.kept[3].items():
+    assert bits_of(ours.kept.get(3, {})) == bits_of(strategy.state_arrays())
+    keeps = KEEPS.get(name, ())
+    assert list(ours.kept.get(3, {})) == [f"{what}/{p}" for what in keeps for p in TRAINABLE]
+    for key, array in ours.kept.get(3, {}).items():
         of_parameter = global_state()[key.partition("/")[2]]
         assert (array.dtype, array.shape) == (of_parameter.dtype, of_parameter.shape)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", KEEPS)
 def test_the_step_follows_from_what_is_kept_to_the_bit(name):
     exporter = Exporter()
-    strategy = build_strategy(name, exporter, TRAINABLE)
+    strategy = built(name, exporter, TRAINABLE)
     states = [global_state()]
     for number in (1, 2, 3, 4):
         states.append(wire.state_of(one_round(strategy, states[-1], number)[0]))
     for number, (before, after) in enumerate(pairwise(states), start=1):
         kept = {
             what: {n: exporter.kept[number][f"{what}/{n}"] for n in TRAINABLE}
-            for what in SERVER_OPTIMIZERS[name].keeps
+            for what in KEEPS.get(name, ())
         }
-        moved = server_step(name, {n: before[n] for n in TRAINABLE}, kept, number)
+        settings = strategy_table(name)
+        moved = server_step(settings, {n: before[n] for n in TRAINABLE}, kept, number)
         assert bits_of(moved) == bits_of({n: after[n] for n in TRAINABLE})
 
 
@@ -197,17 +225,84 @@ def copied(arrays):
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_a_fresh_strategy_goes_on_from_what_another_kept(name, stop):
-    whole = build_strategy(name, Exporter(), TRAINABLE)
+    whole = built(name, Exporter(), TRAINABLE)
     expected = some_rounds(whole, range(1, 6))
-    first, second = (build_strategy(name, Exporter(), TRAINABLE) for _ in range(2))
+    first, second = (built(name, Exporter(), TRAINABLE) for _ in range(2))
     between = some_rounds(first, range(1, stop + 1))
     assert isinstance(second, StatefulStrategy)
     second.load_state_arrays(copied(first.state_arrays()))
     assert bits_of(some_rounds(second, range(stop + 1, 6), between)) == bits_of(expected)
     assert bits_of(second.state_arrays()) == bits_of(whole.state_arrays())
-    if stop:
-        forgetful = build_strategy(name, Exporter(), TRAINABLE)
+    if stop and name in KEEPS:
+        forgetful = built(name, Exporter(), TRAINABLE)
         assert bits_of(some_rounds(forgetful, range(stop + 1, 6), between)) != bits_of(expected)
+
+
+def private(kind, exporter=None, name="fedadam"):
+    settings = {"dp": kind, "noise_multiplier": 0.2, "clipping_norm": 0.5}
+    return built(name, exporter, TRAINABLE, **settings)
+
+
+def with_norm_bits(messages):
+    for number, message in enumerate(messages):
+        message.content["metrics"]["norm_bit"] = number % 2
+    return messages
+
+
+def private_round(strategy, state, number, order=FIXED_ORDER):
+    started(strategy, state=state, round_number=number)
+    return strategy.aggregate_train(number, with_norm_bits(replies(state, number, order)))
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_privacy_is_flowers_own_with_seeded_noise(kind):
+    ours = private(kind)
+    norm = "clipping_norm" if kind.endswith("fixed") else "initial_clipping_norm"
+    settings = {"noise_multiplier": 0.2, "num_sampled_clients": 5, norm: 0.5}
+    theirs = PRIVATE[kind](FedAdam(), **settings)
+    state, anything = global_state(), np.random.get_state()[1].tobytes()
+    for number in (1, 2, 3):
+        found = wire.state_of(private_round(ours, state, number)[0])
+        assert np.random.get_state()[1].tobytes() == anything
+        bare = {n: state[n] for n in TRAINABLE}
+        started(theirs, state=bare, round_number=number)
+        sent = with_norm_bits(bare_replies(state, number))
+        before = np.random.get_state()
+        np.random.seed(int(generator(42, Purpose.NOISE, number).integers(2**32)))
+        expected = wire.state_of(theirs.aggregate_train(number, sent)[0])
+        np.random.set_state(before)
+        plain = wire.state_of(one_round(built("fedadam", None, TRAINABLE), state, number)[0])
+        for name in TRAINABLE:
+            assert found[name].tobytes() == expected[name].astype(np.float32).tobytes()
+            assert not np.array_equal(found[name], plain[name])
+        assert found["bn.running_var"].tobytes() == plain["bn.running_var"].tobytes()
+        state = found
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_a_private_strategy_goes_on_from_what_another_kept(kind):
+    def go(strategy, numbers, state):
+        for number in numbers:
+            state = wire.state_of(private_round(strategy, state, number)[0])
+        return state
+
+    expected = go(private(kind), range(1, 5), global_state())
+    first, second = private(kind), private(kind)
+    between = go(first, (1, 2), global_state())
+    second.load_state_arrays(copied(first.state_arrays()))
+    assert bits_of(go(second, (3, 4), between)) == bits_of(expected)
+    if kind.endswith("adaptive"):
+        assert list(first.state_arrays())[-1] == "clipping-norm"
+        assert second.strategy.clipping_norm != 0.5
+
+
+def test_what_a_private_strategy_records_is_what_the_clients_sent():
+    ours, plain = Exporter(), Exporter()
+    one_round(private("server-side-fixed", ours, "delta-fedavg"), global_state(), 3)
+    one_round(DeltaFedAvg(exporter=plain), global_state(), 3)
+    assert [bits_of(delta) for _, delta in ours.clients] == [bits_of(d) for _, d in plain.clients]
+    assert bits_of(ours.aggregates[3]) == bits_of(plain.aggregates[3])
+    assert bits_of(ours.states[3]) != bits_of(plain.states[3])
 
 
 def test_a_strategy_without_state_leaves_none():
@@ -267,7 +362,7 @@ def test_it_runs_under_flowers_own_start():
         metrics = MetricRecord({"num-examples": 1, "accuracy": 0.5})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    result = Recorded(FedAvgM(server_momentum=0.5), TRAINABLE).start(
+    result = Recorded(flower.FedAvgM(server_momentum=0.5), TRAINABLE).start(
         LocalGrid(app, clients=4), wire.array_record(global_state()), num_rounds=2
     )
     state = wire.state_of(result.arrays)

@@ -1,45 +1,99 @@
 import inspect
-from typing import get_args
 
 import pytest
-from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedsim.core.config import RunConfig
-from fedsim.core.server_optimizer import SERVER_OPTIMIZERS
+from fedsim.core.errors import ConfigError
+from fedsim.core.strategies import STRATEGIES, strategy_table
 from strategies.delta_fedavg import DeltaFedAvg
+from strategies.fednova import FedNova
 from strategies.recorded import Recorded
-from strategies.registry import NAMES, build_strategy
-from tests.strategies.replies import Exporter
+from strategies.registry import FLOWERS, build_strategy
+from tests.strategies.replies import Exporter, built
 
-OPTIMIZERS = {
-    "fedavgm": flower.FedAvgM,
-    "fedadagrad": flower.FedAdagrad,
-    "fedadam": flower.FedAdam,
-    "fedyogi": flower.FedYogi,
+OURS = {"delta-fedavg": DeltaFedAvg, "fednova": FedNova}
+DIFFERENT = {
+    # Flower's momentum of 0, mu of 0 and choice of 1 make another strategy of these.
+    "fedavgm": {"server_momentum": 0.0},
+    "fedprox": {"proximal_mu": 0.0},
+    "multikrum": {"num_nodes_to_select": 1},
 }
 
 
-def test_the_registry_and_the_configuration_name_the_same_strategies():
-    assert get_args(RunConfig.model_fields["strategy"].annotation) == NAMES
-    assert {*OPTIMIZERS} == {*SERVER_OPTIMIZERS} == {*NAMES} - {"delta-fedavg"}
+def test_every_name_of_the_configuration_can_be_built_and_no_other():
+    assert {*STRATEGIES} == {*OURS, *FLOWERS}
+    assert RunConfig().strategy.name == "delta-fedavg"
+    for name in STRATEGIES:
+        strategy = built(name, Exporter())
+        if name in OURS:
+            assert type(strategy) is OURS[name]
+        else:
+            assert type(strategy) is Recorded
+            assert type(strategy.strategy) is FLOWERS[name]
 
 
-def test_the_default_is_our_own_and_the_others_are_flowers():
-    assert type(build_strategy("delta-fedavg", Exporter(), ["w"])) is DeltaFedAvg
-    for name, kind in OPTIMIZERS.items():
-        built = build_strategy(name, Exporter(), ["w"])
-        assert type(built) is Recorded
-        assert type(built.strategy) is kind
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_settings_are_flowers_own_but_for_a_momentum_that_is_one(name):
-    signature = inspect.signature(OPTIMIZERS[name])
-    settings = dict(SERVER_OPTIMIZERS[name].settings)
-    if name == "fedavgm":
-        assert settings.pop("server_momentum") == 0.9
-    assert settings == {key: signature.parameters[key].default for key in settings}
-    # Of Flower's numbers only those about clients are not ours to know.
-    others = {"fraction_train", "fraction_evaluate", "eta_l", "server_momentum"}
-    numbers = {k for k, p in signature.parameters.items() if isinstance(p.default, float)}
+@pytest.mark.parametrize("name", FLOWERS)
+def test_settings_are_flowers_own_but_where_those_make_another_strategy(name):
+    signature = inspect.signature(FLOWERS[name]).parameters
+    settings = strategy_table(name).own
+    expected = {key: signature[key].default for key in settings}
+    assert settings == expected | {k: settings[k] for k in DIFFERENT.get(name, {})}
+    assert {k: expected[k] for k in DIFFERENT.get(name, {})} == DIFFERENT.get(name, {})
+    # Of Flower's numbers only those about clients are not ours to know; eta_l has no effect.
+    others = {"fraction_train", "fraction_evaluate", "eta_l", "min_train_nodes"}
+    others |= {"min_evaluate_nodes", "min_available_nodes"}
+    numbers = {k for k, p in signature.items() if isinstance(p.default, int | float)}
     assert {*settings} == numbers - others
+
+
+def test_settings_reach_the_strategy():
+    assert built("fedadam", eta=0.5, beta_1=0.25).strategy.eta == 0.5
+    assert built("fedadam", eta=0.5, beta_1=0.25).strategy.beta_1 == 0.25
+    assert built("qfedavg").strategy.client_learning_rate == 0.01
+    assert built("qfedavg", client_learning_rate=0.5).strategy.client_learning_rate == 0.5
+    assert built("qfedavg").strategy.train_loss_key == "loss"
+    strategy = built("krum", dp="client-side-fixed", noise_multiplier=0.0, clipping_norm=2.0)
+    assert (strategy.strategy.clipping_norm, strategy.strategy.num_sampled_clients) == (2.0, 5)
+    assert type(strategy.strategy.strategy) is FLOWERS["krum"]
+
+
+class Mine(FedAvg):
+    def __init__(self, trust: float = 0.5, **settings):
+        super().__init__(**settings)
+        self.trust = trust
+
+
+class Stranger(Strategy):
+    def __init__(self, trust: float):
+        self.trust = trust
+
+    configure_train = configure_evaluate = aggregate_train = aggregate_evaluate = None
+    summary = None
+
+
+@pytest.mark.parametrize("name", ["Mine", "Stranger"])
+def test_a_class_of_the_user_is_recorded_with_its_settings(name):
+    strategy = built(f"{__name__}:{name}", trust=0.75)
+    assert type(strategy) is Recorded
+    assert type(strategy.strategy).__name__ == name
+    assert strategy.strategy.trust == 0.75
+    if name == "Mine":
+        assert strategy.strategy.min_available_nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("no_such_module:Class", {}, "a class that can be imported: ModuleNotFoundError"),
+        (f"{__name__}:Nobody", {}, "a class that can be imported: AttributeError"),
+        (f"{__name__}:Exporter", {}, "a subclass of flwr.serverapp.strategy.Strategy"),
+        (f"{__name__}:Stranger", {}, "settings that the class takes: TypeError"),
+        (f"{__name__}:Mine", {"faith": 1}, "settings that the class takes: TypeError"),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_refused(name, settings, said):
+    config = RunConfig.from_mapping({"strategy": {"name": name, **settings}})
+    with pytest.raises(ConfigError) as refused:
+        build_strategy(config, ["w"])
+    assert said in str(refused.value)
