@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,14 +107,14 @@ def _write(
     figures: Sequence[Figure | Absent], page: str, output: Path, images: Path | None
 ) -> list[Path]:
     try:
+        if images is not None:
+            images.mkdir(parents=True, exist_ok=True)
         with temporary(output) as unfinished:
             unfinished.write_text(page, encoding="utf-8")
         written = [output]
-        if images is not None:
-            images.mkdir(parents=True, exist_ok=True)
-            for figure in figures:
-                if isinstance(figure, Figure):
-                    written += write_images(figure, images)
+        for figure in figures:
+            if images is not None and isinstance(figure, Figure):
+                written += write_images(figure, images)
     except OSError as error:
         raise InputError(
             f"{error.filename or output} cannot be written: {error.strerror}"
@@ -127,6 +128,9 @@ def _check_output(path: Path) -> None:
             raise InputError(f"--output = {str(path)!r} is a folder; allowed is the name of a page")
         if not path.parent.is_dir():
             raise InputError(f"--output = {str(path)!r} cannot be made: its folder is not there")
+        # Refuses a name that no file can have.
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()
         if os.path.lexists(path) and GENERATOR.encode() not in _beginning(path):
             raise InputError(
                 f"--output = {str(path)!r} exists and is no report; allowed is a name that is free "

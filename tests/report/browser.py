@@ -72,6 +72,13 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def wait_for(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        self.evaluate(
+            f"new Promise(done => {{ const look = () => ({condition}) ? done() "
+            ": setTimeout(look, 20); look(); })"
+        )
+
     def look(self, *, width: int, dark: bool = False, media: str = "screen") -> Self:
         """Set the size of the window and the colour scheme."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
@@ -88,10 +95,7 @@ class Page:
     def open(self, path: Path) -> Self:
         """Open a report and wait until its figures are drawn."""
         self.send("Page.navigate", url=path.resolve().as_uri())
-        self.evaluate(
-            "new Promise(done => { const look = () => document.body && document.body.dataset.drawn"
-            " ? done() : setTimeout(look, 20); look(); })"
-        )
+        self.wait_for("document.body && document.body.dataset.drawn")
         return self
 
     def screenshot(self, path: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_colour_scheme_may_change_while_the_page_is_open(page: Page, ten: Pa
     page.look(width=1280).open(ten)
     assert page.evaluate(colour) == "rgb(27, 31, 36)"
     page.look(width=1280, dark=True)
-    assert page.evaluate(colour) == "rgb(230, 233, 237)"
+    page.wait_for(f"{colour} === 'rgb(230, 233, 237)'")
 
 
 def test_paper_is_white_and_all_of_it_fits(page: Page, ten: Path) -> None:
@@ -91,7 +91,7 @@ def test_paper_is_white_and_all_of_it_fits(page: Page, ten: Path) -> None:
     page.look(width=720, dark=True, media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     fill = "getComputedStyle(document.querySelector('#plot-accuracy .xtitle')).fill"
-    assert page.evaluate(fill) == "rgb(0, 0, 0)"
+    page.wait_for(f"{fill} === 'rgb(0, 0, 0)'")
     assert page.evaluate(OVERLAPPING) == []
     page.look(width=720, dark=True)
 
