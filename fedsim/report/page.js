@@ -4,6 +4,7 @@
   const printing = window.matchMedia("print");
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PRINT_WIDTH = 680;
+  const NARROW = 480;
   const shown = new Map();
 
   const theme = () => {
@@ -19,7 +20,7 @@
       zerolinecolor: colour("rule"), tickcolor: colour("rule"),
     };
     for (const name of ["xaxis", "yaxis"]) Object.assign(layout[name], axis);
-    const narrow = box.clientWidth < 480;
+    const narrow = box.clientWidth < NARROW;
     return Object.assign(layout, {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: figure.matrix ? colour("empty") : "rgba(0,0,0,0)",
@@ -32,6 +33,12 @@
     });
   };
 
+  // On a phone the width is for the figure.
+  const above = (colorbar) => ({
+    orientation: "h", x: 0.5, y: 1, yanchor: "bottom", len: 1,
+    title: Object.assign({}, colorbar.title, { side: "top" }),
+  });
+
   const draw = (figure, width) => {
     const box = document.getElementById(`plot-${figure.key}`);
     const view = figure.views[shown.get(figure.key)];
@@ -41,7 +48,10 @@
     const data = view.data.map((trace) => {
       const copy = Object.assign({}, trace);
       if (copy.colorbar) {
-        copy.colorbar = Object.assign({}, copy.colorbar, { thickness: 12, outlinewidth: 0, tickcolor: colour("rule") });
+        const place = layout.width < NARROW ? above(copy.colorbar) : {};
+        copy.colorbar = Object.assign(
+          {}, copy.colorbar, { thickness: 12, outlinewidth: 0, tickcolor: colour("rule") }, place,
+        );
       }
       return copy;
     });

@@ -149,6 +149,8 @@ def layout(figure: Figure) -> dict[str, Any]:
         "margin": {"l": 60, "r": 10, "t": 60 if has_legend else 40, "b": 50},
         "hovermode": "closest",
     }
+    # Beside the names of parameters, not on them.
+    settings["yaxis"]["title"]["standoff"] = 8
     if figure.y.log:
         settings["yaxis"]["dtick"] = "D2" if figure.decades < 2 else 1
     if any(isinstance(mark, Bars) for mark in marks):

@@ -48,7 +48,7 @@ def test_plotly_gets_numbers_names_and_units() -> None:
     assert trace["x"] == [0, 1, 2]
     assert trace["y"] == [1.23457, None, 3]
     assert trace["name"] == "&lt;b&gt;$\\frac&lt;/b&gt;\N{REPLACEMENT CHARACTER}[31m%{x}"
-    assert layout(figure)["yaxis"]["title"] == {"text": "loss (nats)"}
+    assert layout(figure)["yaxis"]["title"]["text"] == "loss (nats)"
     assert layout(figure)["xaxis"]["dtick"] == 1
 
 
