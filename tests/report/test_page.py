@@ -175,3 +175,13 @@ def test_figures_that_are_absent_say_why(make_run: Any) -> None:
     assert set(charts.KEYS) - set(keys) == {"conflict", "noise"}
     assert "capture = 'none' keeps no first step of a client." in page.text
     assert {"id": "conflict"} in page.with_tag("figure")
+
+
+def test_the_name_of_a_run_does_not_end_the_data(small: Path) -> None:
+    page = Elements(page_of(small, small, label=EVIL))
+    assert len(page.scripts) == 3
+    names = {view["name"] for figure in json.loads(page.scripts[0]) for view in figure["views"]}
+    shown = EVIL.replace("\x1b", "\N{REPLACEMENT CHARACTER}").replace(
+        "\u2028", "\N{REPLACEMENT CHARACTER}"
+    )
+    assert f"{shown}, round 1" in names
