@@ -83,6 +83,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_run(commands, with_keys="run" in arguments[:1])
     _add_plan(commands, with_keys="plan" in arguments[:1])
     _add_resume(commands, with_keys="resume" in arguments[:1])
+    _add_compare(commands, with_keys="compare" in arguments[:1])
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
@@ -95,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
     """Refuse what no command takes; a misspelt key of a run gets the nearest one."""
-    if command in (_run, _plan, _resume) and unknown.startswith("--"):
+    if command in (_run, _plan, _resume, _compare) and unknown.startswith("--"):
         from fedsim.core.config import RunConfig
         from fedsim.core.fields import unknown_key
 
@@ -123,6 +124,7 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
     )
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    _add_tracker(command)
     if with_keys:
         _add_keys(command)
 
@@ -154,15 +156,62 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
     command.set_defaults(command=_resume)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
+    _add_tracker(command)
     if with_keys:
         _add_keys(command)
 
 
-def _add_keys(command: argparse.ArgumentParser) -> None:
+def _add_compare(commands: Any, *, with_keys: bool) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="run a grid of configurations and tabulate what came of them",
+        description="Run every combination of the values given, one after another, each into a "
+        "folder of its own, and print a table. The same command goes on where one was stopped, "
+        "and repeats no finished run. Takes every key of `fedsim run` for all of them.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_compare)
+    command.add_argument("config", nargs="?", type=Path, help="as for `fedsim run`")
+    command.add_argument("--strategies", metavar="A,B", help="the same as --vary strategy=A,B")
+    command.add_argument("--seeds", metavar="A,B", help="the same as --vary seed=A,B")
+    command.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="values of any key, like alpha=0.1,0.5,10 (repeatable)",
+    )
+    command.add_argument(
+        "--target", metavar="ACCURACY", help="count the rounds to this accuracy, like 0.5"
+    )
+    command.add_argument(
+        "--output",
+        metavar="VALUE",
+        help="folder of the comparison (default: a dated one under runs/)",
+    )
+    command.add_argument("--verbose", action="store_true", help="log what Flower and Ray log")
+    _add_tracker(command)
+    if with_keys:
+        _add_keys(command, but=("output",))
+
+
+def _add_tracker(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tell the run to tensorboard, mlflow, wandb or trackio too (repeatable)",
+    )
+
+
+def _add_keys(command: argparse.ArgumentParser, *, but: Sequence[str] = ()) -> None:
     from fedsim.core.config import RunConfig
 
     for name, field in RunConfig.model_fields.items():
         key = name.replace("_", "-")
+        if key in but:
+            continue
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, {}) else f" (default: {_shown(default)})"
         # `--nesterov` alone means true.
@@ -407,13 +456,18 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _config_of(parsed: argparse.Namespace, values: dict[str, Any]) -> RunConfig:
+    from fedsim.core.config import RunConfig
+
+    return RunConfig.from_mapping({**values, **_flags_of(parsed)})
+
+
+def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Give the keys of a run that stand on the command line."""
     from fedsim.core.config import RunConfig, parse_text
 
-    for name in RunConfig.model_fields:
-        key = name.replace("_", "-")
-        if (text := getattr(parsed, key)) is not None:
-            values[key] = parse_text(key, text)
-    return RunConfig.from_mapping(values)
+    keys = [name.replace("_", "-") for name in RunConfig.model_fields]
+    texts = {key: getattr(parsed, key) for key in keys}
+    return {key: parse_text(key, text) for key, text in texts.items() if text is not None}
 
 
 def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
@@ -436,7 +490,7 @@ def _run(parsed: argparse.Namespace) -> None:
     from fedsim.flower.server_app import check_output
 
     check_output(output, plan)
-    _simulate(plan, pool, output, verbose=parsed.verbose)
+    _simulate(parsed, plan, pool, output)
 
 
 def _resume(parsed: argparse.Namespace) -> None:
@@ -464,26 +518,33 @@ def _resume(parsed: argparse.Namespace) -> None:
             markup=False,
             soft_wrap=True,
         )
-    _simulate(plan, pool, parsed.run, verbose=parsed.verbose, recovery=recovery)
+    _simulate(parsed, plan, pool, parsed.run, recovery)
 
 
 def _simulate(
+    parsed: argparse.Namespace,
     plan: RunPlan,
     pool: WorkerPool,
     output: Path,
-    *,
-    verbose: bool,
     recovery: Recovery | None = None,
 ) -> None:
     from fedsim.flower.simulation import simulate
     from fedsim.report.terminal import TerminalObserver
+    from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
 
+    trackers = [TrackingObserver(name, make_tracker(name), _say) for name in parsed.tracker]
     observer = TerminalObserver()
     stop = threading.Event()
     _stop_on_interrupt(stop)
     try:
         simulate(
-            plan, output, pool, observer=observer, stop=stop, verbose=verbose, recovery=recovery
+            plan,
+            output,
+            pool,
+            observer=Observers([observer, *trackers]),
+            stop=stop,
+            verbose=parsed.verbose,
+            recovery=recovery,
         )
     except RunInterruptedError:
         raise RunInterruptedError(
@@ -492,6 +553,8 @@ def _simulate(
         ) from None
     finally:
         observer.close()
+        for tracker in trackers:
+            tracker.close()
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -506,6 +569,90 @@ def _plan(parsed: argparse.Namespace) -> None:
     sys.stdout.flush()
     check_output(output, plan)
     console.print(f"fits: {format_bytes(free_bytes(output))} are free on the disk of {output}")
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from fedsim.core.config import read_config_file
+    from fedsim.core.grid import make_cells, parse_axis
+
+    axes = []
+    for flag, key in (("strategies", "strategy"), ("seeds", "seed")):
+        if (text := getattr(parsed, flag)) is not None:
+            axes.append(parse_axis(key, text))
+    for given in parsed.vary:
+        key, equals, text = given.partition("=")
+        if not equals:
+            raise InputError(f"--vary {given} cannot be used; allowed is KEY=A,B like alpha=0.1,1")
+        axes.append(parse_axis(key, text))
+    flags = _flags_of(parsed)
+    for axis in axes:
+        if axis.key in flags:
+            raise InputError(f"{axis.key} is varied and set by a flag; allowed is one of them")
+    target = _target_of(parsed.target)
+    if parsed.tracker:
+        from fedsim.report.trackers import check_tracker
+
+        for name in parsed.tracker:
+            check_tracker(name)
+    values = {**(read_config_file(parsed.config) if parsed.config else {}), **flags}
+    named = values.pop("output", None)
+    cells = make_cells(values, axes)
+
+    from fedsim import compare
+    from fedsim.core.config import RunConfig
+    from fedsim.flower.scratch import sweep
+    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.report.comparison import GridProgress, group_rows, print_comparison
+    from fedsim.report.terminal import make_console
+
+    # Checked as the same key of a run is.
+    folder = RunConfig.from_mapping({"output": named} if named is not None else {}).output
+    output = Path(folder) if folder else compare.default_output()
+    compare.check_grid(output, cells)
+    sweep()
+    cpus = os.cpu_count() or 1
+    works = compare.find_work(
+        output,
+        cells,
+        lambda c: size_pool(c, machine_cpus=cpus, machine_gpus=machine_gpus(c)),
+    )
+    more = [f"--tracker={name}" for name in parsed.tracker]
+    more += ["--verbose"] if parsed.verbose else []
+    launch = compare.ProcessLauncher(output, more)
+    console = make_console()
+    progress = GridProgress(console)
+    stop = threading.Event()
+    _stop_on_interrupt(stop)
+    try:
+        with compare.begun(output, works):
+            figures = compare.compare(
+                works, output, target=target, stop=stop, launch=launch, observer=progress
+            )
+    except RunInterruptedError:
+        raise RunInterruptedError(
+            f"interrupted; the finished rounds are kept in {output}, and the same command"
+            f"{'' if named else f' with --output {output}'} continues"
+        ) from None
+    finally:
+        progress.close()
+    console.print()
+    print_comparison(console, group_rows(cells, figures, target=target), target=target)
+    console.print(f"written: {output}/table.csv, table.json, cells.csv", markup=False)
+    failed = [name for name, f in figures.items() if f.status == "failed"]
+    if not failed:
+        return SUCCESS
+    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    _say(f"{failed[0]} failed: {figures[failed[0]].error}{others}; the same command tries it again")
+    return FAILURE
+
+
+def _target_of(text: str | None) -> float | None:
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise InputError(f"--target = {text!r} cannot be used; allowed is an accuracy above 0, up to 1")
 
 
 def _stop_on_interrupt(stop: threading.Event) -> None:

@@ -92,6 +92,18 @@ def build_strategy(
     return Recorded(strategy, parameters, exporter, seed=config.seed)
 
 
+def check_strategy(settings: StrategySettings) -> None:
+    """Make a user's own class once, to refuse before a run what cannot be made in it.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be imported, or does not take its settings.
+    """
+    if ":" in settings.name:
+        _users(settings)
+
+
 def _ours(
     config: RunConfig, parameters: Collection[str], exporter: RoundExporter | None
 ) -> Strategy:

@@ -17,7 +17,10 @@ ROOMS = [
     ["strategies"],
     ["fedsim.flower"],
     ["fedsim.report"],
-    ["fedsim.api", "fedsim.cli", "fedsim.app", "fedsim.__main__", "run_simulation"],
+    [
+        *("fedsim.api", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
+        *("fedsim.app", "fedsim.__main__", "run_simulation"),
+    ],
 ]
 FILES = [
     *sorted((ROOT / "fedsim").rglob("*.py")),

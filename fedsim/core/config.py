@@ -41,6 +41,7 @@ from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.strategies import (
     DeltaFedAvgSettings,
     FedNovaSettings,
+    FedProxSettings,
     KrumSettings,
     QFedAvgSettings,
     StrategySettings,
@@ -392,6 +393,16 @@ class RunConfig(StrictModel):
     def budget(self) -> int | None:
         """Most bytes that the run may write; None where the disk alone decides."""
         return None if self.capture_budget is None else parse_bytes(self.capture_budget)
+
+    @property
+    def proximal_mu(self) -> float:
+        """Factor of FedProx's proximal term; 0 with any other strategy."""
+        return self.strategy.proximal_mu if isinstance(self.strategy, FedProxSettings) else 0.0
+
+    @property
+    def clients_clip(self) -> bool:
+        """Whether clients clip what they send: a delta does not follow from their steps alone."""
+        return (self.strategy.dp or "").startswith("client-side")
 
     @property
     def policy(self) -> CapturePolicy:

@@ -37,6 +37,10 @@ class RunFailedError(FedsimError):
     """A run stopped before its last round; what it finished is kept."""
 
 
+class DivergedError(RunFailedError):
+    """A run stopped because its model, or that of every client that failed, was not finite."""
+
+
 class DiskFullError(RunFailedError):
     """The disk has no room for the next file of a run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -110,10 +111,11 @@ class RunPlan:
     @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
+        shapes = self.parameters.values()
         kept = len(KEEPS.get(self.config.strategy.name, ()))
         # An adaptive clipping norm is one float64.
         norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
-        return norm + kept * sum(self.initial_state[n].nbytes for n in self.parameters)
+        return norm + kept * ITEM_BYTES["float32"] * sum(math.prod(shape) for shape in shapes)
 
     @cached_property
     def supports(self) -> dict[str, Taps | None]:

@@ -102,6 +102,37 @@ class Batch:
     targets: Tensor
 
 
+class Objective:
+    """What a client minimises: its data loss, and the proximal term of FedProx beside it.
+
+    The term is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its gradient is
+    ``mu * (w - w_global)``. Multiplied and added in two roundings, one entry at a time, so that a
+    replay has the same bits whatever its threads and the layout of its tensors.
+
+    Parameters
+    ----------
+    start : mapping of str to Tensor
+        The global parameters. Kept, not copied.
+    proximal_mu : float
+        0 for the data loss alone.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], proximal_mu: float) -> None:
+        self._start = start
+        self._mu = proximal_mu
+
+    def gradient(self, name: str, gradient: Tensor, parameter: Tensor) -> Tensor:
+        """Add to a gradient of the data loss that of the term; a new tensor where there is one."""
+        if self._mu == 0:
+            return gradient
+        return (parameter - self._start[name]).mul_(self._mu).add_(gradient)
+
+    def term(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Give the value of the term, shape ()."""
+        norms = [torch.linalg.vector_norm(p - self._start[n]) for n, p in parameters.items()]
+        return torch.stack(norms).square().sum() * (self._mu / 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What an observer of local training sees after the backward pass of a step.
@@ -121,6 +152,10 @@ class Step:
     gradients : mapping of str to Tensor
         Parameter name to d(mean loss)/dp, in ``model.parameters()`` order, without weight
         decay. The tensors are the step's own: keeping them is safe, changing them is not.
+    proximal : Tensor of float32, shape (), or None
+        Value of the proximal term that is minimised beside the loss, where there is one.
+    objective_norm : Tensor of float32, shape (), or None
+        Euclidean norm of the gradient of both together, without weight decay.
     """
 
     index: int
@@ -129,6 +164,8 @@ class Step:
     loss: Tensor
     learning_rate: float
     gradients: Mapping[str, Tensor]
+    proximal: Tensor | None = None
+    objective_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +280,7 @@ def local_train(
     on_step: Callable[[Step], None] | None = None,
     *,
     autocast: Autocast = "none",
+    proximal_mu: float = 0.0,
 ) -> LocalResult:
     """Train from `state` on `batches`, minimising the mean cross-entropy.
 
@@ -262,6 +300,9 @@ def local_train(
         Precision of the forward pass where torch finds it safe. With float16 the loss is scaled
         up before the backward pass and the gradients down after it (Micikevicius et al. 2018):
         observers see them as they are, and a step that overflows makes no update.
+    proximal_mu : float
+        Of an `Objective`: observers see the gradient of the cross-entropy, the update takes that
+        of the whole.
 
     Returns
     -------
@@ -272,6 +313,10 @@ def local_train(
     model.train()
     named = dict(model.named_parameters())
     optimiser = make_optimizer(list(named.values()), optimizer)
+    whole: _Whole | None = None
+    if proximal_mu:
+        start = {name: p.detach().clone() for name, p in named.items()}
+        whole = _Whole(Objective(start, proximal_mu), named)
     device = next(iter(named.values())).device
     scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=autocast == "float16")
     precision = torch.autocast(
@@ -300,9 +345,10 @@ def local_train(
         scaler.unscale_(optimiser)
         losses.append(loss.detach())
         batch_sizes.append(len(batch.indices))
+        gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
+        about = {} if whole is None else whole.replace_gradients()
         if on_step is not None:
             lap("train")
-            gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
             on_step(
                 Step(
                     index=index,
@@ -311,10 +357,11 @@ def local_train(
                     loss=losses[-1],
                     learning_rate=optimizer.learning_rate,
                     gradients=gradients,
+                    **about,
                 )
             )
-            del gradients
             lap("capture")
+        del gradients
         # Not scaler.step: with fused SGD a first step that it skips leaves momentum in memory that
         # nothing was written to, and the next step goes on from there.
         if autocast != "float16" or _are_finite(p.grad for p in named.values()):
@@ -327,6 +374,26 @@ def local_train(
         batch_sizes=batch_sizes,
         seconds=seconds,
     )
+
+
+class _Whole:
+    """Gradients of a whole objective in place of those of its data loss."""
+
+    def __init__(self, objective: Objective, named: Mapping[str, nn.Parameter]) -> None:
+        self._objective = objective
+        self._named = named
+
+    @torch.no_grad()
+    def replace_gradients(self) -> dict[str, Tensor]:
+        """Replace them, leaving the tensors as they are, and give what a `Step` tells."""
+        term = self._objective.term(self._named)
+        norms = []
+        for name, parameter in self._named.items():
+            if parameter.grad is not None:
+                whole = self._objective.gradient(name, parameter.grad, parameter)
+                norms.append(torch.linalg.vector_norm(whole))
+                parameter.grad = whole
+        return {"proximal": term, "objective_norm": torch.linalg.vector_norm(torch.stack(norms))}
 
 
 def _are_finite(gradients: Iterable[Tensor | None]) -> bool:
@@ -348,6 +415,8 @@ class Replay:
         The client's.
     autocast : {"none", "bfloat16", "float16"}
         That of the training: with float16, a step whose gradient overflowed made no update.
+    proximal_mu : float
+        That of the training.
 
     Attributes
     ----------
@@ -361,15 +430,20 @@ class Replay:
         names: Sequence[str],
         optimizer: OptimizerSettings,
         autocast: Autocast = "none",
+        proximal_mu: float = 0.0,
     ) -> None:
         self._leaves = {n: nn.Parameter(start[n].clone()) for n in names}
+        self._objective = Objective(start, proximal_mu)
         self._optimiser = make_optimizer(list(self._leaves.values()), optimizer)
         self._may_skip = autocast == "float16"
         self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}
 
     def step(self, gradient: Mapping[str, Tensor]) -> None:
         """Make the update of one local step."""
-        gradients = {name: gradient[name].contiguous() for name in self._leaves}
+        gradients = {
+            name: self._objective.gradient(name, gradient[name].contiguous(), leaf.data)
+            for name, leaf in self._leaves.items()
+        }
         if self._may_skip and not _are_finite(gradients.values()):
             return
         for name, leaf in self._leaves.items():

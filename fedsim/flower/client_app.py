@@ -19,6 +19,11 @@ from flwr.client import Client, NumPyClient
 from flwr.client.message_handler.message_handler import handle_legacy_message_from_msgtype
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
+from flwr.supercore.differential_privacy import (
+    KEY_CLIPPING_NORM,
+    KEY_NORM_BIT,
+    compute_adaptive_clip_model_update,
+)
 from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
@@ -29,7 +34,7 @@ from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
-from fedsim.core.training import Step, load_state, local_train
+from fedsim.core.training import Arrays, Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.run_config import config_from_run_config
 from fedsim.flower.scratch import stack_when_late
@@ -99,13 +104,15 @@ class FedSimClient(NumPyClient):
             The global state, ``state_dict`` order.
         config : dict
             ``server-round``; ``config`` (the run's configuration as JSON); ``run-folder``,
-            where gradients are recorded, or empty; ``partition``, whom the server means.
+            where gradients are recorded, or empty; ``partition``, whom the server means;
+            ``proximal-mu``, the factor of FedProx's term; ``clipping_norm``, the largest norm
+            of an update, for differential privacy.
 
         Returns
         -------
         tuple of (list of ndarray, int, dict)
             The local state, the number of this client's samples, and ``loss`` with the
-            telemetry as JSON.
+            telemetry as JSON; with a clipping norm also ``norm_bit``, 1 where it was exceeded.
 
         Raises
         ------
@@ -120,6 +127,7 @@ class FedSimClient(NumPyClient):
         indices = plan.partition[self.partition]
         settings = plan.config.training_of(self.partition)
         folder = str(config.get(messages.RUN_FOLDER, ""))
+        proximal_mu = float(config.get(messages.PROXIMAL_MU, 0.0))
         started = time.perf_counter()
         batches = batches_of_round(
             plan.config,
@@ -157,6 +165,7 @@ class FedSimClient(NumPyClient):
                 settings.optimizer,
                 observe,
                 autocast=plan.config.autocast,
+                proximal_mu=proximal_mu,
             )
         seconds = dict(result.seconds)
         if recorder is not None:
@@ -185,10 +194,15 @@ class FedSimClient(NumPyClient):
             "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
             "peak_memory": _peak_memory(workplace.device),
         }
+        if proximal_mu:
+            telemetry["proximal_mu"] = proximal_mu
         metrics: dict[str, Scalar] = {
             "loss": telemetry["local_loss"],
             messages.TELEMETRY: messages.telemetry_json(telemetry),
         }
+        if KEY_CLIPPING_NORM in config:
+            clipping_norm = float(config[KEY_CLIPPING_NORM])
+            metrics[KEY_NORM_BIT] = _clip(result.state, state, list(plan.parameters), clipping_norm)
         return list(result.state.values()), len(indices), metrics
 
     def evaluate(
@@ -210,6 +224,18 @@ class FedSimClient(NumPyClient):
 
     def _workplace(self, config: dict[str, Scalar]) -> _Workplace:
         return _workplace(str(config.get(messages.RUN_CONFIG) or self._run_config))
+
+
+def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) -> int:
+    """Clip the update of the parameters in place; say 1 if that made it smaller.
+
+    Flower's own mod for it takes buffers for parameters.
+    """
+    after = [local[name] for name in names]
+    before = [start[name] for name in names]
+    shrunk = compute_adaptive_clip_model_update(after, before, clipping_norm)
+    local.update(zip(names, after, strict=True))
+    return int(shrunk)
 
 
 def _weighted_mean(values: list[float], weights: list[int]) -> float:

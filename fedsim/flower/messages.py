@@ -22,6 +22,8 @@ PARTITION = "partition"
 RUN_FOLDER = "run-folder"
 """Key of the run directory; empty where the client is to record nothing."""
 NUM_EXAMPLES = "num-examples"
+PROXIMAL_MU = "proximal-mu"
+"""Key of the factor of FedProx's term, by which Flower's strategy asks for it."""
 DISK_FULL = "the disk is full"
 """What a client's failure says when there was no room for its gradients."""
 

@@ -17,6 +17,9 @@ from strategies.folding import telemetry_of, view_of
 
 State = Mapping[str, NDArray[np.generic]]
 
+NOT_FINITE = "with values that are not finite"
+"""In the cause of a client that failed because it diverged."""
+
 
 def problem_of(
     reply: Message,
@@ -69,7 +72,7 @@ def problem_of(
             there = "is gone" if found is None else f"has {found} bytes"
             return f"wrote {size} bytes to {folder / name}, which {there}"
     if not allow_divergence and (layer := first_not_finite(local)):
-        return f"returned {layer} with values that are not finite{loss_of(row)}"
+        return f"returned {layer} {NOT_FINITE}{loss_of(row)}"
     return None
 
 

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import first_not_finite, state_sha256
 from fedsim.core.allocator import give_freed_memory_back
-from fedsim.core.errors import DiskFullError, RunFailedError, RunInterruptedError
+from fedsim.core.errors import (
+    DiskFullError,
+    DivergedError,
+    RunFailedError,
+    RunInterruptedError,
+)
 from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
@@ -26,7 +31,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
-from fedsim.flower.replies import loss_of, problem_of
+from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
@@ -103,6 +108,7 @@ class RoundLoop:
         self._stop = stop
         self._suspects: dict[int, str] = {}
         self._last = ""
+        self._failure: type[RunFailedError] = RunFailedError
         self._device = resolve_device(self._config.device)
         self._model = build_model(
             self._config.model,
@@ -146,7 +152,7 @@ class RoundLoop:
                 number, self._replies(number, participants, nodes, state, failed)
             )
             if arrays is None:
-                raise RunFailedError(f"no client of round {number} returned a model{self._last}")
+                raise self._failure(f"no client of round {number} returned a model{self._last}")
             state = wire.state_of(arrays)
             del arrays
             if layer := self._not_finite(state):
@@ -174,6 +180,7 @@ class RoundLoop:
             patience=None if limit is None else 2 * (1 + RETRIES) * limit + _PATIENCE,
         )
         self._suspects = {}
+        self._failure = DivergedError
         for partition in order:
             reply = next(replies)
             reason = problem_of(
@@ -205,6 +212,8 @@ class RoundLoop:
         )
         last = reason.splitlines()[-1].strip()
         self._last = f"; the last that failed was client {partition}: {last}"
+        if NOT_FINITE not in last:
+            self._failure = RunFailedError
         if wire.DISK_FULL in last:
             # However many failures are allowed: the next client fares no better.
             raise DiskFullError(
@@ -213,7 +222,7 @@ class RoundLoop:
             )
         self._observer.client_failed(number, partition, reason)
         if len(failed) > self._config.max_failures:
-            raise RunFailedError(
+            raise self._failure(
                 f"client {partition} failed in round {number} "
                 f"(max-failures = {self._config.max_failures}): {last}"
             )
@@ -221,10 +230,10 @@ class RoundLoop:
     def _not_finite(self, state: State) -> str | None:
         return None if self._config.allow_divergence else first_not_finite(state)
 
-    def _diverged(self, number: int, what: str) -> RunFailedError:
+    def _diverged(self, number: int, what: str) -> DivergedError:
         # The first in the order of folding, which does not depend on who came first.
         who = next((f" (client {p}{loss})" for p, loss in self._suspects.items()), "")
-        return RunFailedError(
+        return DivergedError(
             f"round {number} diverged: {what}{who}; the rounds before are kept, and "
             "`--allow-divergence` goes on"
         )

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 import fedsim
 from fedsim.core.determinism import use_deterministic
-from fedsim.core.errors import ConfigError, DiskFullError, InputError
+from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
@@ -26,7 +26,7 @@ from fedsim.recording.files import DISK_FULL
 from fedsim.recording.reader import Run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
-from strategies.registry import build_strategy
+from strategies.registry import build_strategy, check_strategy
 
 
 def default_output() -> Path:
@@ -42,7 +42,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     InputError
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
-    build_strategy(plan.config, plan.parameters)
+    check_strategy(plan.config.strategy)
     try:
         path.lstat()
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     for key, value in asked.items():
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
-    build_strategy(plan.config, plan.parameters)
+    check_strategy(plan.config.strategy)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
     if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
@@ -189,7 +189,11 @@ def execute(
             writer.drop_unfinished_round()
         # Whatever ended the run is what the user must hear, not that this cannot be written.
         with contextlib.suppress(OSError):
-            writer.finish("failed", str(failure) or type(failure).__name__)
+            writer.finish(
+                "failed",
+                str(failure) or type(failure).__name__,
+                diverged=isinstance(failure, DivergedError),
+            )
         raise failure from None if failure is error else error
     else:
         writer.finish("finished")

@@ -40,6 +40,9 @@ from fedsim.flower.workers import SupervisedPool
 from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import mark_failed
 
+# What it says of a strategy that is made only to be checked; `simulate` sets it anew.
+logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
+
 _POLL, _PATIENCE, _TEARDOWN = 0.5, 10.0, 60.0
 """Seconds between looks at Ray's processes, to notice a stop, and to end the engine."""
 _ENGINE = ("gcs_server", "raylet")

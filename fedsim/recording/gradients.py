@@ -287,6 +287,9 @@ class StepRecorder:
             "learning_rate": step.learning_rate,
             "indices": step.indices.tolist(),
         }
+        if step.proximal is not None and step.objective_norm is not None:
+            row["proximal"] = float(step.proximal)
+            row["objective_norm"] = float(step.objective_norm)
         measured = _Measured(row, {}, {}, None)
         if not gradients:
             return measured

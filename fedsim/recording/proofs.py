@@ -209,6 +209,13 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     indices = run.partition[client.partition]
     draw = generator(run.config.seed, Purpose.BATCHES, client.round, client.partition)
     asked = settings.num_steps(len(indices))
+    if client.proximal_mu != run.config.proximal_mu and ":" not in run.config.strategy.name:
+        findings.violate(
+            STEPS,
+            f"clients.jsonl: client {client.partition} trained with proximal_mu = "
+            f"{client.proximal_mu}, not {run.config.proximal_mu}",
+        )
+        return
     if not len(rows) == telemetry["num_steps"] == asked:
         findings.violate(STEPS, f"{path} has {len(rows)} steps, not {asked}")
         return
@@ -271,10 +278,11 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run)
     courses = []
     for group in _groups(run, client.captured_parameters):
-        replay = Replay(start, group, settings, run.config.autocast)
+        what = (start, group, settings, run.config.autocast, client.proximal_mu)
+        replay = Replay(*what)
         small = any(math.prod(run.shapes[name]) < _ALONE for name in group)
         tries = (_TRIES if small else 1) if lossy else 0
-        others = [Replay(start, group, settings, run.config.autocast) for _ in range(tries)]
+        others = [Replay(*what) for _ in range(tries)]
         courses.append(_Course(group, replay, others))
     for shard in shards:
         for course in courses:

@@ -23,7 +23,7 @@ from fedsim.core.datasets import parse_name
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json, read_text_bytes
 from fedsim.core.support import Taps, packed_shape, unpack
-from fedsim.core.training import Autocast, OptimizerSettings, Replay
+from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
 from fedsim.recording import rows
 from fedsim.recording.files import DTYPES, ITEM_BYTES
 from fedsim.recording.layout import (
@@ -344,7 +344,14 @@ class Client:
         complete = len(captured) == self.telemetry["num_steps"] and _has_no_gap(captured)
         return complete and (self._autocast != "float16" or self.has_all_parameters)
 
-    def gradient(self, step: int, *, weight_decay: bool = False) -> Mapping[str, Tensor]:
+    @property
+    def proximal_mu(self) -> float:
+        """Factor of the proximal term that was minimised beside the loss; 0 without one."""
+        return float(self.telemetry.get("proximal_mu", 0.0))
+
+    def gradient(
+        self, step: int, *, weight_decay: bool = False, proximal: bool = False
+    ) -> Mapping[str, Tensor]:
         """Give the gradient of a local step.
 
         Parameters
@@ -354,17 +361,20 @@ class Client:
         weight_decay : bool
             Add ``weight-decay * p`` with the parameters before the step, which are found by
             replaying the steps before it.
+        proximal : bool
+            Add ``proximal_mu * (p - p_global)``, the gradient of FedProx's term, likewise.
 
         Returns
         -------
         mapping of str to Tensor of float32
-            Parameter name to d(mean loss)/dp before the update, without weight decay unless
-            asked for, in ``model.parameters()`` order.
+            Parameter name to d(mean loss)/dp before the update, without weight decay and
+            proximal term unless asked for, in ``model.parameters()`` order.
 
         Raises
         ------
         InputError
-            When that step was not captured, or with `weight_decay` one before it was not.
+            When that step was not captured, or what is asked for takes one before it that was
+            not.
         """
         gradient = Gradient(self.shards, step, list(self._run.shapes))
         if not gradient:
@@ -372,11 +382,15 @@ class Client:
                 f"step {step} of client {self.partition} in round {self.round} was not captured; "
                 f"captured are {_ranges(self.captured_steps)}"
             )
-        if not weight_decay:
+        if not (weight_decay or proximal):
             return gradient
-        decay = self._run.config.weight_decay
         parameters = self.parameters_at(step)
-        return {n: g.add(parameters[n], alpha=decay) for n, g in gradient.items()}
+        objective = Objective(self._start, self.proximal_mu if proximal else 0.0)
+        whole = {n: objective.gradient(n, g, parameters[n]) for n, g in gradient.items()}
+        if not weight_decay:
+            return whole
+        decay = self._run.config.weight_decay
+        return {n: g.add(parameters[n], alpha=decay) for n, g in whole.items()}
 
     def layer(self, parameter: str, steps: slice = slice(None)) -> Tensor:
         """Stack the gradients of one parameter over captured steps, reading no other parameter.
@@ -552,7 +566,13 @@ class Client:
                 "= 'float16' all parameters decide whether a step made an update, and not all "
                 "were captured"
             )
-        return Replay(self._start, self.captured_parameters, self._optimizer, self._autocast)
+        return Replay(
+            self._start,
+            self.captured_parameters,
+            self._optimizer,
+            self._autocast,
+            self.proximal_mu,
+        )
 
     @property
     def _start(self) -> TensorFile:

@@ -75,6 +75,7 @@ class Manifest(_Row):
 
     status: Literal["running", "finished", "failed"] = "running"
     error: str = ""
+    diverged: bool = False
     created: str = ""
     config: dict[str, Any] = {}
     versions: _Versions | None = None
@@ -148,6 +149,7 @@ class TrainedClientRow(_ClientRow):
     class_distribution: list[int]
     seconds: dict[str, _Number]
     peak_memory: dict[str, _Count]
+    proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -166,6 +168,8 @@ class StepRow(_Row):
     loss: _Number | None
     learning_rate: _Number
     indices: list[_Count]
+    proximal: _Number | None = None
+    objective_norm: _Number | None = None
     gradient_norm: _Number | None = None
     per_layer_norms: dict[str, _Number | None] = {}
 

@@ -150,7 +150,7 @@ class RunWriter:
         """
         run = load_run(root)
         check_places(root)
-        manifest = {k: v for k, v in run.manifest.items() if k != "error"}
+        manifest = {k: v for k, v in run.manifest.items() if k not in ("error", "diverged")}
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
             {"after": recovery.round, "versions": dict(versions)},
@@ -296,9 +296,11 @@ class RunWriter:
             if folder.name.isdecimal() and int(folder.name) not in finished:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def finish(self, status: str, error: str | None = None) -> None:
+    def finish(self, status: str, error: str | None = None, *, diverged: bool = False) -> None:
         """Set the final status, ``finished`` or ``failed``, and the cause of a failure."""
         self._manifest["status"] = status
+        if diverged:
+            self._manifest["diverged"] = True
         if error is not None:
             self._manifest["error"] = error
         self._write_manifest()

@@ -4,8 +4,16 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 
-from fedsim.core.aggregation import DeltaMean, apply_delta, delta_of, state_sha256
+from fedsim.core.aggregation import (
+    DeltaMean,
+    NormalisedMean,
+    apply_delta,
+    delta_of,
+    local_work,
+    state_sha256,
+)
 from fedsim.core.models import build_model
 from fedsim.core.training import state_arrays
 
@@ -207,3 +215,44 @@ def test_state_sha256_is_blind_to_order_and_memory_layout():
     spread[:, ::2] = SMALL["w"]
     assert state_sha256({**SMALL, "w": spread[:, ::2]}) == expected
     assert state_sha256({**SMALL, "a.n": np.int64(7)}) == expected
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_local_work_is_the_papers_norm_of_accumulated_gradients(steps, momentum):
+    # Wang et al. 2020, sec. 4.1: SGD with momentum.
+    expected = float(steps)
+    if momentum:
+        lost = momentum * (1 - momentum**steps) / (1 - momentum)
+        expected = (steps - lost) / (1 - momentum)
+    assert local_work(steps, learning_rate=0.1, momentum=momentum) == pytest.approx(0.1 * expected)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_local_work_is_how_far_torchs_sgd_goes(nesterov):
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([parameter], lr=0.5, momentum=0.75, nesterov=nesterov)
+    for steps in range(1, 6):
+        parameter.grad = torch.ones(1, dtype=torch.float64)
+        sgd.step()
+        work = local_work(steps, learning_rate=0.5, momentum=0.75, nesterov=nesterov)
+        assert work == pytest.approx(-parameter.item(), rel=1e-12)
+
+
+def test_the_normalised_mean_is_that_of_the_paper():
+    # Two clients of 10 and 30 samples that made 5 and 1 steps at rate 1.
+    mean = NormalisedMean()
+    mean.add({"w": f32(5.0, -10.0)}, 10, 5.0)
+    mean.add({"w": f32(2.0, 4.0)}, 30, 1.0)
+    work = 0.25 * 5 + 0.75 * 1
+    expected = [work * (0.25 * 5 / 5 + 0.75 * 2 / 1), work * (0.25 * -10 / 5 + 0.75 * 4 / 1)]
+    np.testing.assert_array_equal(mean.mean()["w"], f32(*expected))
+
+
+def test_with_equal_work_the_normalised_mean_is_the_mean():
+    draw = np.random.default_rng(0)
+    deltas = [({"w": draw.normal(size=100).astype(np.float32)}, int(n)) for n in (7, 300, 41)]
+    normalised = NormalisedMean()
+    for delta, weight in deltas:
+        normalised.add(delta, weight, 37.3)
+    np.testing.assert_allclose(normalised.mean()["w"], mean_of(*deltas)["w"], rtol=1e-6)

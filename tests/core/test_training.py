@@ -17,6 +17,7 @@ from fedsim.core.models import LiveTapConv2d, build_model
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import live_taps
 from fedsim.core.training import (
+    Objective,
     OptimizerSettings,
     Replay,
     TrainingSettings,
@@ -627,3 +628,101 @@ def test_training_learns_digits(digits):
     found = local_train(build(), state, batches_of(digits, range(800), client), SGD)
     assert found.losses[0] == pytest.approx(np.log(10), abs=0.6)
     assert np.mean(found.losses[-5:]) < 0.8
+
+
+MU = 0.3
+
+
+class Objectives:
+    """Copies what an observer is told of the whole objective, and the parameters at the time."""
+
+    def __init__(self, model):
+        self.model = model
+        self.steps = []
+
+    def __call__(self, step):
+        gradients = {n: g.clone() for n, g in step.gradients.items()}
+        parameters = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.steps.append((step, gradients, parameters))
+
+
+def proximal_training(digits, optimizer, mu=MU, **settings):
+    model = build(seed=1)
+    observer = Objectives(model)
+    batches = batches_of(digits, range(150), training(epochs=2, optimizer=optimizer))
+    start = state_arrays(build())
+    found = local_train(model, start, batches, optimizer, observer, proximal_mu=mu, **settings)
+    return start, observer.steps, found
+
+
+def test_the_proximal_term_is_that_of_the_paper_and_observers_see_the_data_loss_alone(digits):
+    start, steps, found = proximal_training(digits, PLAIN)
+    # Li et al. 2020, eq. 2, left to autograd.
+    model, origin = build(), tensors_of(start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=PLAIN.learning_rate)
+    batches = batches_of(digits, range(150), training(epochs=2, optimizer=PLAIN))
+    for batch, (step, gradients, _) in zip(batches, steps, strict=True):
+        named = dict(model.named_parameters())
+        data = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+        term = MU / 2 * sum((p - origin[n]).square().sum() for n, p in named.items())
+        optimizer.zero_grad()
+        alone = torch.autograd.grad(data, list(named.values()), retain_graph=True)
+        (data + term).backward()
+        for (name, parameter), expected in zip(named.items(), alone, strict=True):
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5)
+            assert parameter.grad is not None
+        whole = torch.cat([p.grad.flatten() for p in named.values()])
+        assert float(step.loss) == pytest.approx(data.item(), rel=1e-4)
+        assert float(step.proximal) == pytest.approx(term.item(), rel=1e-3, abs=1e-9)
+        assert float(step.objective_norm) == pytest.approx(float(whole.norm()), rel=1e-3)
+        optimizer.step()
+    assert float(steps[0][0].proximal) == 0
+    assert float(steps[-1][0].proximal) > 0
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(found.state[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+
+@OPTIMIZERS
+def test_a_replay_with_the_proximal_term_lands_on_the_very_bits(digits, optimizer):
+    start, steps, found = proximal_training(digits, optimizer)
+    names = list(steps[0][1])
+    replay = Replay(tensors_of(start), names, optimizer, "none", MU)
+    without = Replay(tensors_of(start), names, optimizer)
+    for _, gradients, parameters in steps:
+        assert all(torch.equal(replay.parameters[n], parameters[n]) for n in names)
+        replay.step(gradients)
+        without.step(gradients)
+    for name in names:
+        assert np.array_equal(replay.parameters[name].numpy(), found.state[name])
+        assert not np.array_equal(without.parameters[name].numpy(), found.state[name])
+
+
+def test_the_term_has_the_same_bits_whatever_the_threads_and_the_layout():
+    torch.manual_seed(0)
+    gradient, parameter, start = (torch.randn(7, 5, 3, 3) for _ in range(3))
+    expected = Objective({"w": start}, MU).gradient("w", gradient, parameter)
+    assert torch.equal(expected, MU * (parameter - start) + gradient)
+    spread = gradient.to(memory_format=torch.channels_last)
+    assert torch.equal(Objective({"w": start}, MU).gradient("w", spread, parameter), expected)
+    one = [
+        Objective({"w": start[i]}, MU).gradient("w", gradient[i], parameter[i]) for i in range(7)
+    ]
+    assert torch.equal(torch.stack(one), expected)
+
+
+def test_without_a_term_nothing_is_told_of_one_and_nothing_changes(digits):
+    start, steps, found = proximal_training(digits, SGD, mu=0.0)
+    assert {(step.proximal, step.objective_norm) for step, _, _ in steps} == {(None, None)}
+    client = training(epochs=2)
+    plain = local_train(build(), start, batches_of(digits, range(150), client), SGD)
+    assert_same_state(found.state, plain.state)
+
+
+def test_a_term_pulls_back_to_the_global_model(digits):
+    def moved(mu):
+        start, _, found = proximal_training(digits, PLAIN, mu=mu)
+        return sum(
+            float(np.square(found.state[n] - start[n]).sum()) for n in ("0.weight", "13.bias")
+        )
+
+    assert moved(10.0) < moved(1.0) < moved(0.0)

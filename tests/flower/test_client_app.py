@@ -155,9 +155,10 @@ def test_flowers_own_strategies_drive_the_same_client(plan, strategy):
         train_config=train_config,
         evaluate_config=ConfigRecord({"config": plan.config.to_json()}),
     )
-    # One step of any of them from the same weights on the same batches: the clients' mean loss.
+    # One round of any of them from the same weights on the same batches: the clients' mean loss.
     own = [FedSimClient(p, plan.config.to_json()) for p in range(6)]
-    outcomes = [client.fit(list(plan.initial_state.values()), {}) for client in own]
+    asked = {"proximal-mu": 0.1} if strategy is FedProx else {}
+    outcomes = [client.fit(list(plan.initial_state.values()), asked) for client in own]
     mean = np.average([o[2]["loss"] for o in outcomes], weights=[o[1] for o in outcomes])
     assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(mean, rel=1e-6)
     assert 0 <= result.evaluate_metrics_clientapp[1]["accuracy"] <= 1

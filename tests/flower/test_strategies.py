@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError
 from fedsim.core.plan import RunPlan
 from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.strategies import STRATEGIES
+from fedsim.recording import proofs
+from fedsim.recording.findings import Findings
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.verify import verify
+from tests import fuzz
 from tests.flower.test_resume import contents, fail_in, go, hashes
 
 ROUNDS = 4
@@ -40,6 +44,11 @@ def plan_of(strategy: str, **changes: object) -> RunPlan:
             }
         )
     )
+
+
+def config_of(table: dict[str, object], **changes: object) -> RunConfig:
+    values = plan_of("fedavg", **changes).config.to_mapping()
+    return RunConfig.from_mapping({**values, "strategy": table})
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +199,82 @@ def test_only_the_state_of_the_last_round_is_needed_to_go_on(
     (path / "rounds/0001/strategy.safetensors").unlink()
     go(plan, path, resume=True)
     assert hashes(path) == hashes(whole("fedyogi"))
+
+
+def test_fedprox_trains_with_its_term_and_is_replayed_with_it(tmp_path: Path) -> None:
+    plain, prox = tmp_path / "plain", tmp_path / "prox"
+    changes = {"capture": "all", "rounds": 2, "local_steps": 4}
+    go(plan_of("fedavg", **changes), plain)
+    table = {"name": "fedprox", "proximal-mu": 0.5}
+    go(replace(plan_of("fedavg", **changes), config=config_of(table, **changes)), prox)
+    findings = verify(prox, recompute=1)
+    assert findings.violations == []
+    assert findings.checks["replay"].proven == 2 * 3 * 4
+    assert findings.checks["replay"].notes == ["bit for bit"]
+    # The first step is taken at the global model, where the term has no gradient.
+    for partition, client in load_run(prox).round(1).clients.items():
+        other = load_run(plain).round(1).clients[partition]
+        assert client.telemetry["proximal_mu"] == client.proximal_mu == 0.5
+        assert "proximal_mu" not in other.telemetry
+        assert client.steps[0]["proximal"] == 0
+        assert client.steps[0]["objective_norm"] == pytest.approx(client.steps[0]["gradient_norm"])
+        assert "proximal" not in other.steps[0]
+        parameters, start = client.parameters_at(2), load_run(prox).round(0).state
+        data, whole = client.gradient(2), client.gradient(2, proximal=True)
+        both = client.gradient(2, proximal=True, weight_decay=True)
+        for name, gradient in data.items():
+            expected = gradient + 0.5 * (parameters[name] - start[name])
+            torch.testing.assert_close(whole[name], expected, rtol=0, atol=0)
+            decayed = expected + 5e-4 * parameters[name]
+            torch.testing.assert_close(both[name], decayed, rtol=1e-6, atol=1e-8)
+        norm = torch.cat([g.flatten() for g in whole.values()]).norm()
+        assert client.steps[2]["objective_norm"] == pytest.approx(float(norm), rel=1e-5)
+        assert not torch.equal(client.delta["0.weight"], other.delta["0.weight"])
+
+
+def test_a_proximal_term_that_was_not_asked_for_is_a_violation(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    go(plan_of("fedprox", capture="all", rounds=1), path)
+    rows = path / "clients.jsonl"
+    rows.write_text(rows.read_text().replace('"proximal_mu":0.01', '"proximal_mu":0.02'))
+    fuzz.reseal(path)
+    told = [v for v in verify(path).violations if "proximal_mu" in v]
+    assert len(told) == 3
+    assert "trained with proximal_mu = 0.02, not 0.01" in told[0]
+
+
+@pytest.mark.parametrize("kind", ["client-side-fixed", "client-side-adaptive"])
+def test_clients_clip_the_update_of_the_parameters_alone(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    table = {"name": "fedavg", "dp": kind, "noise-multiplier": 0.1, "clipping-norm": 0.01}
+    changes = {"capture": "all", "rounds": 2}
+    go(replace(plan_of("fedavg", **changes), config=config_of(table, **changes)), path)
+    run = load_run(path)
+    for client in run.round(1).clients.values():
+        moved = [client.delta[name].double().flatten() for name in run.shapes]
+        assert float(torch.cat(moved).norm()) == pytest.approx(0.01, rel=1e-3)
+        assert float(client.delta["1.running_var"].abs().max()) > 0.01
+    findings = verify(path)
+    assert findings.violations == []
+    assert findings.checks["replay"].unproven == [
+        f"with strategy.dp = {kind!r} clients clip their deltas"
+    ]
+
+
+def test_fednovas_state_is_proven_and_a_changed_one_found(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    # Three clients of unequal samples, and so of unequal steps.
+    go(plan_of("fednova", batch_size=4, rounds=2), path)
+    findings = verify(path)
+    assert findings.violations == []
+    assert findings.checks["state"].proven == 3
+    assert findings.checks["state"].unproven == []
+    run = load_run(path)
+    steps = {client.telemetry["num_steps"] for client in run.round(1).clients.values()}
+    assert len(steps) > 1
+    moved = run.round(1).state["0.weight"] - run.round(0).state["0.weight"]
+    assert not torch.allclose(moved, run.round(1).aggregate["0.weight"], atol=1e-5)
+    run.__dict__["config"] = run.config.model_copy(update={"momentum": 0.8})
+    changed = Findings()
+    proofs.prove_state(run, 1, changed)
+    assert "is not the state before plus the step of fednova" in changed.violations[0]

@@ -1,3 +1,4 @@
+import gc
 import random
 from itertools import pairwise
 
@@ -50,6 +51,15 @@ PRIVATE = {
     "server-side-adaptive": flower.DifferentialPrivacyServerSideAdaptiveClipping,
     "client-side-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage():
+    # Some of Flower's strategies collect garbage for every reply, among all that pytest holds.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def replies(state, round_number, order=FIXED_ORDER):

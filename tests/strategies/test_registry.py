@@ -9,7 +9,7 @@ from fedsim.core.strategies import STRATEGIES, strategy_table
 from strategies.delta_fedavg import DeltaFedAvg
 from strategies.fednova import FedNova
 from strategies.recorded import Recorded
-from strategies.registry import FLOWERS, build_strategy
+from strategies.registry import FLOWERS, build_strategy, check_strategy
 from tests.strategies.replies import Exporter, built
 
 OURS = {"delta-fedavg": DeltaFedAvg, "fednova": FedNova}
@@ -94,6 +94,7 @@ def test_a_class_of_the_user_is_recorded_with_its_settings(name):
 )
 def test_a_class_that_cannot_be_used_is_refused(name, settings, said):
     config = RunConfig.from_mapping({"strategy": {"name": name, **settings}})
-    with pytest.raises(ConfigError) as refused:
-        build_strategy(config, ["w"])
-    assert said in str(refused.value)
+    for make in (lambda: build_strategy(config, ["w"]), lambda: check_strategy(config.strategy)):
+        with pytest.raises(ConfigError) as refused:
+            make()
+        assert said in str(refused.value)
