@@ -87,6 +87,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
+    _add_report(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -315,6 +316,73 @@ def _add_export(commands: Any) -> None:
     notebook.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help="how the names begin"
     )
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write one page of figures about one run or several",
+        description="Write one HTML page about one run or several, also while they are under way: "
+        "accuracy, partition, drift, gradients, time, configuration, verification. It needs no "
+        "network.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_report)
+    command.add_argument("run", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page; an earlier report is replaced (default: %(default)s)",
+    )
+    command.add_argument(
+        "--png", type=Path, metavar="FOLDER", help="write each figure as an image too"
+    )
+    command.add_argument(
+        "--verify", action="store_true", help="check all that `fedsim verify` does, not rows alone"
+    )
+    command.add_argument(
+        "--read-budget",
+        default="20 GB",
+        metavar="BYTES",
+        help="most deltas and gradients to read of a run; rounds are left out evenly to keep to it "
+        "(default: %(default)s)",
+    )
+    command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from fedsim.core.errors import ConfigError
+    from fedsim.core.units import parse_bytes
+    from fedsim.report.report import write_report
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    try:
+        budget = parse_bytes(parsed.read_budget)
+    except ValueError as error:
+        raise ConfigError("--read-budget", parsed.read_budget, str(error)) from None
+    console = make_console()
+    with ByteProgress(console, "reading") as progress:
+        written, violations = write_report(
+            parsed.run,
+            parsed.output,
+            images=parsed.png,
+            in_full=parsed.verify,
+            budget=budget,
+            data_root=parsed.data_root,
+            progress=progress,
+        )
+    page, *images = written
+    console.print(f"written: {page}", markup=False, soft_wrap=True)
+    if images:
+        text = f"written: {len(images)} images in {parsed.png}"
+        console.print(text, markup=False, soft_wrap=True)
+    if not violations:
+        return SUCCESS
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    _say(f"{violations[0]}{more}")
+    return FAILURE
 
 
 def _export_breaching(parsed: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ ROOMS = [
     ["fedsim.flower"],
     ["fedsim.report"],
     [
-        *("fedsim.cli", "fedsim.compare", "fedsim.cell"),
+        *("fedsim.api", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
         *("fedsim.app", "fedsim.__main__", "run_simulation"),
     ],
 ]
@@ -67,8 +67,8 @@ def imported_by(module, tree):
                 base = ".".join([*above, base] if base else above)
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                if base == "fedsim" and alias.name in ("Run", "load_run"):
-                    yield "fedsim.recording.reader"
+                if base == "fedsim" and alias.name in ("Run", "load_run", "simulate"):
+                    yield "fedsim.api"
                 else:
                     yield inner if base.split(".")[0] in OURS and is_module(inner) else base
 
@@ -88,10 +88,10 @@ def test_a_module_knows_only_its_own_room_and_those_below(module):
         assert {n.split(".")[0] for n in imported}.isdisjoint({"flwr", "ray"})
 
 
-def test_the_package_itself_imports_recording_alone_and_only_when_asked():
+def test_the_package_itself_imports_its_face_alone_and_only_when_asked():
     tree = parse(MODULES["fedsim"])
     names = set(imported_by("fedsim", tree)) - {"__future__", "typing"}
-    assert {n for n in names if not n.startswith("fedsim.recording")} == set()
+    assert names == {"fedsim.api"}
     at_the_top = {
         name
         for node in tree.body

@@ -1,0 +1,247 @@
+"""What Python programs and notebooks call: make a run, open one, draw it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.core.config import RunConfig, read_config_file
+from fedsim.core.errors import InputError, RunInterruptedError
+from fedsim.recording.reader import Run as RecordedRun
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+class Plots:
+    """The figures of a run, one method for each: ``run.plot.accuracy()``.
+
+    Parameters
+    ----------
+    run : Run
+        What to draw.
+
+    Notes
+    -----
+    Each method takes nothing, returns a plotly figure, and raises `InputError` where the run has
+    nothing to draw. `fedsim.report.charts` says what each shows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @cached_property
+    def _study(self) -> Any:
+        from fedsim.report.study import Study
+
+        return Study(self._run, self._run.path.resolve().name)
+
+    def _draw(self, key: str) -> go.Figure:
+        from fedsim.report.charts import draw
+        from fedsim.report.figures import Absent
+        from fedsim.report.plotly_view import to_plotly
+
+        figure = draw(key, [self._study])
+        if isinstance(figure, Absent):
+            raise InputError(f"{self._run.path} has no figure {key!r}: {figure.reason}")
+        return to_plotly(figure)
+
+    def accuracy(self) -> go.Figure:
+        """Draw the test accuracy of the global model, by round."""
+        return self._draw("accuracy")
+
+    def loss(self) -> go.Figure:
+        """Draw the test loss of the global model, by round."""
+        return self._draw("loss")
+
+    def partition(self) -> go.Figure:
+        """Draw the samples of each class at each client."""
+        return self._draw("partition")
+
+    def participation(self) -> go.Figure:
+        """Draw who took part in which round, and who failed."""
+        return self._draw("participation")
+
+    def client_loss(self) -> go.Figure:
+        """Draw the local training loss of each client, by round."""
+        return self._draw("client_loss")
+
+    def gradient_norm(self) -> go.Figure:
+        """Draw the norm of the first local gradient of each client, by round."""
+        return self._draw("gradient_norm")
+
+    def layer_norms(self) -> go.Figure:
+        """Draw the norm of the first local gradient of each parameter, by round."""
+        return self._draw("layer_norms")
+
+    def drift(self) -> go.Figure:
+        """Draw the cosine of each client's delta to the aggregate, by round."""
+        return self._draw("drift")
+
+    def delta_norm(self) -> go.Figure:
+        """Draw the norm of each client's delta, by round."""
+        return self._draw("delta_norm")
+
+    def pair_cosines(self) -> go.Figure:
+        """Draw the cosines of all pairs of clients' deltas, by round."""
+        return self._draw("pair_cosines")
+
+    def drift_pairs(self) -> go.Figure:
+        """Draw the matrix of cosines of clients' deltas, round by round."""
+        return self._draw("drift_pairs")
+
+    def conflict(self) -> go.Figure:
+        """Draw the share of pairs of clients with gradients in conflict (Yu et al. 2020)."""
+        return self._draw("conflict")
+
+    def noise(self) -> go.Figure:
+        """Draw the simple noise scale of each client (McCandlish et al. 2018)."""
+        return self._draw("noise")
+
+    def round_time(self) -> go.Figure:
+        """Draw the wall time of each round, by what it went into."""
+        return self._draw("round_time")
+
+    def client_time(self) -> go.Figure:
+        """Draw the time of all clients of each round, by what it went into."""
+        return self._draw("client_time")
+
+    def bytes(self) -> go.Figure:
+        """Draw the bytes that each round wrote, by what they are."""
+        return self._draw("bytes")
+
+
+class Run(RecordedRun):
+    """A run directory that can be read and drawn.
+
+    Parameters
+    ----------
+    path : path-like
+        The run directory.
+
+    Raises
+    ------
+    InputError
+        When it is no run directory of a format this version reads.
+    """
+
+    @cached_property
+    def plot(self) -> Plots:
+        """The figures of the run, as far as it is now: ``run.plot.accuracy()``."""
+        return Plots(self)
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run directory for reading.
+
+    Parameters
+    ----------
+    path : path-like
+        The run directory.
+
+    Returns
+    -------
+    Run
+        ``load_run(path).round(3).client(7).gradient(0)["fc.weight"]`` and so on.
+
+    Raises
+    ------
+    InputError
+        When it is no run directory of a format this version reads.
+    """
+    return Run(path)
+
+
+def simulate(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    progress: bool = True,
+    verbose: bool = False,
+) -> Run:
+    """Run a simulation on this machine and record it, as ``fedsim run`` does.
+
+    A script calls it under ``if __name__ == "__main__"``, a notebook anywhere. An interrupt ends
+    it after the finished rounds; a second one at once.
+
+    Parameters
+    ----------
+    config : RunConfig, mapping or path-like
+        The configuration, its keys as in TOML (``{"clients-per-round": 4}``), or a TOML file or
+        the ``run.json`` of an earlier run.
+    progress : bool
+        Print what ``fedsim run`` prints.
+    verbose : bool
+        Let Flower and Ray log.
+
+    Returns
+    -------
+    Run
+        The finished run.
+
+    Raises
+    ------
+    InputError
+        When the configuration cannot be used; nothing has been written then.
+    RunFailedError
+        When the run stopped early. Its finished rounds are kept.
+    RunInterruptedError
+        After an interrupt. The finished rounds are kept.
+    """
+    from rich.console import Console
+
+    from fedsim.core.plan import RunPlan
+    from fedsim.flower.server_app import check_output, default_output
+    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import simulate as run_plan
+    from fedsim.report.terminal import TerminalObserver
+
+    config = _as_config(config)
+    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    output = Path(config.output) if config.output else default_output()
+    plan = RunPlan.prepare(config)
+    check_output(output, plan)
+    observer = TerminalObserver(None if progress else Console(quiet=True))
+    stop = threading.Event()
+    with _stopping(stop), contextlib.closing(observer):
+        try:
+            run_plan(plan, output, pool, observer=observer, stop=stop, verbose=verbose)
+        except RunInterruptedError:
+            raise RunInterruptedError(
+                f"interrupted; the finished rounds are kept in {output}, and "
+                f"`fedsim resume {output}` continues"
+            ) from None
+    return Run(output)
+
+
+def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return RunConfig.from_mapping(config)
+    return RunConfig.from_mapping(read_config_file(Path(config)))
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Let the first interrupt end the run, and a second one the wait for that."""
+    if threading.current_thread() is not threading.main_thread():
+        # Signals come to the main thread alone.
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
