@@ -233,22 +233,27 @@ def resume_from_fault_to_fault(whole: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def under_way(whole: Path) -> Iterator[dict[str, Future[None]]]:
-    """All of them side by side: what hangs mostly waits, and so does what starts."""
+def hanging(whole: Path) -> Iterator[Future[None]]:
+    """The runs that hang, which mostly wait, beside those that are killed."""
     with ThreadPoolExecutor() as pool:
-        yield {
-            "kill worker": pool.submit(kill_workers, whole),
-            "kill server": pool.submit(resume_from_fault_to_fault, whole, "kill server"),
-            "hang": pool.submit(resume_from_fault_to_fault, whole, "hang"),
-        }
+        yield pool.submit(resume_from_fault_to_fault, whole, "hang")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", OF_PROCESSES)
-def test_processes_that_are_killed_or_hang_change_nothing_in_the_end(
-    under_way: dict[str, Future[None]], kind: str
-) -> None:
-    under_way[kind].result()
+@pytest.mark.usefixtures("hanging")
+def test_killed_workers_are_replaced_and_their_clients_repeated(whole: Path) -> None:
+    kill_workers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hanging")
+def test_a_killed_run_resumed_into_the_next_kill_ends_the_same(whole: Path) -> None:
+    resume_from_fault_to_fault(whole, "kill server")
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_resumed_into_the_next_hang_ends_the_same(hanging: Future[None]) -> None:
+    hanging.result()
 
 
 def table() -> str:
