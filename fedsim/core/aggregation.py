@@ -141,6 +141,67 @@ class NormalisedMean:
         return self._rates.divided(self._weight**2 / self._work)
 
 
+class ControlMean:
+    """The server's part of SCAFFOLD (Karimireddy et al. 2020, alg. 1, option II), in float64.
+
+    All participants weigh the same, as in the paper.
+
+    Parameters
+    ----------
+    control : mapping of str to ndarray
+        That of the server, ``c``.
+    clients : int
+        How many there are, taking part or not.
+    """
+
+    def __init__(self, control: State, clients: int) -> None:
+        self._control = control
+        self._clients = clients
+        self._deltas = _Sums()
+        self._changes = _Sums()
+        self._participants = 0
+
+    def add(self, delta: State, own: State, work: float) -> dict[str, Array]:
+        """Fold one client in, and give its new control variate.
+
+        Parameters
+        ----------
+        delta : mapping of str to ndarray
+            Of its parameters.
+        own : mapping of str to ndarray
+            Its control variate, ``c_i``; empty before it has one, which is then zero.
+        work : float
+            Its `local_work`: the steps times the rate, without momentum.
+        """
+        renewed = renewed_control(self._control, own, delta, work)
+        self._deltas.add(delta, 1.0)
+        self._changes.add({n: a - own[n] if own else a for n, a in renewed.items()}, 1.0)
+        self._participants += 1
+        return renewed
+
+    def update(self, rate: float) -> dict[str, Array]:
+        """Give what is added to the parameters: the mean delta times the server's rate."""
+        return self._deltas.divided(self._participants / rate)
+
+    def control(self) -> dict[str, Array]:
+        """Give the server's new control variate: the mean of those of all clients."""
+        changes = self._changes.divided(self._clients)
+        return {n: np.asarray(a + changes[n]) for n, a in self._control.items()}
+
+
+@np.errstate(all="ignore")
+def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
+    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
+    divisor = np.float32(work)
+    kept = {n: own[n] - c for n, c in control.items()} if own else {n: -c for n, c in control.items()}
+    return {n: np.asarray(a - delta[n] / divisor) for n, a in kept.items()}
+
+
+def correction_of(control: State, own: State) -> dict[str, Array]:
+    """Give what a client adds to its gradients, ``c - c_i``; `own` is empty where it is zero."""
+    return {n: np.asarray(c - own[n] if own else c) for n, c in control.items()}
+
+
 def local_work(
     steps: int, *, learning_rate: float, momentum: float = 0.0, nesterov: bool = False
 ) -> float:

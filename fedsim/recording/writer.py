@@ -255,6 +255,22 @@ class RunWriter:
         shutil.rmtree(self.layout.client(row["round"], row["partition"]), ignore_errors=True)
         self._append(self.layout.clients, json_line(row))
 
+    def add_control(self, round_number: int, partition: int, arrays: State) -> None:
+        """Keep a client's control variate for its next round."""
+        self._write_tensors(self.layout.control(round_number, partition), arrays)
+
+    def control(self, partition: int) -> dict[str, NDArray[np.generic]]:
+        """Give what `add_control` kept of a client last; empty before."""
+        present = self.layout.root / "rounds"
+        found = sorted(p.name for p in present.glob("*") if self._has_control(p.name, partition))
+        if not found:
+            return {}
+        tensors = TensorFile(self.layout.control(int(found[-1]), partition))
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    def _has_control(self, name: str, partition: int) -> bool:
+        return name.isdecimal() and self.layout.control(int(name), partition).is_file()
+
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""
         self._write_tensors(self.layout.aggregate(round_number), aggregate)
