@@ -19,6 +19,7 @@ from strategies.delta_fedavg import DeltaFedAvg
 from strategies.fednova import FedNova
 from strategies.folding import RoundExporter
 from strategies.recorded import Recorded
+from strategies.scaffold import Scaffold
 
 # The minimums are 1 because the round loop decides who takes part, not the strategy; clients
 # evaluate nothing, because the global model is evaluated on the test split after the update.
@@ -77,7 +78,7 @@ def build_strategy(
         When the user's own class cannot be imported, or does not take its settings.
     """
     settings = config.strategy
-    ours = settings.name in ("delta-fedavg", "fednova")
+    ours = settings.name in ("delta-fedavg", "fednova", "scaffold")
     if ours and settings.dp is None:
         return _ours(config, parameters, exporter)
     strategy = _ours(config, parameters, None) if ours else _theirs(config)
@@ -109,13 +110,13 @@ def _ours(
 ) -> Strategy:
     if config.strategy.name == "delta-fedavg":
         return DeltaFedAvg(exporter, **_COMMON)
-    return FedNova(
-        parameters,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        exporter=exporter,
-        **_COMMON,
-    )
+    sgd = {"momentum": config.momentum, "nesterov": config.nesterov}
+    if config.strategy.name == "fednova":
+        return FedNova(parameters, exporter=exporter, **sgd, **_COMMON)
+    if exporter is None:
+        raise ValueError("scaffold needs an exporter to keep what it has of each client")
+    keywords = {**config.strategy.own, **sgd, **_COMMON}
+    return Scaffold(parameters, exporter, clients=config.clients, **keywords)
 
 
 def _theirs(config: RunConfig) -> Strategy:

@@ -220,8 +220,8 @@ def test_fedprox_trains_with_its_term_and_is_replayed_with_it(tmp_path: Path) ->
         assert client.steps[0]["objective_norm"] == pytest.approx(client.steps[0]["gradient_norm"])
         assert "proximal" not in other.steps[0]
         parameters, start = client.parameters_at(2), load_run(prox).round(0).state
-        data, whole = client.gradient(2), client.gradient(2, proximal=True)
-        both = client.gradient(2, proximal=True, weight_decay=True)
+        data, whole = client.gradient(2), client.gradient(2, objective=True)
+        both = client.gradient(2, objective=True, weight_decay=True)
         for name, gradient in data.items():
             expected = gradient + 0.5 * (parameters[name] - start[name])
             torch.testing.assert_close(whole[name], expected, rtol=0, atol=0)
