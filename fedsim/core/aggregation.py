@@ -193,7 +193,9 @@ class ControlMean:
 def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
     """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
     divisor = np.float32(work)
-    kept = {n: own[n] - c for n, c in control.items()} if own else {n: -c for n, c in control.items()}
+    kept = (
+        {n: own[n] - c for n, c in control.items()} if own else {n: -c for n, c in control.items()}
+    )
     return {n: np.asarray(a - delta[n] / divisor) for n, a in kept.items()}
 
 
