@@ -175,7 +175,8 @@ class ControlMean:
         """
         renewed = renewed_control(self._control, own, delta, work)
         self._deltas.add(delta, 1.0)
-        self._changes.add({n: a - own[n] if own else a for n, a in renewed.items()}, 1.0)
+        zero = np.float32(0)
+        self._changes.add({n: a - own.get(n, zero) for n, a in renewed.items()}, 1.0)
         self._participants += 1
         return renewed
 
@@ -192,16 +193,14 @@ class ControlMean:
 @np.errstate(all="ignore")
 def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
     """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
-    divisor = np.float32(work)
-    kept = (
-        {n: own[n] - c for n, c in control.items()} if own else {n: -c for n, c in control.items()}
-    )
-    return {n: np.asarray(a - delta[n] / divisor) for n, a in kept.items()}
+    zero, divisor = np.float32(0), np.float32(work)
+    return {n: np.asarray(own.get(n, zero) - c - delta[n] / divisor) for n, c in control.items()}
 
 
 def correction_of(control: State, own: State) -> dict[str, Array]:
     """Give what a client adds to its gradients, ``c - c_i``; `own` is empty where it is zero."""
-    return {n: np.asarray(c - own[n] if own else c) for n, c in control.items()}
+    zero = np.float32(0)
+    return {n: np.asarray(c - own.get(n, zero)) for n, c in control.items()}
 
 
 def local_work(

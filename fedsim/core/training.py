@@ -105,9 +105,10 @@ class Batch:
 class Objective:
     """What a client minimises: its data loss, and what strategies put beside it.
 
-    The term is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its gradient is
-    ``mu * (w - w_global)``. SCAFFOLD's correction is added to the gradient as it is. Multiplied and added in two roundings, one entry at a time, so that a
-    replay has the same bits whatever its threads and the layout of its tensors.
+    The proximal term of FedProx is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its
+    gradient is ``mu * (w - w_global)``. SCAFFOLD's correction is added to the gradient as it is.
+    Each operation is rounded by itself, one entry at a time, so that a replay has the same bits
+    whatever its threads and the layout of its tensors.
 
     Parameters
     ----------
