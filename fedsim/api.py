@@ -138,23 +138,7 @@ class Run(RecordedRun):
 
 
 def load_run(path: str | Path) -> Run:
-    """Open a run directory for reading.
-
-    Parameters
-    ----------
-    path : path-like
-        The run directory.
-
-    Returns
-    -------
-    Run
-        ``load_run(path).round(3).client(7).gradient(0)["fc.weight"]`` and so on.
-
-    Raises
-    ------
-    InputError
-        When it is no run directory of a format this version reads.
-    """
+    """Open a run directory as `fedsim.recording.reader.load_run` does, with figures beside it."""
     return Run(path)
 
 

@@ -234,7 +234,8 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
     def faulty_fold(self: DeltaFold, reply: Message, reference: dict[str, Any]) -> None:
         if self._round == fault.round and not self.is_empty and fault.strikes():
             if fault.kind == "NaN":
-                next(iter(self._mean._sums.values())).fill(np.nan)
+                name = next(iter(reference))
+                self._mean.add({name: np.full_like(reference[name], np.nan)}, 1)
             elif fault.kind == "wrong shape":
                 last = next(reversed(reference))
                 reference = {**reference, last: reference[last][1:]}

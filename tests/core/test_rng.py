@@ -12,7 +12,7 @@ from fedsim.core.datasets import load_dataset
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
-from fedsim.core.rng import Purpose, draw_participants, generator, torch_seed
+from fedsim.core.rng import Purpose, draw_participants, generator, numpy_seed, torch_seed
 from fedsim.core.training import (
     OptimizerSettings,
     TrainingSettings,
@@ -66,6 +66,7 @@ def test_purpose_numbers_are_frozen():
         "PARTITION": 5,
         "SYNTHETIC_DATA": 6,
         "SKETCH": 7,
+        "NOISE": 8,
     }
     numbers = {name: int(purpose) for name, purpose in Purpose.__members__.items()}
     assert frozen.items() <= numbers.items()
@@ -133,6 +134,25 @@ def test_torch_seed_restores_the_generator_after_an_error(global_generators):
     before = global_generators()
     with pytest.raises(TypeError), torch_seed(42):
         torch.rand(5).add_("not a number")
+    assert global_generators() == before
+
+
+def test_numpy_seed_gives_each_round_its_noise_and_restores_the_generator(global_generators):
+    before, found = global_generators(), {}
+    for number in (1, 2):
+        with numpy_seed(42, number):
+            found[number] = np.random.normal(size=4).tolist()
+        assert global_generators() == before
+        seed = int(generator(42, Purpose.NOISE, number).integers(2**32))
+        expected = np.random.RandomState(seed).normal(size=4)
+        assert found[number] == expected.tolist()
+    assert found[1] != found[2]
+
+
+def test_numpy_seed_restores_the_generator_after_an_error(global_generators):
+    before = global_generators()
+    with pytest.raises(ZeroDivisionError), numpy_seed(42, 1):
+        raise ZeroDivisionError
     assert global_generators() == before
 
 

@@ -31,12 +31,12 @@ from tests.observers import Memory
 
 ROUNDS = 4
 VALUES = {
-    "dataset": "digits",
+    "dataset": "synthetic:240:4",
     "model": "cnn",
     "clients": 4,
     "clients-per-round": 3,
     "rounds": ROUNDS,
-    "batch-size": 64,
+    "batch-size": 16,
     "capture": "all",
     "device": "cpu",
 }

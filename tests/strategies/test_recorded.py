@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from fedsim.core.rng import Purpose, generator
+from fedsim.core.rng import numpy_seed
 from fedsim.core.server_optimizer import KEEPS, server_step
 from fedsim.core.strategies import strategy_table
 from fedsim.flower import messages as wire
@@ -277,10 +277,8 @@ def test_privacy_is_flowers_own_with_seeded_noise(kind):
         bare = {n: state[n] for n in TRAINABLE}
         started(theirs, state=bare, round_number=number)
         sent = with_norm_bits(bare_replies(state, number))
-        before = np.random.get_state()
-        np.random.seed(int(generator(42, Purpose.NOISE, number).integers(2**32)))
-        expected = wire.state_of(theirs.aggregate_train(number, sent)[0])
-        np.random.set_state(before)
+        with numpy_seed(42, number):
+            expected = wire.state_of(theirs.aggregate_train(number, sent)[0])
         plain = wire.state_of(one_round(built("fedadam", None, TRAINABLE), state, number)[0])
         for name in TRAINABLE:
             assert found[name].tobytes() == expected[name].astype(np.float32).tobytes()
