@@ -9,6 +9,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.core.errors import ConfigError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.run_config import config_from_run_config
 from fedsim.flower.server_app import check_output, default_output, execute
@@ -21,6 +22,10 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run what ``flwr run --run-config`` describes; an error fails the run in Flower too."""
     config = config_from_run_config(context.run_config)
+    if config.cluster is not None:
+        raise ConfigError(
+            "ray-address", config.ray_address, "'local' with `flwr run`, which places the clients"
+        )
     plan = RunPlan.prepare(config)
     output = Path(config.output) if config.output else Path.cwd() / default_output()
     check_output(output, plan)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
-from fedsim.flower import messages
+from fedsim.flower import machines, messages
 from fedsim.recording.files import temporary
 from fedsim.recording.layout import RunLayout
 
@@ -39,7 +39,7 @@ class Duty:
         Configuration as JSON; empty for workers on the machine of the server, which have nothing
         to check.
     facts : mapping of str to str
-        `nodes.facts_of` at the server.
+        `machines.facts_of` at the server.
     data_sha256 : str
         Of the run's data.
     data : mapping of str to ray.ObjectRef
@@ -65,15 +65,13 @@ class Duty:
         InputError
             Naming the first thing that differs.
         """
-        from fedsim.flower import nodes
-
         config = RunConfig.from_json(self.run_config)
-        if found := nodes.difference(nodes.facts_of(config), self.facts or {}):
+        if found := machines.difference(machines.facts_of(config), self.facts or {}):
             raise InputError(f"its node has {found}")
-        sha256 = nodes.data_sha256(config)
+        sha256 = machines.data_sha256(config)
         if sha256 is None and self.data is not None:
             tensors = {name: ray.get(reference) for name, reference in self.data.items()}
-            sha256 = nodes.store_data(config, tensors)
+            sha256 = machines.store_data(config, tensors)
         if sha256 != self.data_sha256:
             raise InputError(f"its node has {'other' if sha256 else 'no'} data")
 
@@ -128,7 +126,9 @@ class ClientAppWorker(VirtualClientEngineActor):
 
 def _recording(message: Message) -> Any:
     """Give the settings of a message that asks for a record."""
-    settings = message.content.config_records.get(messages.CONFIG) if message.has_content() else None
+    settings = (
+        message.content.config_records.get(messages.CONFIG) if message.has_content() else None
+    )
     return settings if settings and settings.get(messages.RUN_FOLDER) else None
 
 

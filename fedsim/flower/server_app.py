@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import shutil
 import threading
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.serverapp import Grid
 
-import fedsim
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.reader import Run
@@ -68,6 +66,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
 MAY_CHANGE = (
     "rounds",
     "workers",
+    "ray-address",
     "data-root",
     "max-failures",
     "client-timeout",
@@ -202,16 +201,6 @@ def execute(
         observer.run_finished(output)
     finally:
         writer.close()
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of what decides the bits of a run."""
-    names = ("flwr", "ray", "torch", "torchvision", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "fedsim": fedsim.__version__,
-    }
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class SupervisedPool(BasicActorPool):
         self, actor_type: Any, client_resources: dict[str, Any], actor_kwargs: dict[str, Any]
     ) -> None:
         super().__init__(ClientAppWorker, client_resources, actor_kwargs)
-        self.create_actor_fn = lambda: ClientAppWorker.options(
+        worker_type: Any = ClientAppWorker
+        self.create_actor_fn = lambda: worker_type.options(
             **client_resources, scheduling_strategy="SPREAD"
         ).remote()
         self.actors_capacity = min(self.actors_capacity, self.most)

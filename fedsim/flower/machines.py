@@ -9,6 +9,7 @@ import platform
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,18 @@ from fedsim.core.config import RunConfig
 from fedsim.core.datasets import load_dataset, store_dataset
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.models import resolve_device
-from fedsim.flower.server_app import versions
 
 CODE, DEVICE, PROCESSOR, GPU = "code", "device", "processor", "GPU"
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what decides the bits of a run."""
+    names = ("flwr", "ray", "torch", "torchvision", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "fedsim": fedsim.__version__,
+    }
 
 
 def facts_of(config: RunConfig) -> dict[str, str]:
