@@ -249,10 +249,9 @@ def simulate(
     """
     _quieten(verbose)
     keep_freed_memory()
-    # Flower has no hooks for its pool and its threads: its engine finds these under the names
-    # that it imported. It would work on min(32, cores + 4) clients at once.
+    # Flower has no hook for its pool: its engine finds this class under the name it imported.
     setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
-    setattr(vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, pool.workers))  # noqa: B010
+    hand_out_to(pool.workers)
     SupervisedPool.client_timeout = plan.config.client_timeout
     SupervisedPool.most = pool.workers
     with contextlib.ExitStack() as stack:
@@ -288,6 +287,18 @@ def simulate(
         raise failure
     if failure is not None:
         raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+
+def hand_out_to(workers: int) -> None:
+    """Let Flower's engine work on as many clients at once; by itself it takes min(32, cores + 4).
+
+    Parameters
+    ----------
+    workers : int
+        Threads that wait for a worker each.
+    """
+    # No hook here either.
+    setattr(vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, workers))  # noqa: B010
 
 
 class EngineError(RunFailedError):
