@@ -106,6 +106,16 @@ def _ray_address(value: str) -> str:
     return value
 
 
+def _without_secret(value: str) -> str:
+    # It is written into the run, where no secret may be.
+    host = value.partition("://")[2].partition("/")[0]
+    if "?" in value or ":" in host.rpartition("@")[0]:
+        raise ValueError(
+            "a URL or path without a password or '?': secrets belong into the environment"
+        )
+    return value
+
+
 def _is_port(text: str) -> bool:
     return _is_plain(text) and 1 <= int(text[:6]) <= 65_535
 
@@ -246,6 +256,11 @@ class RunConfig(StrictModel):
     )
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
+    )
+    mirror: Annotated[Folder, AfterValidator(_without_secret)] | None = Field(
+        None,
+        description="URL or path of a copy that is kept up to date round by round, like "
+        "s3://bucket/run",
     )
 
     @classmethod

@@ -44,7 +44,10 @@ _PATIENCE = 60.0
 
 
 class RunObserver(Protocol):
-    """Someone who watches a run; called from the server's thread."""
+    """Someone who watches a run; called from the server's thread, but for warnings."""
+
+    def warned(self, text: str) -> None:
+        """Tell what the user should know, and what the run goes on without."""
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Tell that the run directory exists and clients are being started."""
