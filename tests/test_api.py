@@ -43,7 +43,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("FEDSIM_CACHE", str(folder / "cache"))
         plan = RunPlan.prepare(RunConfig.from_mapping(VALUES))
     execute(
-        LocalGrid(app, 4),
+        LocalGrid(app, 4, recordings=folder),
         plan,
         folder / "run",
         observer=Memory(),
