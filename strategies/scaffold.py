@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord
+from numpy.typing import NDArray
 
 from fedsim.core.aggregation import ControlMean, correction_of, local_work
 from fedsim.recording.layout import strategy_key
@@ -28,8 +28,8 @@ class Scaffold(DeltaFedAvg):
 
     Parameters
     ----------
-    parameters : collection of str
-        Names of the trainable parameters.
+    parameters : mapping of str to tuple of int
+        Shapes of the trainable parameters, float32.
     exporter : RoundExporter
         Receives the artifacts of every round, and keeps the clients' control variates.
     clients : int
@@ -44,7 +44,7 @@ class Scaffold(DeltaFedAvg):
 
     def __init__(
         self,
-        parameters: Collection[str],
+        parameters: Mapping[str, tuple[int, ...]],
         exporter: RoundExporter,
         *,
         clients: int,
@@ -60,16 +60,9 @@ class Scaffold(DeltaFedAvg):
         self._rate = server_learning_rate
         self._momentum = momentum
         self._nesterov = nesterov
-        self._control: State = {}
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Begin with a control variate of zero, then do as FedAvg does."""
-        messages = super().configure_train(server_round, arrays, config, grid)
-        if not self._control:
-            self._control = {n: np.zeros_like(a) for n, a in self._bare(self._reference).items()}
-        return messages
+        self._control: dict[str, NDArray[np.generic]] = {
+            name: np.zeros(shape, np.float32) for name, shape in parameters.items()
+        }
 
     def correction(self, partition: int) -> State:
         """Give what a client adds to the gradients of its next round."""
@@ -90,8 +83,8 @@ class Scaffold(DeltaFedAvg):
         return {strategy_key(_CONTROL, name): array for name, array in self._control.items()}
 
     def load_state_arrays(self, arrays: State) -> None:
-        """Go on from what `state_arrays` gave; the clients' are with the exporter."""
-        self._control = {key.partition("/")[2]: array for key, array in arrays.items()}
+        """Go on from what `state_arrays` gave, or from zero; the clients' are with the exporter."""
+        self._control |= {key.partition("/")[2]: array for key, array in arrays.items()}
 
     def fold_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Take one client of the round into the mean, and renew its control variate."""

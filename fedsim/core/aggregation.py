@@ -175,8 +175,7 @@ class ControlMean:
         """
         renewed = renewed_control(self._control, own, delta, work)
         self._deltas.add(delta, 1.0)
-        zero = np.float32(0)
-        self._changes.add({n: a - own.get(n, zero) for n, a in renewed.items()}, 1.0)
+        self._changes.add({n: np.subtract(a, _or_zero(own, n)) for n, a in renewed.items()}, 1.0)
         self._participants += 1
         return renewed
 
@@ -184,23 +183,35 @@ class ControlMean:
         """Give what is added to the parameters: the mean delta times the server's rate."""
         return self._deltas.divided(self._participants / rate)
 
+    @np.errstate(all="ignore")
     def control(self) -> dict[str, Array]:
         """Give the server's new control variate: the mean of those of all clients."""
         changes = self._changes.divided(self._clients)
-        return {n: np.asarray(a + changes[n]) for n, a in self._control.items()}
+        return {n: np.asarray(np.add(a, changes[n])) for n, a in self._control.items()}
 
 
 @np.errstate(all="ignore")
 def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
     """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
-    zero, divisor = np.float32(0), np.float32(work)
-    return {n: np.asarray(own.get(n, zero) - c - delta[n] / divisor) for n, c in control.items()}
+    divisor = np.float32(work)
+    return {
+        n: np.asarray(np.subtract(difference, np.divide(delta[n], divisor)))
+        for n, difference in correction_of(own, control).items()
+    }
 
 
+@np.errstate(all="ignore")
 def correction_of(control: State, own: State) -> dict[str, Array]:
-    """Give what a client adds to its gradients, ``c - c_i``; `own` is empty where it is zero."""
-    zero = np.float32(0)
-    return {n: np.asarray(c - own.get(n, zero)) for n, c in control.items()}
+    """Subtract a control variate from another; an empty one is zero.
+
+    What a client adds to its gradients is ``c - c_i``.
+    """
+    names = control or own
+    return {n: np.asarray(np.subtract(_or_zero(control, n), _or_zero(own, n))) for n in names}
+
+
+def _or_zero(control: State, name: str) -> Array | np.float32:
+    return control[name] if control else np.float32(0)
 
 
 def local_work(

@@ -330,9 +330,7 @@ def local_train(
     whole: _Whole | None = None
     if proximal_mu or correction is not None:
         start = {name: p.detach().clone() for name, p in named.items()}
-        added = correction and {
-            name: torch.from_numpy(np.array(correction[name])).to(device) for name in named
-        }
+        added = None if correction is None else _tensors(correction, named, device)
         whole = _Whole(Objective(start, proximal_mu, added), named)
     scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=autocast == "float16")
     precision = torch.autocast(
@@ -390,6 +388,13 @@ def local_train(
         batch_sizes=batch_sizes,
         seconds=seconds,
     )
+
+
+def _tensors(
+    arrays: Mapping[str, NDArray[np.generic]], names: Iterable[str], device: torch.device
+) -> dict[str, Tensor]:
+    # np.array: what comes from a message is read-only, which torch warns of.
+    return {name: torch.from_numpy(np.array(arrays[name])).to(device) for name in names}
 
 
 class _Whole:

@@ -268,18 +268,22 @@ class RunWriter:
     def add_control(self, round_number: int, partition: int, arrays: State) -> None:
         """Keep a client's control variate for its next round."""
         self._write_tensors(self.layout.control(round_number, partition), arrays)
+        self._control_rounds[partition] = round_number
 
     def control(self, partition: int) -> dict[str, NDArray[np.generic]]:
         """Give what `add_control` kept of a client last; empty before."""
-        present = self.layout.root / "rounds"
-        found = sorted(p.name for p in present.glob("*") if self._has_control(p.name, partition))
-        if not found:
+        kept = self._control_rounds.get(partition)
+        if kept is None:
             return {}
-        tensors = TensorFile(self.layout.control(int(found[-1]), partition))
+        tensors = TensorFile(self.layout.control(kept, partition))
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
-    def _has_control(self, name: str, partition: int) -> bool:
-        return name.isdecimal() and self.layout.control(int(name), partition).is_file()
+    @cached_property
+    def _control_rounds(self) -> dict[int, int]:
+        """Say in which round a client's control variate was kept last."""
+        found = self.layout.root.glob("rounds/*/clients/*/control.safetensors")
+        places = sorted((int(path.parts[-4]), int(path.parts[-2])) for path in found)
+        return {partition: number for number, partition in places}
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""
