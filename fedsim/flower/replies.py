@@ -74,7 +74,7 @@ def problem_of(
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration, InputError) as error:
         return f"returned what cannot be folded: {error or type(error).__name__}"
     # What a client keeps on its own disk is known by its hashes.
-    for name, size in sizes.items() if row.get("place") is None else ():
+    for name, size in sizes.items() if row.get("place", "run") == "run" else ():
         if (found := _size_of(folder / Path(name).name)) != size:
             there = "is gone" if found is None else f"has {found} bytes"
             return f"wrote {size} bytes to {folder / name}, which {there}"

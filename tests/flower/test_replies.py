@@ -29,10 +29,20 @@ def problem(message, folder, *, allow_divergence=False):
 
 HASH = "0123456789abcdef0123456789abcdef"
 OTHERS = {
-    **{"status": "ok", "num_samples": 400, "local_epochs": 1, "local_steps": None},
-    **{"batch_size": 8, "learning_rate": 0.1, "local_loss": 0.5, "gradient_norm": float("nan")},
-    **{"per_layer_norms": {}, "num_steps_captured": 0, "bytes_captured": 0},
-    **{"class_distribution": [400], "seconds": {}, "peak_memory": {}},
+    "status": "ok",
+    "num_samples": 400,
+    "local_epochs": 1,
+    "local_steps": None,
+    "batch_size": 8,
+    "learning_rate": 0.1,
+    "local_loss": 0.5,
+    "gradient_norm": float("nan"),
+    "per_layer_norms": {},
+    "num_steps_captured": 0,
+    "bytes_captured": 0,
+    "class_distribution": [400],
+    "seconds": {},
+    "peak_memory": {},
 }
 
 
