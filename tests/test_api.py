@@ -41,7 +41,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
     plan = RunPlan.prepare(RunConfig.from_mapping(VALUES))
     execute(
-        LocalGrid(app, 4),
+        LocalGrid(app, 4, recordings=folder),
         plan,
         folder / "run",
         observer=Memory(),

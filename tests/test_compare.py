@@ -90,7 +90,7 @@ class Local:
 
         try:
             execute(
-                LocalGrid(app, plan.config.clients, before=before),
+                LocalGrid(app, plan.config.clients, before=before, recordings=work.path.parent),
                 plan,
                 work.path,
                 observer=Memory(),

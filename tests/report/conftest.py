@@ -58,7 +58,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         torch.set_num_threads(1)
         try:
             execute(
-                LocalGrid(app, plan.config.clients, before=before),
+                LocalGrid(app, plan.config.clients, before=before, recordings=path.parent),
                 plan,
                 path,
                 observer=observer or Memory(),

@@ -536,7 +536,7 @@ def test_a_failure_in_a_real_run_is_told_with_its_cause(max_failures: int, tmp_p
 
     def run() -> None:
         execute(
-            LocalGrid(app, 3, before=break_client),
+            LocalGrid(app, 3, before=break_client, recordings=tmp_path),
             RunPlan.prepare(config),
             tmp_path / "run",
             observer=observer,

@@ -83,7 +83,7 @@ class Raising(Listed):
 def go(path: Path, observers: list[Any], rounds: int = 2, *, resume: bool = False) -> None:
     plan = RunPlan.prepare(RunConfig.from_mapping({**VALUES, "rounds": rounds}))
     execute(
-        LocalGrid(app, 3),
+        LocalGrid(app, 3, recordings=path.parent),
         plan,
         path,
         observer=Observers(observers),
