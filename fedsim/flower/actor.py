@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.flower import machines, messages
-from fedsim.recording.files import temporary
+from fedsim.recording.files import temporary, write_json
 from fedsim.recording.layout import RunLayout
 
-_PREFIX = "fedsim-worker-"
+_PREFIX, _MANIFEST = "fedsim-worker-", "run.json"
 _CHUNK = 32 * 2**20
 """Bytes of a file that travel at once."""
 
@@ -48,6 +48,8 @@ class Duty:
         Ids of Ray nodes that were found to be fit.
     sharing : frozenset of str
         Those of them that write into the run directory themselves.
+    recordings : str
+        The folder that the run directory is in, on the disk of the server.
     """
 
     run_config: str = ""
@@ -56,6 +58,7 @@ class Duty:
     data: Mapping[str, Any] | None = None
     checked: frozenset[str] = frozenset()
     sharing: frozenset[str] = frozenset()
+    recordings: str = ""
 
     def check(self) -> None:
         """Refuse a machine that came after the others and would not compute what they do.
@@ -96,6 +99,8 @@ class ClientAppWorker(VirtualClientEngineActor):
             if node not in duty.checked:
                 duty.check()
             self._is_away = node not in duty.sharing
+            os.environ["FEDSIM_CAPTURE"] = "true"
+            os.environ["FEDSIM_RECORDINGS"] = str(_folder()) if self._is_away else duty.recordings
         if self._is_away:
             _sweep()
         return self._is_away
@@ -103,19 +108,23 @@ class ClientAppWorker(VirtualClientEngineActor):
     def run(
         self, client_app_fn: Any, message: Message, cid: str, context: Context
     ) -> tuple[str, Message, Context]:
-        """Train a client; where the run directory is out of reach, into a folder of our own."""
-        if self._is_away and (settings := _recording(message)) is not None:
-            settings[messages.RUN_FOLDER] = str(_folder())
+        """Train a client; where the run directory is out of reach, into one of our own."""
+        if self._is_away and (run := _recorded(message)) is not None:
+            name, run_id = run
+            (_folder() / name).mkdir(parents=True, exist_ok=True)
+            # For the client it is the run directory: its files will be there in the end.
+            write_json(_folder() / name / _MANIFEST, {"id": run_id})
         return super().run(client_app_fn, message, cid, context)
 
-    def files(self) -> dict[str, int]:
-        """Name the files that the last client left here, with slashes, and their bytes."""
-        found = [path for path in _folder().rglob("*") if path.is_file()]
-        return {path.relative_to(_folder()).as_posix(): path.stat().st_size for path in found}
+    def files(self, run: str) -> dict[str, int]:
+        """Name the files that the last client of a run left here, with slashes, and their bytes."""
+        root = _folder() / run
+        found = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
+        return {p.as_posix(): (root / p).stat().st_size for p in found if p.name != _MANIFEST}
 
-    def read(self, name: str, start: int) -> NDArray[np.uint8]:
+    def read(self, run: str, name: str, start: int) -> NDArray[np.uint8]:
         """Give some bytes of such a file."""
-        with (_folder() / name).open("rb") as file:
+        with (_folder() / run / name).open("rb") as file:
             file.seek(start)
             return np.frombuffer(file.read(_CHUNK), np.uint8)
 
@@ -124,12 +133,12 @@ class ClientAppWorker(VirtualClientEngineActor):
         shutil.rmtree(_folder(), ignore_errors=True)
 
 
-def _recording(message: Message) -> Any:
-    """Give the settings of a message that asks for a record."""
-    settings = (
-        message.content.config_records.get(messages.CONFIG) if message.has_content() else None
-    )
-    return settings if settings and settings.get(messages.RUN_FOLDER) else None
+def _recorded(message: Message) -> tuple[str, str] | None:
+    """Give the name and the id of the run that a message asks to record; None where none."""
+    settings = message.content.config_records.get(messages.CONFIG, {})
+    if messages.RUN_ID not in settings:
+        return None
+    return str(settings[messages.RUN]), str(settings[messages.RUN_ID])
 
 
 def _folder() -> Path:
@@ -145,7 +154,7 @@ def _sweep() -> None:
                 shutil.rmtree(folder)
 
 
-def bring_back(worker: Any, message: Message) -> None:
+def bring_back(worker: Any, message: Message, recordings: str) -> None:
     """Move the files of a worker's last client into the run directory.
 
     Parameters
@@ -154,19 +163,21 @@ def bring_back(worker: Any, message: Message) -> None:
         A `ClientAppWorker` that is away.
     message : Message
         What the client was asked.
+    recordings : str
+        The folder that the run directory is in.
 
     Raises
     ------
     RayError
         When the worker dies meanwhile.
     """
-    if (settings := _recording(message)) is None:
+    if (run := _recorded(message)) is None:
         return
-    layout = RunLayout(Path(str(settings[messages.RUN_FOLDER])))
-    for name, size in ray.get(worker.files.remote()).items():
+    layout = RunLayout(Path(recordings) / run[0])
+    for name, size in ray.get(worker.files.remote(run[0])).items():
         path = layout.inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as unfinished, unfinished.open("wb") as file:
             while file.tell() < size:
-                file.write(ray.get(worker.read.remote(name, file.tell())).data)
+                file.write(ray.get(worker.read.remote(run[0], name, file.tell())).data)
     ray.get(worker.forget.remote())

@@ -195,6 +195,7 @@ def prepared(plan: RunPlan, output: Path, nodes: Sequence[Node]) -> Iterator[Dut
         data=shipped or None,
         checked=frozenset(node.id for node in nodes),
         sharing=frozenset(node.id for node in nodes if reports[node.id].shares_disk),
+        recordings=str(output.resolve().parent),
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -258,6 +258,7 @@ def simulate(
         broken: Callable[[], str | None]
         if plan.config.cluster is None:
             scratch = stack.enter_context(Scratch())
+            stack.enter_context(_environment(node_environment(plan.config, output)))
             backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
             broken = _OwnProcesses().broken
             SupervisedPool.duty = Duty()
@@ -299,6 +300,34 @@ def hand_out_to(workers: int) -> None:
     """
     # No hook here either.
     setattr(vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, workers))  # noqa: B010
+
+
+def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
+    """Give what tells the processes of a run on this machine where data is and where to record.
+
+    What a process may write to is said by whoever starts it, never by a message.
+    """
+    environment = {
+        "FEDSIM_RECORDINGS": str(output.resolve().parent),
+        "FEDSIM_CAPTURE": "true",
+    }
+    if config.data_root is not None:
+        environment["FEDSIM_DATA_ROOT"] = str(Path(config.data_root).resolve())
+    return environment
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which processes started within inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class EngineError(RunFailedError):

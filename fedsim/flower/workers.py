@@ -109,7 +109,7 @@ class SupervisedPool(BasicActorPool):
                 _, reply, after = ray.get(answer)
                 worker = self._future_to_actor[future]
                 if worker in self._away:
-                    bring_back(worker, message)
+                    bring_back(worker, message, self.duty.recordings)
             except _LOST as error:
                 deaths += 1
                 self._replace(future)
