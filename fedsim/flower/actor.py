@@ -135,7 +135,7 @@ class ClientAppWorker(VirtualClientEngineActor):
 
 def _recorded(message: Message) -> tuple[str, str] | None:
     """Give the name and the id of the run that a message asks to record; None where none."""
-    settings = message.content.config_records.get(messages.CONFIG, {})
+    settings: Any = message.content.config_records.get(messages.CONFIG, {})
     if messages.RUN_ID not in settings:
         return None
     return str(settings[messages.RUN]), str(settings[messages.RUN_ID])

@@ -28,6 +28,11 @@ def config_from_run_config(run_config: Mapping[str, Any]) -> RunConfig:
     for key in ("config", "output", "data-root"):
         if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
             raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
+    mirror = str(run_config.get("mirror") or "")
+    if mirror and "://" not in mirror and not Path(mirror).is_absolute():
+        raise ConfigError(
+            "mirror", mirror, "a URL or an absolute path: Flower runs a copy of the app"
+        )
     if file := run_config.get("config"):
         values.update(read_config_file(Path(str(file))))
     for key, value in run_config.items():

@@ -513,7 +513,7 @@ def mirrored(
     callable
         To be called whenever the run has something new.
     """
-    if url is None:
+    if not url:
         yield lambda: None
         return
     mirror = Mirror(root, RemoteFolder(url), tell=tell, stop=stop)
