@@ -11,6 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 ARRAYS = "arrays"
+CORRECTION = "correction"
+"""Record of what a client adds to its gradients; only where its strategy asks for it."""
 CONFIG = "config"
 METRICS = "metrics"
 TELEMETRY = "telemetry"
