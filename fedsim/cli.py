@@ -451,7 +451,9 @@ def _deploy_start(parsed: argparse.Namespace) -> None:
     if Federation.read(parsed.folder).insecure:
         _say("insecure: whoever reaches the server may join, listen and change what is sent")
     stop = threading.Event()
-    _stop_on_interrupt(stop)
+    # A second one must not leave processes behind; the end takes seconds.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
     start(parsed.folder, _tell, stop)
 
 

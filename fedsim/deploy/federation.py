@@ -137,6 +137,10 @@ class Places:
         """Folder of what the processes of this machine print."""
         return self.root / "logs"
 
+    def public_key(self, number: int) -> Path:
+        """Give the public key of a node, as the host of the SuperLink keeps it."""
+        return self.server / "nodes" / f"{number}.pub"
+
     def node(self, number: int) -> Path:
         """Give the folder of a node; it is all that its host needs."""
         return self.root / "nodes" / str(number)

@@ -7,23 +7,23 @@ latter asks nobody who he is. So it listens on loopback only, and this stands be
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
 import uvicorn
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from fedsim.core.errors import InputError
 from fedsim.deploy.federation import Federation, Places
 
 MOST_BYTES = 64 * 2**20
@@ -69,7 +69,11 @@ def serve(places: Places, federation: Federation) -> None:
     logging.getLogger("httpx").setLevel(logging.ERROR)
     certificate, key = places.server / "server.crt", places.server / "server.key"
     config = uvicorn.Config(
-        make_app(federation, ssl.create_default_context(cafile=places.server / "ca.crt")),
+        make_app(
+            federation,
+            ssl.create_default_context(cafile=places.server / "ca.crt"),
+            partitions_of_keys(places, federation),
+        ),
         host=federation.address,
         port=federation.port,
         ssl_certfile=certificate,
@@ -85,7 +89,9 @@ def serve(places: Places, federation: Federation) -> None:
     uvicorn.Server(config).run()
 
 
-def make_app(federation: Federation, trusted: ssl.SSLContext | bool) -> Starlette:
+def make_app(
+    federation: Federation, trusted: ssl.SSLContext | bool, partitions: Mapping[str, int]
+) -> Starlette:
     """Make the server's app.
 
     Parameters
@@ -94,6 +100,8 @@ def make_app(federation: Federation, trusted: ssl.SSLContext | bool) -> Starlett
         Whose SuperLink is asked.
     trusted : SSLContext or bool
         What the SuperLink is known by.
+    partitions : mapping of str to int
+        Fingerprint of each node's key, and its partition.
     """
     superlink = httpx.AsyncClient(
         base_url=f"https://127.0.0.1:{federation.own_port}", verify=trusted, timeout=60.0
@@ -118,7 +126,9 @@ def make_app(federation: Federation, trusted: ssl.SSLContext | bool) -> Starlett
             return PlainTextResponse("the SuperLink does not answer", 503)
         if answer.status_code >= 400:
             text = (await answer.aread()).decode("utf-8", "replace")
-            _log.warning("refused %s: %s", who, _reason(request.url.path, answer, text))
+            _log.warning(
+                "refused %s: %s", who, _reason(request, answer.status_code, text, partitions)
+            )
         return StreamingResponse(_body(answer), answer.status_code, headers=_single(answer.headers))
 
     return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])])
@@ -148,23 +158,55 @@ def _length(request: Request) -> int:
 
 def _who(request: Request) -> str:
     host = request.client.host if request.client else "somebody"
+    print_ = _fingerprint_of(request)
+    return f"{host} with the key {print_}" if print_ else f"{host} without a key"
+
+
+def _fingerprint_of(request: Request) -> str | None:
     try:
         key = base64.b64decode(request.headers[_PUBLIC_KEY], validate=True)
-        return f"{host} with the key {fingerprint(key)}"
-    except (KeyError, ValueError, TypeError, binascii.Error, UnsupportedAlgorithm):
-        return f"{host} without a key"
+        return fingerprint(serialization.load_pem_public_key(key))
+    except (KeyError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
 
 
-def fingerprint(public_key: bytes) -> str:
-    """Give the fingerprint of a public key in PEM as ``ssh-keygen -l`` prints it."""
-    key: Any = serialization.load_pem_public_key(public_key)
-    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+def fingerprint(public_key: Any) -> str:
+    """Give the fingerprint of a public key as ``ssh-keygen -l`` prints it."""
+    line = public_key.public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def _reason(path: str, answer: httpx.Response, text: str) -> str:
-    said = FlowerError.from_json(text)
-    told = said.message if said else text[:200]
-    what = path.removeprefix(_FLEET)
-    return f"{what}: {' '.join(told.split())}"
+def partitions_of_keys(places: Places, federation: Federation) -> dict[str, int]:
+    """Give the partition for which each key is to be registered, by the key's fingerprint.
+
+    Raises
+    ------
+    InputError
+        Naming the file that is no public key.
+    """
+    found = {}
+    for number in range(federation.supernodes):
+        path = places.public_key(number)
+        try:
+            found[fingerprint(serialization.load_ssh_public_key(path.read_bytes()))] = number
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise InputError(f"{path} is no public key: {error}") from None
+    return found
+
+
+def _reason(request: Request, status: int, text: str, partitions: Mapping[str, int]) -> str:
+    error = FlowerError.from_json(text)
+    what = request.url.path.removeprefix(_FLEET)
+    if error is None:
+        return f"{what}: {status} {' '.join(text[:200].split())}"
+    if error.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
+        return "it has no key of its own, and none may register itself"
+    if error.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+        number = partitions.get(_fingerprint_of(request) or "")
+        if number is None:
+            return "this key is not registered"
+        return f"the node of partition {number} is here already, or its key is not registered yet"
+    return f"{what}: {' '.join(error.message.split())}"

@@ -14,6 +14,7 @@ from fedsim.deploy.certificates import make_authority, make_node_key, make_serve
 from fedsim.deploy.federation import Federation, Places
 
 _MOST_DAYS = 36_500
+_AUTHORITY_DAYS = 3_650
 
 
 def init(
@@ -90,7 +91,7 @@ def _write_all(
     _write(places.root / "compose.yaml", texts.server_compose(federation))
     _write(places.root / "Dockerfile", texts.dockerfile())
     if not federation.insecure:
-        authority = make_authority("fedsim federation", now, days)
+        authority = make_authority("fedsim federation", now, max(days, _AUTHORITY_DAYS))
         server = make_server(authority, federation.hosts, now, days)
         _write(places.authority, authority.certificate)
         _write(places.authority_key, authority.private_key)
@@ -116,7 +117,7 @@ def _write_all(
         if not federation.insecure:
             key = make_node_key(f"partition-{number}")
             _write(node / "ca.crt", authority.certificate)
-            _write(node / "node.pub", key.public_key)
+            _write(places.public_key(number), key.public_key)
             _write(node / "node.key", key.private_key)
 
 

@@ -139,7 +139,7 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
         raise InputError(f"{folder} is insecure: its nodes have no keys and register themselves")
 
     def one(number: int) -> tuple[int, str]:
-        command = register_command(number, str(places.node(number) / "node.pub"))
+        command = register_command(number, str(places.public_key(number)))
         done = subprocess.run(  # noqa: S603 - Flower's command
             command, env=environment(places.user), capture_output=True, text=True, check=False
         )
@@ -196,8 +196,13 @@ def _answers(host: str, port: int, authority: Path | None) -> bool:
         if authority is None:
             return True
         context = ssl.create_default_context(cafile=authority)
-        with context.wrap_socket(connection, server_hostname=host):
-            return True
+        try:
+            with context.wrap_socket(connection, server_hostname=host):
+                return True
+        except ssl.SSLCertVerificationError as error:
+            raise RunFailedError(
+                f"the certificate of {host}:{port} is not trusted: {error.verify_message}"
+            ) from None
     return False
 
 
