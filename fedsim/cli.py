@@ -476,10 +476,8 @@ def _deploy_gateway(parsed: argparse.Namespace) -> None:
 
 
 def _tell(text: str) -> None:
-    from fedsim.report.terminal import make_console
-
-    make_console().print(text, markup=False, soft_wrap=True)
-    sys.stdout.flush()
+    # Without what prints tables, which brings in torch.
+    print(text, flush=True)  # noqa: T201
 
 
 def _report(parsed: argparse.Namespace) -> int:

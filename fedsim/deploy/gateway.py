@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -121,6 +121,8 @@ def make_app(
         )
         try:
             answer = await superlink.send(asked, stream=True)
+        except ClientDisconnect:
+            return Response(status_code=400)
         except httpx.HTTPError as error:
             _log.warning("the SuperLink does not answer: %s", error or type(error).__name__)
             return PlainTextResponse("the SuperLink does not answer", 503)
