@@ -86,6 +86,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_compare(commands, with_keys="compare" in arguments[:1])
     _add_inspect(commands)
     _add_verify(commands)
+    _add_collect(commands)
     _add_export(commands)
     _add_report(commands)
     _add_deploy(commands)
@@ -264,6 +265,47 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
     command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def _add_collect(commands: Any) -> None:
+    command = commands.add_parser(
+        "collect",
+        help="bring what clients recorded on their own disks into a run directory",
+        description="Bring what clients recorded on their own disks into a run directory. Each "
+        "file is checked against the hash that the client told when it wrote it. The same command "
+        "goes on where it was stopped. Exit code 1 where a file is not what the client wrote.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_collect)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="what a node calls its recordings, or the folder of the run in it: a path, or a URL "
+        "that fsspec knows",
+    )
+
+
+def _collect(parsed: argparse.Namespace) -> int:
+    from fedsim.core.units import format_bytes
+    from fedsim.recording.collect import collect
+    from fedsim.recording.reader import load_run
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    console = make_console()
+    with ByteProgress(console, f"collecting into {parsed.run}") as progress:
+        collected = collect(load_run(parsed.run), parsed.source, progress)
+    lines = [f"collected: {collected.files:,} files, {format_bytes(collected.size)}"]
+    if collected.missing:
+        lines.append(f"not in any source: {len(collected.missing):,} files, {collected.missing[0]}")
+    for line in [*lines, *collected.wrong]:
+        console.print(line, markup=False, soft_wrap=True)
+    if not collected.wrong:
+        return SUCCESS
+    more = f" (and {len(collected.wrong) - 1} more)" if len(collected.wrong) > 1 else ""
+    _say(f"{collected.wrong[0]}{more}")
+    return FAILURE
 
 
 def _add_export(commands: Any) -> None:

@@ -104,6 +104,7 @@ class RoundLoop:
         self._plan = plan
         self._config = plan.config
         self._config_json = plan.config.to_json()
+        self._run_name = writer.layout.root.resolve().name
         self._grid = grid
         self._strategy = strategy
         self._writer = writer
@@ -276,7 +277,9 @@ class RoundLoop:
                 self._config_json,
                 round_number=number,
                 partition=partition,
-                run_folder=str(self._writer.layout.root.resolve()),
+                partition_sha256=self._plan.partition_sha256,
+                run=self._run_name,
+                run_id=self._writer.run_id,
             )
         )
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})

@@ -18,7 +18,6 @@ import fedsim
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
-from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.rounds import RoundLoop, RunObserver
@@ -99,7 +98,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     check_strategy(plan.config.strategy)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
+    if plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     if is_being_written(run.path):
         raise InputError(
@@ -249,5 +248,5 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
             "test_size": data.spec.test_size,
             "sha256": data.sha256(),
         },
-        "partition": {"sha256": partition_sha256(plan.partition), "sizes": plan.sizes},
+        "partition": {"sha256": plan.partition_sha256, "sizes": plan.sizes},
     }

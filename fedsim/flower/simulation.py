@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def simulate(
     # Flower has no hook for its pool: its engine finds this class under the name it imported.
     setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
     SupervisedPool.client_timeout = plan.config.client_timeout
-    with Scratch() as scratch:
+    with Scratch() as scratch, _environment(node_environment(plan.config, output)):
         backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
         engine = _Engine(plan.config.clients, backend, verbose=verbose)
         failure = engine.run(
@@ -198,6 +198,34 @@ def simulate(
         raise failure
     if failure is not None:
         raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+
+def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
+    """Give what tells the processes of a run on this machine where data is and where to record.
+
+    What a process may write to is said by whoever starts it, never by a message.
+    """
+    environment = {
+        "FEDSIM_RECORDINGS": str(output.resolve().parent),
+        "FEDSIM_CAPTURE": "true",
+    }
+    if config.data_root is not None:
+        environment["FEDSIM_DATA_ROOT"] = str(Path(config.data_root).resolve())
+    return environment
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which processes started within inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class EngineError(RunFailedError):

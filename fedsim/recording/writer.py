@@ -29,6 +29,7 @@ from fedsim.recording.files import (
     write_tensors,
 )
 from fedsim.recording.layout import FORMAT, RunLayout
+from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.recovery import Recovery, check_places
 
@@ -72,6 +73,7 @@ class RunWriter:
         self.layout = RunLayout(root)
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
+        self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
         self._sealed = _size_of(self.layout.checksums)
 
@@ -103,7 +105,8 @@ class RunWriter:
             ) from None
         except OSError as error:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
-        writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
+        described = {"format": FORMAT, "id": new_run_id(), "status": "running", **manifest}
+        writer = cls(root, described)
         writer._lock()
         # First of all: with it, a run that is killed at once can be resumed.
         writer._write_manifest()
@@ -151,6 +154,7 @@ class RunWriter:
         run = load_run(root)
         check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k not in ("error", "diverged")}
+        manifest.setdefault("id", new_run_id())
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
             {"after": recovery.round, "versions": dict(versions)},
@@ -166,7 +170,7 @@ class RunWriter:
             os.truncate(path, kept[-1].files[path.name].size if kept else 0)
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
-        seals = [checksum_line(line.files) for line in kept]
+        seals = [checksum_line(line.files, line.elsewhere) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
         writer._sealed = _size_of(layout.checksums)
@@ -175,6 +179,11 @@ class RunWriter:
         if not kept:
             writer._begin(partition)
         return writer
+
+    @property
+    def run_id(self) -> str:
+        """By which hosts that share no disk know the run."""
+        return str(self._manifest["id"])
 
     @property
     def last_round(self) -> int:
@@ -245,9 +254,10 @@ class RunWriter:
         path = self.layout.delta(row["round"], row["partition"])
         self._write_tensors(path, delta)
         for name, file in row.get("files", {}).items():
-            self._round_files[self._name(path.parent / name)] = Checksum(
-                file["bytes"], file["xxh3_128"]
-            )
+            listed = self._name(path.parent / name)
+            self._round_files[listed] = Checksum(file["bytes"], file["xxh3_128"])
+            if row.get("place") == "node":
+                self._elsewhere.add(listed)
         self._append(self.layout.clients, json_line(row))
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
@@ -296,6 +306,8 @@ class RunWriter:
             When a file of the round is not there any more, or has another size.
         """
         for name, checksum in self._round_files.items():
+            if name in self._elsewhere:
+                continue
             if (size := _size_of(self.layout.root / name)) != checksum.size:
                 raise RunFailedError(
                     f"{self.layout.root / name} was changed by another program: it has {size} "
@@ -306,7 +318,7 @@ class RunWriter:
         self._grown[self.layout.rounds].update(line)
         grown = {self._name(path): digest.checksum() for path, digest in self._grown.items()}
         self._seal(self._round_files | grown)
-        self._round_files = {}
+        self._round_files, self._elsewhere = {}, set()
         append_line(self.layout.rounds, line, at=before)
 
     def drop_unfinished_round(self) -> None:
@@ -343,7 +355,7 @@ class RunWriter:
     def _seal(self, files: Mapping[str, Checksum] | Mapping[Path, Checksum]) -> None:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
-        line = checksum_line(named)
+        line = checksum_line(named, self._elsewhere & named.keys())
         append_line(self.layout.checksums, line, at=self._sealed)
         self._sealed += len(line)
 

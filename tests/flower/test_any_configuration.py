@@ -271,7 +271,7 @@ def steps_of_run(plan: RunPlan) -> int:
 
 def assert_runs(plan: RunPlan, output: Path) -> None:
     config = plan.config
-    grid = LocalGrid(app, config.clients)
+    grid = LocalGrid(app, config.clients, recordings=output.parent)
     observer, stop = Memory(), threading.Event()
     failure: FedsimError | None = None
     try:

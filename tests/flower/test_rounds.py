@@ -281,7 +281,7 @@ def test_a_stop_ends_the_run_and_keeps_the_finished_rounds(tmp_path):
 
     with pytest.raises(RunInterruptedError):
         execute(
-            LocalGrid(app, 6, newest_first=True),
+            LocalGrid(app, 6, newest_first=True, recordings=tmp_path),
             plan,
             tmp_path / "run",
             observer=StopAfterFirstRound(),

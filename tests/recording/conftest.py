@@ -106,7 +106,7 @@ def recorded(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Recorde
     folder = tmp_path_factory.mktemp("recorded")
     recorded = Recorded(path=folder / "run", plan=plan, killed=folder / "killed")
     execute(
-        LocalGrid(app, plan.config.clients),
+        LocalGrid(app, plan.config.clients, recordings=folder),
         plan,
         recorded.path,
         observer=Photographer(recorded),
