@@ -91,6 +91,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_report(commands)
     _add_push(commands)
     _add_fetch(commands)
+    _add_deploy(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -451,6 +452,133 @@ def _fetch(parsed: argparse.Namespace) -> None:
     # The untrained model is not counted, as everywhere.
     text = f"fetched: {max(rounds - 1, 0)} rounds into {parsed.folder}"
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _add_deploy(commands: Any) -> None:
+    command = commands.add_parser(
+        "deploy",
+        help="make and start a federation of real Flower nodes",
+        description="Make and start a federation of real Flower nodes, for `flwr run`.",
+        allow_abbrev=False,
+    )
+    steps = command.add_subparsers(metavar="STEP", required=True)
+    init = steps.add_parser(
+        "init",
+        help="make the folder of a federation: certificates, keys, configuration, services",
+        description="Make the folder of a federation: an authority, the certificate of the server, "
+        "a key for each node, and the configuration, systemd units and compose files of all.",
+        allow_abbrev=False,
+    )
+    init.set_defaults(command=_deploy_init)
+    init.add_argument(
+        "--supernodes", type=int, default=4, metavar="N", help="one a partition (default: 4)"
+    )
+    init.add_argument(
+        "--address",
+        default="127.0.0.1",
+        help="host name or IP address of the server for the nodes (default: %(default)s)",
+    )
+    init.add_argument(
+        "--port",
+        type=int,
+        default=9092,
+        help="port for the nodes; those after it are used too (default: %(default)s)",
+    )
+    init.add_argument(
+        "--days", type=int, default=365, help="validity of certificates (default: %(default)s)"
+    )
+    init.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="where the nodes have the shared dataset"
+    )
+    init.add_argument(
+        "--capture", action="store_true", help="nodes allow that gradients are captured"
+    )
+    init.add_argument(
+        "--insecure", action="store_true", help="no TLS and no keys: anyone may join and listen"
+    )
+    start = steps.add_parser(
+        "start",
+        help="run all of a federation on this machine until Ctrl-C",
+        description="Run the SuperLink, its gateway and all SuperNodes on this machine. Ctrl-C "
+        "ends all of them.",
+        allow_abbrev=False,
+    )
+    start.set_defaults(command=_deploy_start)
+    register = steps.add_parser(
+        "register",
+        help="register the keys of all nodes at the SuperLink of this host",
+        description="Register the public keys of all nodes at the SuperLink of this host, each "
+        "for its partition.",
+        allow_abbrev=False,
+    )
+    register.set_defaults(command=_deploy_register)
+    gateway = steps.add_parser(
+        "gateway",
+        help="let the nodes reach the SuperLink of this host",
+        description="Pass on to the SuperLink of this host what its nodes may ask, and nothing "
+        "else, and log whom it refuses.",
+        allow_abbrev=False,
+    )
+    gateway.set_defaults(command=_deploy_gateway)
+    for step in (init, start, register, gateway):
+        step.add_argument("folder", type=Path, metavar="DIR", help="the folder of the federation")
+
+
+def _deploy_init(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.init import init
+
+    init(
+        parsed.folder,
+        Federation(
+            address=parsed.address,
+            port=parsed.port,
+            supernodes=parsed.supernodes,
+            insecure=parsed.insecure,
+        ),
+        days=parsed.days,
+        data_root=parsed.data_root.absolute() if parsed.data_root else None,
+        capture=parsed.capture,
+    )
+    if parsed.insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    _tell(f"written: {parsed.folder}; `fedsim deploy start {parsed.folder}` starts it here")
+
+
+def _deploy_start(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.start import start
+
+    if Federation.read(parsed.folder).insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    stop = threading.Event()
+    # A second one must not leave processes behind; the end takes seconds.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    start(parsed.folder, _tell, stop)
+
+
+def _deploy_register(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.start import register
+
+    register(parsed.folder, _tell)
+
+
+def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation, Places
+
+    federation = Federation.read(parsed.folder)
+    if federation.insecure:
+        raise InputError(f"{parsed.folder} is insecure: its nodes reach the SuperLink itself")
+
+    from fedsim.deploy.gateway import serve
+
+    serve(Places(parsed.folder.absolute()), federation)
+
+
+def _tell(text: str) -> None:
+    # Without what prints tables, which brings in torch.
+    print(text, flush=True)  # noqa: T201
 
 
 def _report(parsed: argparse.Namespace) -> int:

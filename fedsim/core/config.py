@@ -251,6 +251,9 @@ class RunConfig(StrictModel):
     client_timeout: Rate | None = Field(
         None, description="seconds that a client may take in a round (default: for ever)"
     )
+    node_timeout: Rate = Field(
+        60.0, description="seconds to wait for the Flower nodes that hold the clients"
+    )
     allow_divergence: bool = Field(
         False, description="go on when the model is not finite any more, and record that"
     )

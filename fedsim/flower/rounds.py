@@ -30,7 +30,8 @@ from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
-from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
+from fedsim.flower.grid import ChosenNodes, stream_replies
+from fedsim.flower.membership import Membership
 from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
@@ -136,9 +137,13 @@ class RoundLoop:
         RunInterruptedError
             Once the stop event is set.
         """
-        nodes = map_partitions(
-            self._grid, clients=self._config.clients, window=self._window, stop=self._stop
+        membership = Membership(
+            self._grid,
+            clients=self._config.clients,
+            stop=self._stop,
+            tell=self._observer.warned,
         )
+        membership.wait_for_all(self._config.node_timeout)
         if after is None:
             state: State = self._plan.initial_state
             self._writer.add_state(0, state)
@@ -151,6 +156,11 @@ class RoundLoop:
             started = time.perf_counter()
             participants = self._config.participants_of(number)
             self._observer.round_started(number, participants)
+            nodes = membership.nodes_of(
+                participants,
+                spare=self._config.max_failures,
+                patience=self._config.node_timeout,
+            )
             failed: list[int] = []
             arrays, _ = self._strategy.aggregate_train(
                 number, self._replies(number, participants, nodes, state, failed)

@@ -72,6 +72,7 @@ MAY_CHANGE = (
     "data-root",
     "max-failures",
     "client-timeout",
+    "node-timeout",
     "allow-divergence",
     "capture-budget",
     "output",

@@ -124,6 +124,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "evaluate-every": st.sampled_from([1, 2, 3, 10**9]),
     "max-failures": st.sampled_from([0, 1, 10**30]),
     "client-timeout": st.sampled_from([600, 1e300]),
+    "node-timeout": st.sampled_from([600, 1e300]),
     "allow-divergence": st.booleans(),
     "output": st.sampled_from(["run", "a/b/run", "r\u00fcn", "with\nlines", ""]),
     "ray-address": st.sampled_from(["local", "auto", "10.0.0.1:6379", "[::1]:6379"]),
