@@ -36,6 +36,7 @@ from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
+from fedsim.core.startup import leave_compiler_out
 from fedsim.core.training import Arrays, Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.node import NodeSettings
@@ -71,7 +72,9 @@ def _workplace(run_config: str, data_root: str | None) -> _Workplace:
     model = build_model(
         config.model, classes=plan.dataset.spec.classes, norm=config.norm, seed=config.seed
     ).to(device)
-    if config.compile:
+    if not config.compile:
+        leave_compiler_out()
+    else:
         # In place: names of parameters stay as they are.
         model.compile()
     sketcher = None
