@@ -14,6 +14,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+# Flower stamps every message with the identity of the process that makes it.
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
 
 class LocalGrid(Grid):
     """Runs a ClientApp for `clients` nodes whose ids are neither small nor in order.
@@ -44,8 +47,6 @@ class LocalGrid(Grid):
         recordings: Path | None = None,
         node_config: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
-        # Flower stamps every message with the identity of the process that makes it.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self._app = app
         self.partitions = {(7919 * (i + 3)) % 100_003 + 1: i for i in range(clients)}
         self._newest_first = newest_first

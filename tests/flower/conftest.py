@@ -21,13 +21,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def run_locally(tmp_path):
     """Run a configuration over the in-process grid and open its record."""
