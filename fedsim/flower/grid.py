@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsim.core.errors import RunFailedError, RunInterruptedError
+from fedsim.core.errors import InputError, RunFailedError, RunInterruptedError, shorten
+from fedsim.core.fields import MOST
+from fedsim.core.own_data import check_classes
+from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
 from fedsim.flower.replies import traceback_of
 
@@ -185,6 +189,65 @@ def map_partitions(
     if missing:
         raise RunFailedError(f"no node holds partition {missing[0]}; clients = {clients}")
     return held
+
+
+def ask_data(grid: Grid, plan: RunPlan, *, window: int, stop: threading.Event) -> RunPlan:
+    """Ask nodes with data of their own what they have.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any of Flower's grids.
+    plan : RunPlan
+        Without a partition.
+    window, stop
+        As in `stream_replies`.
+
+    Returns
+    -------
+    RunPlan
+        With the samples of each client.
+
+    Raises
+    ------
+    RunFailedError
+        As `map_partitions`; when a node has no data, or that of other classes.
+    """
+    nodes = map_partitions(grid, clients=plan.config.clients, window=window, stop=stop)
+    order = range(plan.config.clients)
+    queries = [Message(_empty_query(), nodes[p], MessageType.QUERY) for p in order]
+    samples: list[int] = []
+    told: list[dict[str, Any]] = []
+    for partition, reply in zip(
+        order, stream_replies(grid, queries, window=window, stop=stop), strict=True
+    ):
+        try:
+            count = reply.content.metric_records[wire.METRICS][wire.NUM_EXAMPLES]
+            about = reply.content.config_records[wire.CONFIG]
+            classes, sha256 = about[wire.CLASSES], about[wire.DATA_SHA256]
+        except (KeyError, ValueError):
+            raise RunFailedError(
+                f"partition = 'nodes' asks for data of each node's own, and that of partition "
+                f"{partition} tells of none"
+            ) from None
+        if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
+            raise RunFailedError(f"the node of partition {partition} tells no number of samples")
+        names = [str(name) for name in classes]
+        try:
+            check_classes(len(names), plan.dataset.spec.classes, plan.config.dataset)
+        except InputError as error:
+            raise RunFailedError(f"partition {partition}: {error}") from None
+        for label, (here, there) in enumerate(
+            zip(names, (told or [{"classes": names}])[0]["classes"], strict=True)
+        ):
+            if here != there:
+                raise RunFailedError(
+                    f"class {label} is {shorten(here)} at the node of partition {partition} and "
+                    f"{shorten(there)} at that of partition 0; allowed are the same names at all"
+                )
+        samples.append(count)
+        told.append({"sha256": str(sha256), "classes": names})
+    return plan.of_nodes(samples, told)
 
 
 def _empty_query() -> RecordDict:
