@@ -9,6 +9,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import ConfigError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.run_config import check_paths, config_from_run_config
 from fedsim.flower.server_app import check_output, check_resume, default_output, execute
@@ -28,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     if resumed := context.run_config.get("resume"):
         plan, output, recovery = _resumed(Path(str(resumed)), context)
     else:
-        plan = RunPlan.prepare(config_from_run_config(context.run_config))
+        plan = RunPlan.prepare(_checked(config_from_run_config(context.run_config)))
         named = plan.config.output
         output, recovery = Path(named) if named else Path.cwd() / default_output(), None
         check_output(output, plan)
@@ -57,7 +59,15 @@ def _resumed(path: Path, context: Context) -> tuple[RunPlan, Path, Recovery]:
     recorded = {key: value for key, value in run.config.to_mapping().items() if value is not None}
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(
-        config_from_run_config(context.run_config, recorded),
+        _checked(config_from_run_config(context.run_config, recorded)),
         download=bool(context.run_config.get("data-root")),
     )
     return plan, path, check_resume(run, plan)
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    if config.cluster is not None:
+        raise ConfigError(
+            "ray-address", config.ray_address, "'local' with `flwr run`, which places the clients"
+        )
+    return config

@@ -666,9 +666,9 @@ def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
 
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
     return RunPlan.prepare(config), pool, output
 
@@ -686,7 +686,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
     from fedsim.report.terminal import make_console, printable
@@ -697,7 +697,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
@@ -790,7 +790,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     from fedsim import compare
     from fedsim.core.config import RunConfig
     from fedsim.flower.scratch import sweep
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.report.comparison import GridProgress, group_rows, print_comparison
     from fedsim.report.terminal import make_console
 
@@ -799,12 +799,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     output = Path(folder) if folder else compare.default_output()
     compare.check_grid(output, cells)
     sweep()
-    cpus = os.cpu_count() or 1
-    works = compare.find_work(
-        output,
-        cells,
-        lambda c: size_pool(c, machine_cpus=cpus, machine_gpus=machine_gpus(c)),
-    )
+    works = compare.find_work(output, cells, fit_pool)
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
     launch = compare.ProcessLauncher(output, more)

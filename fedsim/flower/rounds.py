@@ -45,13 +45,13 @@ _PATIENCE = 60.0
 
 
 class RunObserver(Protocol):
-    """Someone who watches a run; called from the server's thread."""
+    """Someone who watches a run; called from the server's thread, but for warnings."""
+
+    def warned(self, text: str) -> None:
+        """Tell what the user should know, and what the run goes on without."""
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Tell that the run directory exists and clients are being started."""
-
-    def nodes_changed(self, text: str) -> None:
-        """Tell that a node was refused, or which partitions are waited for."""
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Tell who takes part."""
@@ -141,7 +141,7 @@ class RoundLoop:
             self._grid,
             clients=self._config.clients,
             stop=self._stop,
-            tell=self._observer.nodes_changed,
+            tell=self._observer.warned,
         )
         membership.wait_for_all(self._config.node_timeout)
         if after is None:

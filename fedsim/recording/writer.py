@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,10 +67,16 @@ class RunWriter:
         An existing run directory; `create` makes a new one.
     manifest : mapping
         Contents of ``run.json``.
+
+    Attributes
+    ----------
+    on_change : callable
+        Called when a round was closed or ``run.json`` written.
     """
 
     def __init__(self, root: Path, manifest: Mapping[str, Any]) -> None:
         self.layout = RunLayout(root)
+        self.on_change: Callable[[], None] = lambda: None
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._elsewhere: set[str] = set()
@@ -320,6 +326,7 @@ class RunWriter:
         self._seal(self._round_files | grown)
         self._round_files, self._elsewhere = {}, set()
         append_line(self.layout.rounds, line, at=before)
+        self.on_change()
 
     def drop_unfinished_round(self) -> None:
         """Remove the files of the round that has no row, however many gigabytes they are."""
@@ -343,6 +350,7 @@ class RunWriter:
         self._seal({self.layout.manifest: Checksum.of(document)})
         with temporary(self.layout.manifest) as unfinished:
             unfinished.write_bytes(document)
+        self.on_change()
 
     def _write_tensors(self, path: Path, arrays: State) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,9 +105,9 @@ class TerminalObserver:
                 "starting workers", total=self._clients_total, left=""
             )
 
-    def nodes_changed(self, text: str) -> None:
+    def warned(self, text: str) -> None:
         """Print it."""
-        self._console.print(Text(text, "yellow"), soft_wrap=True)
+        self._console.print(printable(text), style="yellow", markup=False, soft_wrap=True)
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Move the bar to the round."""

@@ -292,7 +292,7 @@ class TrackingObserver:
         self._path = path
         self._config = plan.config.to_mapping()
 
-    def nodes_changed(self, text: str) -> None:
+    def warned(self, text: str) -> None:
         """Tell nothing: there is no figure."""
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
@@ -379,10 +379,10 @@ class Observers:
         for observer in self._observers:
             observer.run_started(plan, workers, path)
 
-    def nodes_changed(self, text: str) -> None:
+    def warned(self, text: str) -> None:
         """Tell all."""
         for observer in self._observers:
-            observer.nodes_changed(text)
+            observer.warned(text)
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Tell all."""

@@ -181,7 +181,7 @@ ODD: dict[str, list[Any]] = {
     ],
     "capture-layers": ["[", "[]", "[!]", "[z-a]", "[[:a:]*", "\\", "**", "*,*", ["*", 3], [""]],
     "capture-budget": ["0", "1", "-1 GB", "1e3 GB", "1 PB", "9" * 16, "0.0000001 B", "\u0663 GB"],
-    "workers": [64, 65],
+    "workers": [1024, 1025],
     "client-gpus": [1, 0.5, 1.5, 2, 1e-300],
     "device": ["cuda", "mps", "cuda:0"],
     "compile": [1],

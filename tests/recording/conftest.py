@@ -78,7 +78,7 @@ class Photographer:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         self._keep("run started")
 
-    def nodes_changed(self, text: str) -> None:
+    def warned(self, text: str) -> None:
         raise AssertionError(text)
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
