@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.deploy.federation import (
@@ -62,8 +64,10 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
         _check_free(port, folder)
     places.logs.mkdir(mode=0o700, exist_ok=True)
     processes: dict[str, subprocess.Popen[bytes]] = {}
+    homes: set[str] = set()
 
     def run(name: str, command: Sequence[str], where: Path) -> None:
+        homes.add(str(where / "flwr"))
         with (places.logs / f"{name}.log").open("ab") as log:
             processes[name] = subprocess.Popen(  # noqa: S603 - Flower's commands and ours
                 command,
@@ -114,6 +118,7 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
         nodes = [p for name, p in processes.items() if name.startswith("supernode-")]
         _end(nodes)
         _end([p for p in processes.values() if p not in nodes])
+        _kill_what_is_left(homes)
 
 
 def register(folder: Path, tell: Callable[[str], None]) -> None:
@@ -214,8 +219,14 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        # Each leads a group of its own, with the processes that it started.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+
+def _kill_what_is_left(homes: Collection[str]) -> None:
+    """Kill what Flower's commands started, some of it out of the reach of signals to a group."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("FLWR_HOME") in homes:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=_ENDING)

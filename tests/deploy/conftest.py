@@ -28,9 +28,12 @@ def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> No
         time.sleep(0.05)
 
 
+_candidates = iter(range(20_000 + os.getpid() % 1000 * 10, 60_000, 16))
+
+
 def free_ports(count: int) -> int:
-    """Find a port after which others are free too."""
-    for first in range(20_000 + os.getpid() % 1000 * 10, 60_000, 16):
+    """Find a port after which others are free too; the same ones are given once only."""
+    for first in _candidates:
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
@@ -58,7 +61,6 @@ class Lab:
         self.fedsim(
             *("deploy", "init", self.places.root, "--port", self.port, "--capture"),
             *("--supernodes", supernodes),
-            *(("--data-root", root) if (root := os.environ.get("FEDSIM_DATA_ROOT")) else ()),
         )
         self.told = folder / "start.log"
         with self.told.open("wb") as log:

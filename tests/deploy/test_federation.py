@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +90,18 @@ def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     run.wait()
     assert load_run(path).status == "running"
 
-    resumed = lab.run(resume=str(path), data_root=os.environ["FEDSIM_DATA_ROOT"])
+    resumed = lab.run(resume=str(path))
     told, _ = resumed.communicate(timeout=240)
     assert "continuing after round 1" in told, told + lab.logs()
     assert load_run(path).status == "finished", told + lab.logs()
     assert simulation.wait(240) == 0
     assert hashes(path) == hashes(tmp_path / "simulated")
     assert verify(path).violations == []
+    recordings = [lab.places.node(number) / "recordings" for number in range(4)]
+    lab.fedsim("collect", path, *recordings)
+    findings, expected = verify(path), verify(tmp_path / "simulated")
+    assert findings.violations == []
+    assert findings.checks["replay"].proven == expected.checks["replay"].proven > 0
     secrets = [f.read_bytes().splitlines()[1] for f in lab.places.root.rglob("*.key")]
     written = [f.read_bytes() for f in path.rglob("*") if f.is_file()]
     assert not any(secret in content for secret in secrets for content in written)
@@ -105,12 +111,13 @@ def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
 def refused(lab, tmp_path):
     """Start a SuperNode that must not be let in, and give what is said when it is not."""
     started = []
+    first = free_ports(8)
 
     def refuse(*, superlink=None, authority=None, key=None, insecure=False):
         number = len(started)
         command = [
             *("flower-supernode", "--superlink", superlink or at("127.0.0.1", lab.port)),
-            *("--port", str(free_ports(1)), "--node-config", "partition-id=0"),
+            *("--port", str(first + number), "--node-config", "partition-id=0"),
         ]
         command += ["--insecure"] if insecure else []
         command += ["--root-certificates", str(authority)] if authority else []
@@ -210,7 +217,8 @@ def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, 
     assert "Public key already in use" in replayed.stdout + replayed.stderr
 
     # What starts runs and registers keys asks nobody who he is: it is not for the network.
-    client = httpx.Client(base_url=f"https://127.0.0.1:{lab.port}", verify=str(ours))
+    trusted = ssl.create_default_context(cafile=ours)
+    client = httpx.Client(base_url=f"https://127.0.0.1:{lab.port}", verify=trusted)
     paths = ("/v1/control/list-nodes", "/v1/runtime/acquire-task", "/v1/fleet/../control/start-run")
     for path in paths:
         assert client.post(path, content=b"").status_code == 403
