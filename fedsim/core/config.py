@@ -540,7 +540,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Parameters
     ----------
     path : Path
-        A ``.toml`` file, or a ``run.json`` (whose ``output`` is left out: it exists already).
+        A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
+        exist already).
 
     Raises
     ------
@@ -560,7 +561,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             stored: dict[str, Any] = parse_json(content)["config"]
-            return {k: v for k, v in stored.items() if k != "output" and v is not None}
+            places = ("output", "mirror")
+            return {k: v for k, v in stored.items() if k not in places and v is not None}
         return _parse_toml(text)
     except ValueError as error:
         hint = ""

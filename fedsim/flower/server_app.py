@@ -41,8 +41,6 @@ def check_output(path: Path, plan: RunPlan) -> None:
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
     check_strategy(plan.config.strategy)
-    if plan.config.mirror is not None:
-        open_mirror(plan.config.mirror)
     try:
         path.lstat()
     except FileNotFoundError:
@@ -63,6 +61,8 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"{format_bytes(free)} free; "
             + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
+    if plan.config.mirror:
+        open_mirror(plan.config.mirror)
 
 
 MAY_CHANGE = (
@@ -107,7 +107,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
         )
-    if plan.config.mirror is not None:
+    if plan.config.mirror:
         check_mirror(plan.config.mirror, run.path)
     recovery = find_recovery(run.path)
     last = recovery.round
