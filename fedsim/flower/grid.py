@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -85,24 +86,21 @@ def _push(grid: Grid, message: Message) -> str:
     return message_id
 
 
-class ChosenNodes(Grid):
-    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
+class GridBehind(Grid):
+    """A grid that leaves everything to another one.
 
     Parameters
     ----------
     grid : Grid
         The grid behind it.
-    node_ids : sequence of int
-        The nodes to show.
     """
 
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Give the chosen nodes."""
-        return list(self._node_ids)
+        """Give the nodes of the grid behind."""
+        return self._grid.get_node_ids()
 
     def set_run(self, run: Run) -> None:
         """Do nothing: the grid behind has its run."""
@@ -138,12 +136,42 @@ class ChosenNodes(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
+class ChosenNodes(GridBehind):
+    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid behind it.
+    node_ids : sequence of int
+        The nodes to show.
+    """
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        super().__init__(grid)
+        self._node_ids = list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Give the chosen nodes."""
+        return list(self._node_ids)
+
+
+@runtime_checkable
+class KnowsPartitions(Protocol):
+    """A grid that knows which node holds which partition without asking the nodes."""
+
+    def partitions(self, stop: threading.Event) -> Mapping[int, int]:
+        """Wait until there are nodes; give them by the partition that each holds."""
+
+
 def map_partitions(
     grid: Grid, *, clients: int, window: int, stop: threading.Event, patience: float = 60.0
 ) -> dict[int, int]:
     """Learn which node holds which partition, once all of them are there.
 
-    Node ids are random in every run and never leave this map.
+    Node ids are random in every run and never leave this map. Each node is asked what it holds;
+    where the grid knows, only as many as there is a window for. They are asked so that every worker
+    is up before anyone's time counts.
 
     Parameters
     ----------
@@ -168,7 +196,12 @@ def map_partitions(
     RunFailedError
         When nodes are missing, or a partition is held by no node or by two.
     """
-    nodes = _wait_for_nodes(grid, clients, stop, patience)
+    if isinstance(grid, KnowsPartitions):
+        known = grid.partitions(stop)
+        nodes = [node for _, node in zip(range(window), known.values(), strict=False)]
+    else:
+        known = {}
+        nodes = _wait_for_nodes(grid, clients, stop, patience)
     queries = [Message(_empty_query(), node, MessageType.QUERY) for node in nodes]
     held: dict[int, int] = {}
     replies = stream_replies(grid, queries, window=window, stop=stop)
@@ -181,6 +214,7 @@ def map_partitions(
         if partition in held:
             raise RunFailedError(f"two nodes hold partition {partition}; each needs its own")
         held[partition] = node
+    held = {**known, **held}
     missing = sorted(set(range(clients)) - set(held))
     if missing:
         raise RunFailedError(f"no node holds partition {missing[0]}; clients = {clients}")

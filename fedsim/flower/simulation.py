@@ -33,6 +33,7 @@ from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
 from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app as client_app
+from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
@@ -176,12 +177,13 @@ def simulate(
     # Flower has no hook for its pool: its engine finds this class under the name it imported.
     setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
     SupervisedPool.client_timeout = plan.config.client_timeout
-    with Scratch() as scratch:
+    deliveries = Deliveries()
+    with Scratch() as scratch, deliveries.installed():
         backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
         engine = _Engine(plan.config.clients, backend, verbose=verbose)
         failure = engine.run(
             lambda grid: execute(
-                grid,
+                EngineGrid(grid, deliveries),
                 plan,
                 output,
                 observer=observer,
