@@ -292,7 +292,7 @@ def train(message: Message, context: Context) -> Message:
     config = _scalars(message.content.config_records[messages.CONFIG])
     try:
         arrays, num_examples, metrics = _client_of(context).fit(
-            record.to_numpy_ndarrays(keep_input=True), config
+            list(messages.state_of(record).values()), config
         )
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -309,7 +309,7 @@ def evaluate_message(message: Message, context: Context) -> Message:
     record = message.content.array_records[messages.ARRAYS]
     config = _scalars(message.content.config_records[messages.CONFIG])
     loss, num_examples, metrics = _client_of(context).evaluate(
-        record.to_numpy_ndarrays(keep_input=True), config
+        list(messages.state_of(record).values()), config
     )
     content = messages.reply_content(None, num_examples, {"loss": loss, **metrics})
     return Message(content, reply_to=message)
