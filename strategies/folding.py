@@ -29,6 +29,12 @@ class RoundExporter(Protocol):
     def add_state(self, round_number: int, state: State) -> None:
         """Take the new global state."""
 
+    def add_control(self, round_number: int, partition: int, arrays: State) -> None:
+        """Take what the strategy keeps for a client's next round."""
+
+    def control(self, partition: int) -> State:
+        """Give it back; empty before there is any."""
+
     def add_strategy_state(self, round_number: int, arrays: State) -> None:
         """Take what the strategy keeps for the next round."""
 

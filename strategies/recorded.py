@@ -32,6 +32,14 @@ class StatefulStrategy(Protocol):
         """Go on from what `state_arrays` gave after some round."""
 
 
+@runtime_checkable
+class CorrectingStrategy(Protocol):
+    """A strategy whose clients add something of their own to their gradients."""
+
+    def correction(self, partition: int) -> State:
+        """Give what a client adds in its next round, by the name of the parameter."""
+
+
 class Recorded(Strategy):
     """Runs one of Flower's strategies on the trainable parameters, and records it.
 

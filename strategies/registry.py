@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from strategies.delta_fedavg import DeltaFedAvg
 from strategies.fednova import FedNova
 from strategies.folding import RoundExporter
 from strategies.recorded import Recorded
+from strategies.scaffold import Scaffold
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 # The minimums are 1 because the round loop decides who takes part, not the strategy; clients
 # evaluate nothing, because the global model is evaluated on the test split after the update.
@@ -58,7 +61,7 @@ _PRIVATE: dict[str, tuple[Any, str]] = {
 
 
 def build_strategy(
-    config: RunConfig, parameters: Collection[str], exporter: RoundExporter | None = None
+    config: RunConfig, parameters: Shapes, exporter: RoundExporter | None = None
 ) -> Strategy:
     """Build the strategy of a run.
 
@@ -66,8 +69,8 @@ def build_strategy(
     ----------
     config : RunConfig
         With its name and settings.
-    parameters : collection of str
-        Names of the trainable parameters.
+    parameters : mapping of str to tuple of int
+        Shapes of the trainable parameters.
     exporter : RoundExporter, optional
         Receives the artifacts of every round.
 
@@ -77,7 +80,7 @@ def build_strategy(
         When the user's own class cannot be imported, or does not take its settings.
     """
     settings = config.strategy
-    ours = settings.name in ("delta-fedavg", "fednova")
+    ours = settings.name in ("delta-fedavg", "fednova", "scaffold")
     if ours and settings.dp is None:
         return _ours(config, parameters, exporter)
     strategy = _ours(config, parameters, None) if ours else _theirs(config)
@@ -104,16 +107,23 @@ def check_strategy(settings: StrategySettings) -> None:
         _users(settings)
 
 
-def _ours(
-    config: RunConfig, parameters: Collection[str], exporter: RoundExporter | None
-) -> Strategy:
+def _ours(config: RunConfig, parameters: Shapes, exporter: RoundExporter | None) -> Strategy:
     if config.strategy.name == "delta-fedavg":
         return DeltaFedAvg(exporter, **_COMMON)
-    return FedNova(
+    momentum, nesterov = config.momentum, config.nesterov
+    if config.strategy.name == "fednova":
+        return FedNova(
+            parameters, momentum=momentum, nesterov=nesterov, exporter=exporter, **_COMMON
+        )
+    if exporter is None:
+        raise ValueError("scaffold needs an exporter to keep what it has of each client")
+    return Scaffold(
         parameters,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        exporter=exporter,
+        exporter,
+        clients=config.clients,
+        momentum=momentum,
+        nesterov=nesterov,
+        **config.strategy.own,
         **_COMMON,
     )
 

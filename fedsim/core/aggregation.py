@@ -141,6 +141,79 @@ class NormalisedMean:
         return self._rates.divided(self._weight**2 / self._work)
 
 
+class ControlMean:
+    """The server's part of SCAFFOLD (Karimireddy et al. 2020, alg. 1, option II), in float64.
+
+    All participants weigh the same, as in the paper.
+
+    Parameters
+    ----------
+    control : mapping of str to ndarray
+        That of the server, ``c``.
+    clients : int
+        How many there are, taking part or not.
+    """
+
+    def __init__(self, control: State, clients: int) -> None:
+        self._control = control
+        self._clients = clients
+        self._deltas = _Sums()
+        self._changes = _Sums()
+        self._participants = 0
+
+    def add(self, delta: State, own: State, work: float) -> dict[str, Array]:
+        """Fold one client in, and give its new control variate.
+
+        Parameters
+        ----------
+        delta : mapping of str to ndarray
+            Of its parameters.
+        own : mapping of str to ndarray
+            Its control variate, ``c_i``; empty before it has one, which is then zero.
+        work : float
+            Its `local_work`: the steps times the rate, without momentum.
+        """
+        renewed = renewed_control(self._control, own, delta, work)
+        self._deltas.add(delta, 1.0)
+        self._changes.add({n: np.subtract(a, _or_zero(own, n)) for n, a in renewed.items()}, 1.0)
+        self._participants += 1
+        return renewed
+
+    def update(self, rate: float) -> dict[str, Array]:
+        """Give what is added to the parameters: the mean delta times the server's rate."""
+        return self._deltas.divided(self._participants / rate)
+
+    @np.errstate(all="ignore")
+    def control(self) -> dict[str, Array]:
+        """Give the server's new control variate: the mean of those of all clients."""
+        changes = self._changes.divided(self._clients)
+        return {n: np.asarray(np.add(a, changes[n])) for n, a in self._control.items()}
+
+
+@np.errstate(all="ignore")
+def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
+    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
+    divisor = np.float32(work)
+    return {
+        n: np.asarray(np.subtract(difference, np.divide(delta[n], divisor)))
+        for n, difference in correction_of(own, control).items()
+    }
+
+
+@np.errstate(all="ignore")
+def correction_of(control: State, own: State) -> dict[str, Array]:
+    """Subtract a control variate from another; an empty one is zero.
+
+    What a client adds to its gradients is ``c - c_i``.
+    """
+    names = control or own
+    return {n: np.asarray(np.subtract(_or_zero(control, n), _or_zero(own, n))) for n in names}
+
+
+def _or_zero(control: State, name: str) -> Array | np.float32:
+    return control[name] if control else np.float32(0)
+
+
 def local_work(
     steps: int, *, learning_rate: float, momentum: float = 0.0, nesterov: bool = False
 ) -> float:

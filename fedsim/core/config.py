@@ -44,6 +44,7 @@ from fedsim.core.strategies import (
     FedProxSettings,
     KrumSettings,
     QFedAvgSettings,
+    ScaffoldSettings,
     StrategySettings,
     strategy_table,
 )
@@ -322,8 +323,11 @@ class RunConfig(StrictModel):
                 strategy.name,
                 f"another, or {strategy.least_participants()} participants in every round",
             )
-        if isinstance(strategy, FedNovaSettings) and self.optimizer != "sgd":
-            raise ConfigError("optimizer", self.optimizer, "'sgd' with strategy = 'fednova'")
+        by_work = isinstance(strategy, FedNovaSettings | ScaffoldSettings)
+        if by_work and self.optimizer != "sgd":
+            raise ConfigError("optimizer", self.optimizer, f"'sgd' with {strategy.name}")
+        if isinstance(strategy, ScaffoldSettings) and strategy.dp is not None:
+            raise ConfigError("strategy.dp", strategy.dp, "none with scaffold")
         varies = isinstance(self.learning_rate, tuple) or any(
             table.learning_rate is not None for table in self.client.values()
         )

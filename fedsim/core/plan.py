@@ -111,11 +111,23 @@ class RunPlan:
     @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
-        shapes = self.parameters.values()
-        kept = len(KEEPS.get(self.config.strategy.name, ()))
+        kept = len(KEEPS.get(self.config.strategy.name, ())) + self._has_controls
         # An adaptive clipping norm is one float64.
         norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
-        return norm + kept * ITEM_BYTES["float32"] * sum(math.prod(shape) for shape in shapes)
+        return norm + kept * self._parameter_bytes
+
+    @cached_property
+    def control_bytes(self) -> int:
+        """Bytes of what the strategy keeps of one client in one round."""
+        return self._has_controls * self._parameter_bytes
+
+    @property
+    def _has_controls(self) -> bool:
+        return self.config.strategy.name == "scaffold"
+
+    @cached_property
+    def _parameter_bytes(self) -> int:
+        return ITEM_BYTES["float32"] * sum(math.prod(shape) for shape in self.parameters.values())
 
     @cached_property
     def supports(self) -> dict[str, Taps | None]:
@@ -244,13 +256,15 @@ class RunPlan:
         kept = self.config.policy.kept_steps
         steps = sum(len(kept(self._local_steps[p])) for p in participants)
         states = len(participants) + 2
-        return steps * self.step_bytes + states * self.state_bytes + self.strategy_bytes
+        kept_bytes = self.strategy_bytes + len(participants) * self.control_bytes
+        return steps * self.step_bytes + states * self.state_bytes + kept_bytes
 
     @cached_property
     def run_bytes(self) -> int:
         """Count the bytes that the run will write, but for its rows."""
         states = 1 + 2 * self.config.rounds + self._times_drawn.total()
         kept = self.config.rounds * self.strategy_bytes
+        kept += self._times_drawn.total() * self.control_bytes
         return self.captured_bytes() + states * self.state_bytes + kept
 
 

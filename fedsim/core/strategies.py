@@ -175,6 +175,13 @@ class FedNovaSettings(StrategySettings):
     paper = "Wang et al. 2020"
 
 
+class ScaffoldSettings(StrategySettings):
+    """Control variates that take the drift out of local steps."""
+
+    paper = "Karimireddy et al. 2020"
+    server_learning_rate: Rate = 1.0
+
+
 class OwnStrategySettings(StrategySettings):
     """A class of the user's, whose settings only that class knows."""
 
@@ -196,6 +203,7 @@ STRATEGIES: dict[str, type[StrategySettings]] = {
     "bulyan": BulyanSettings,
     "qfedavg": QFedAvgSettings,
     "fednova": FedNovaSettings,
+    "scaffold": ScaffoldSettings,
 }
 """By the name that the configuration gives them."""
 

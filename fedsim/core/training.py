@@ -103,32 +103,44 @@ class Batch:
 
 
 class Objective:
-    """What a client minimises: its data loss, and the proximal term of FedProx beside it.
+    """What a client minimises: its data loss, and what strategies put beside it.
 
-    The term is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its gradient is
-    ``mu * (w - w_global)``. Multiplied and added in two roundings, one entry at a time, so that a
-    replay has the same bits whatever its threads and the layout of its tensors.
+    The proximal term of FedProx is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its
+    gradient is ``mu * (w - w_global)``. SCAFFOLD's correction is added to the gradient as it is.
+    Each operation is rounded by itself, one entry at a time, so that a replay has the same bits
+    whatever its threads and the layout of its tensors.
 
     Parameters
     ----------
     start : mapping of str to Tensor
         The global parameters. Kept, not copied.
     proximal_mu : float
-        0 for the data loss alone.
+        Of FedProx; 0 for none.
+    correction : mapping of str to Tensor, optional
+        Of SCAFFOLD (Karimireddy et al. 2020): the server's control variate less the client's.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], proximal_mu: float) -> None:
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        proximal_mu: float,
+        correction: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._start = start
         self._mu = proximal_mu
+        self._correction = correction
 
     def gradient(self, name: str, gradient: Tensor, parameter: Tensor) -> Tensor:
         """Add to a gradient of the data loss that of the term; a new tensor where there is one."""
-        if self._mu == 0:
-            return gradient
-        return (parameter - self._start[name]).mul_(self._mu).add_(gradient)
+        whole = gradient
+        if self._mu:
+            whole = (parameter - self._start[name]).mul_(self._mu).add_(gradient)
+        return whole if self._correction is None else whole + self._correction[name]
 
-    def term(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Give the value of the term, shape ()."""
+    def term(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """Give the value of the proximal term, shape (); None where there is none."""
+        if self._mu == 0:
+            return None
         norms = [torch.linalg.vector_norm(p - self._start[n]) for n, p in parameters.items()]
         return torch.stack(norms).square().sum() * (self._mu / 2)
 
@@ -281,6 +293,7 @@ def local_train(
     *,
     autocast: Autocast = "none",
     proximal_mu: float = 0.0,
+    correction: Mapping[str, NDArray[np.generic]] | None = None,
 ) -> LocalResult:
     """Train from `state` on `batches`, minimising the mean cross-entropy.
 
@@ -300,7 +313,7 @@ def local_train(
         Precision of the forward pass where torch finds it safe. With float16 the loss is scaled
         up before the backward pass and the gradients down after it (Micikevicius et al. 2018):
         observers see them as they are, and a step that overflows makes no update.
-    proximal_mu : float
+    proximal_mu, correction : float, mapping of str to ndarray
         Of an `Objective`: observers see the gradient of the cross-entropy, the update takes that
         of the whole.
 
@@ -313,11 +326,12 @@ def local_train(
     model.train()
     named = dict(model.named_parameters())
     optimiser = make_optimizer(list(named.values()), optimizer)
-    whole: _Whole | None = None
-    if proximal_mu:
-        start = {name: p.detach().clone() for name, p in named.items()}
-        whole = _Whole(Objective(start, proximal_mu), named)
     device = next(iter(named.values())).device
+    whole: _Whole | None = None
+    if proximal_mu or correction is not None:
+        start = {name: p.detach().clone() for name, p in named.items()}
+        added = None if correction is None else _tensors(correction, named, device)
+        whole = _Whole(Objective(start, proximal_mu, added), named)
     scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=autocast == "float16")
     precision = torch.autocast(
         device.type,
@@ -376,6 +390,13 @@ def local_train(
     )
 
 
+def _tensors(
+    arrays: Mapping[str, NDArray[np.generic]], names: Iterable[str], device: torch.device
+) -> dict[str, Tensor]:
+    # np.array: what comes from a message is read-only, which torch warns of.
+    return {name: torch.from_numpy(np.array(arrays[name])).to(device) for name in names}
+
+
 class _Whole:
     """Gradients of a whole objective in place of those of its data loss."""
 
@@ -384,7 +405,7 @@ class _Whole:
         self._named = named
 
     @torch.no_grad()
-    def replace_gradients(self) -> dict[str, Tensor]:
+    def replace_gradients(self) -> dict[str, Tensor | None]:
         """Replace them, leaving the tensors as they are, and give what a `Step` tells."""
         term = self._objective.term(self._named)
         norms = []
@@ -415,8 +436,8 @@ class Replay:
         The client's.
     autocast : {"none", "bfloat16", "float16"}
         That of the training: with float16, a step whose gradient overflowed made no update.
-    proximal_mu : float
-        That of the training.
+    proximal_mu, correction : float, mapping of str to Tensor
+        Those of the training.
 
     Attributes
     ----------
@@ -431,9 +452,10 @@ class Replay:
         optimizer: OptimizerSettings,
         autocast: Autocast = "none",
         proximal_mu: float = 0.0,
+        correction: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._leaves = {n: nn.Parameter(start[n].clone()) for n in names}
-        self._objective = Objective(start, proximal_mu)
+        self._objective = Objective(start, proximal_mu, correction)
         self._optimiser = make_optimizer(list(self._leaves.values()), optimizer)
         self._may_skip = autocast == "float16"
         self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}

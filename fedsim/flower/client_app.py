@@ -119,6 +119,23 @@ class FedSimClient(NumPyClient):
         ValueError
             When the message is meant for another partition.
         """
+        return self.train(parameters, config, None)
+
+    def train(
+        self,
+        parameters: NDArrays,
+        config: dict[str, Scalar],
+        correction: Arrays | None,
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Do what `fit` does, adding `correction` to every gradient of a parameter.
+
+        Parameters
+        ----------
+        parameters, config : list of ndarray, dict
+            As for `fit`.
+        correction : dict of str to ndarray or None
+            Of SCAFFOLD.
+        """
         addressed = int(config.get(messages.PARTITION, self.partition))
         if addressed != self.partition:
             raise ValueError(f"a message for client {addressed} reached client {self.partition}")
@@ -166,6 +183,7 @@ class FedSimClient(NumPyClient):
                 observe,
                 autocast=plan.config.autocast,
                 proximal_mu=proximal_mu,
+                correction=correction,
             )
         seconds = dict(result.seconds)
         if recorder is not None:
@@ -290,9 +308,11 @@ def train(message: Message, context: Context) -> Message:
     """Decode a training message, delegate to `FedSimClient.fit`, encode the reply."""
     record = message.content.array_records[messages.ARRAYS]
     config = _scalars(message.content.config_records[messages.CONFIG])
+    added = message.content.array_records.get(messages.CORRECTION)
+    correction = None if added is None else messages.state_of(added)
     try:
-        arrays, num_examples, metrics = _client_of(context).fit(
-            list(messages.state_of(record).values()), config
+        arrays, num_examples, metrics = _client_of(context).train(
+            list(messages.state_of(record).values()), config, correction
         )
     except OSError as error:
         if error.errno in DISK_FULL:

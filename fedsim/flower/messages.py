@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from strategies.folding import view_of
 
 ARRAYS = "arrays"
+CORRECTION = "correction"
+"""Record of what a client adds to its gradients; only where its strategy asks for it."""
 CONFIG = "config"
 METRICS = "metrics"
 TELEMETRY = "telemetry"

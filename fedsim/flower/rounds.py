@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
-from strategies.recorded import StatefulStrategy
+from strategies.recorded import CorrectingStrategy, StatefulStrategy
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -240,8 +240,8 @@ class RoundLoop:
 
     def _messages(
         self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
-    ) -> list[Message]:
-        """Let the strategy make the messages, then give each client its own settings."""
+    ) -> Sequence[Message]:
+        """Let the strategy make the messages; each client's own are added as it is its turn."""
         # Flower samples with Python's global generator, which is not ours to move.
         untouched = random.getstate()
         made = self._strategy.configure_train(
@@ -252,7 +252,7 @@ class RoundLoop:
         )
         random.setstate(untouched)
         by_node = {message.metadata.dst_node_id: message for message in made}
-        return [self._addressed(by_node[nodes[p]], number, p) for p in order]
+        return _Lazily(order, lambda p: self._addressed(by_node[nodes[p]], number, p))
 
     def _addressed(self, message: Message, number: int, partition: int) -> Message:
         # All messages of a strategy share one RecordDict; settings of one client need their own.
@@ -267,6 +267,8 @@ class RoundLoop:
             )
         )
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
+        if isinstance(self._strategy, CorrectingStrategy):
+            content[wire.CORRECTION] = wire.array_record(self._strategy.correction(partition))
         return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
 
     def _close_round(
@@ -308,3 +310,17 @@ class RoundLoop:
         }
         self._writer.add_round(row)
         self._observer.round_finished(row)
+
+
+class _Lazily(Sequence[Message]):
+    """Messages that are made when they are asked for: each may be as large as two models."""
+
+    def __init__(self, partitions: Sequence[int], make: Callable[[int], Message]) -> None:
+        self._partitions = partitions
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._partitions)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self._make(self._partitions[position])

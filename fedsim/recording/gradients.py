@@ -305,8 +305,9 @@ class StepRecorder:
             "learning_rate": step.learning_rate,
             "indices": step.indices.tolist(),
         }
-        if step.proximal is not None and step.objective_norm is not None:
+        if step.proximal is not None:
             row["proximal"] = float(step.proximal)
+        if step.objective_norm is not None:
             row["objective_norm"] = float(step.objective_norm)
         measured = _Measured(row, {}, {}, None)
         if not gradients:

@@ -55,6 +55,10 @@ class RunLayout:
         """Local minus global state of one client in a round."""
         return self.client(number, partition) / "delta.safetensors"
 
+    def control(self, number: int, partition: int) -> Path:
+        """SCAFFOLD's control variate of one client after a round."""
+        return self.client(number, partition) / "control.safetensors"
+
     def steps(self, number: int, partition: int) -> Path:
         """Lines about the local steps of one client in a round."""
         return self.client(number, partition) / STEPS

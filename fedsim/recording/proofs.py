@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.core.aggregation import (
+    ControlMean,
     DeltaMean,
     NormalisedMean,
     apply_delta,
@@ -25,7 +26,13 @@ from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import KEEPS, server_step
 from fedsim.core.support import unpack
-from fedsim.core.training import Arrays, Replay, schedule, state_arrays
+from fedsim.core.training import (
+    Arrays,
+    OptimizerSettings,
+    Replay,
+    schedule,
+    state_arrays,
+)
 from fedsim.recording.findings import (
     AGGREGATE,
     GRADIENTS,
@@ -170,6 +177,8 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
         return expected
     if strategy.dp is None and strategy.name == "fednova":
         return apply_delta(before, aggregate | _normalised_mean(run, number))
+    if strategy.name == "scaffold":
+        return apply_delta(before, aggregate | _prove_controls(run, number, findings))
     if strategy.dp is not None or strategy.name not in KEEPS:
         how = strategy.name + (f" with dp = {strategy.dp!r}" if strategy.dp else "")
         findings.leave(STATE, f"parameters: {how} moves them otherwise than by the aggregate")
@@ -190,15 +199,38 @@ def _normalised_mean(run: Run, number: int) -> Arrays:
     mean = NormalisedMean()
     for partition in fold_order(list(clients), sizes):
         client, settings = clients[partition], run.config.training_of(partition).optimizer
-        work = local_work(
-            client.telemetry["num_steps"],
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-        )
         delta = arrays_of(client.delta)
-        mean.add({name: delta[name] for name in run.shapes}, sizes[partition], work)
+        weight, work = sizes[partition], _work_of(client, settings)
+        mean.add({name: delta[name] for name in run.shapes}, weight, work)
     return mean.mean()
+
+
+def _prove_controls(run: Run, number: int, findings: Findings) -> Arrays:
+    """Check the control variates of a round, and give what they add to the parameters."""
+    clients = run.round(number).clients
+    sizes = [len(indices) for indices in run.partition.values()]
+    mean = ControlMean(run.control_before(number), run.config.clients)
+    for partition in fold_order(list(clients), sizes):
+        client, settings = clients[partition], run.config.training_of(partition).optimizer
+        delta, own = arrays_of(client.delta), arrays_of(client.former_control)
+        renewed = mean.add({n: delta[n] for n in run.shapes}, own, _work_of(client, settings))
+        if odd := _first_difference(arrays_of(client.control), renewed):
+            path = run.layout.control(number, partition)
+            findings.violate(STATE, f"{path}: {odd} does not follow from the delta")
+    kept = {strategy_key("control", n): a for n, a in mean.control().items()}
+    if odd := _first_difference(arrays_of(run.round(number).strategy_state), kept):
+        path = run.layout.strategy(number)
+        findings.violate(STATE, f"{path}: {odd} is not the mean of the clients' control variates")
+    return mean.update(run.config.strategy.own["server_learning_rate"])
+
+
+def _work_of(client: Client, settings: OptimizerSettings) -> float:
+    return local_work(
+        client.telemetry["num_steps"],
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+    )
 
 
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:
@@ -278,7 +310,10 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run)
     courses = []
     for group in _groups(run, client.captured_parameters):
-        what = (start, group, settings, run.config.autocast, client.proximal_mu)
+        what = (
+            *(start, group, settings, run.config.autocast),
+            *(client.proximal_mu, client.correction),
+        )
         replay = Replay(*what)
         small = any(math.prod(run.shapes[name]) < _ALONE for name in group)
         tries = (_TRIES if small else 1) if lossy else 0

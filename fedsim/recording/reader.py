@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.core.aggregation import correction_of
 from fedsim.core.config import RunConfig
 from fedsim.core.datasets import parse_name
 from fedsim.core.errors import InputError, shorten
@@ -32,6 +33,7 @@ from fedsim.recording.layout import (
     SKETCH_KEY,
     RunLayout,
     gradient_key,
+    strategy_key,
     support_key,
 )
 
@@ -349,8 +351,48 @@ class Client:
         """Factor of the proximal term that was minimised beside the loss; 0 without one."""
         return float(self.telemetry.get("proximal_mu", 0.0))
 
+    @cached_property
+    def control(self) -> Mapping[str, Tensor]:
+        """SCAFFOLD's control variate of this client after the round.
+
+        Raises
+        ------
+        InputError
+            Where the strategy keeps none.
+        """
+        return self._control_of(self.round)
+
+    @cached_property
+    def former_control(self) -> Mapping[str, Tensor]:
+        """The control variate that the round began with; empty where it was still zero."""
+        return {} if self.control_round is None else self._control_of(self.control_round)
+
+    @cached_property
+    def control_round(self) -> int | None:
+        """The round of this client before this one, whose control variate it began with."""
+        rounds = (
+            row["round"]
+            for row in self._run.client_rows
+            if row["partition"] == self.partition and row["status"] == "ok"
+        )
+        return max((r for r in rounds if r < self.round), default=None)
+
+    def _control_of(self, round_number: int) -> Mapping[str, Tensor]:
+        file = TensorFile(self._run.layout.control(round_number, self.partition))
+        self._run.check_parameters(file)
+        return file
+
+    @cached_property
+    def correction(self) -> dict[str, Tensor] | None:
+        """What was added to every gradient of the round, ``c - c_i``; None but for SCAFFOLD."""
+        if self._run.config.strategy.name != "scaffold":
+            return None
+        own = {name: tensor.numpy() for name, tensor in self.former_control.items()}
+        found = correction_of(self._run.control_before(self.round), own)
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
     def gradient(
-        self, step: int, *, weight_decay: bool = False, proximal: bool = False
+        self, step: int, *, weight_decay: bool = False, objective: bool = False
     ) -> Mapping[str, Tensor]:
         """Give the gradient of a local step.
 
@@ -361,14 +403,15 @@ class Client:
         weight_decay : bool
             Add ``weight-decay * p`` with the parameters before the step, which are found by
             replaying the steps before it.
-        proximal : bool
-            Add ``proximal_mu * (p - p_global)``, the gradient of FedProx's term, likewise.
+        objective : bool
+            Add what the strategy adds: with FedProx ``proximal_mu * (p - p_global)``, the
+            gradient of its term, likewise; with SCAFFOLD its `correction`.
 
         Returns
         -------
         mapping of str to Tensor of float32
-            Parameter name to d(mean loss)/dp before the update, without weight decay and
-            proximal term unless asked for, in ``model.parameters()`` order.
+            Parameter name to d(mean loss)/dp before the update, without weight decay and what
+            the strategy adds unless asked for, in ``model.parameters()`` order.
 
         Raises
         ------
@@ -382,11 +425,12 @@ class Client:
                 f"step {step} of client {self.partition} in round {self.round} was not captured; "
                 f"captured are {_ranges(self.captured_steps)}"
             )
-        if not (weight_decay or proximal):
+        if not (weight_decay or objective):
             return gradient
         parameters = self.parameters_at(step)
-        objective = Objective(self._start, self.proximal_mu if proximal else 0.0)
-        whole = {n: objective.gradient(n, g, parameters[n]) for n, g in gradient.items()}
+        added = (self.proximal_mu, self.correction) if objective else (0.0, None)
+        terms = Objective(self._start, *added)
+        whole = {n: terms.gradient(n, g, parameters[n]) for n, g in gradient.items()}
         if not weight_decay:
             return whole
         decay = self._run.config.weight_decay
@@ -572,6 +616,7 @@ class Client:
             self._optimizer,
             self._autocast,
             self.proximal_mu,
+            self.correction,
         )
 
     @property
@@ -696,6 +741,27 @@ class Run:
         return RunConfig.from_mapping(
             {k: v for k, v in self.entry("config").items() if v is not None}
         )
+
+    def control_before(self, round_number: int) -> dict[str, NDArray[np.generic]]:
+        """Give the server's control variate of SCAFFOLD that a round began with."""
+        if round_number == 1:
+            return {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()}
+        kept = TensorFile(self.layout.strategy(round_number - 1))
+        self.check_parameters(kept, "control/")
+        return {name: kept[strategy_key("control", name)].numpy() for name in self.shapes}
+
+    def check_parameters(self, file: TensorFile, prefix: str = "") -> None:
+        """Refuse a file that holds anything but one float32 array for each parameter.
+
+        Raises
+        ------
+        InputError
+            Naming the first that is not.
+        """
+        expected = {prefix + name: ("F32", shape) for name, shape in self.shapes.items()}
+        for name in sorted({*expected} | {*file.described}):
+            if expected.get(name) != file.described.get(name):
+                raise InputError(f"{file.path}: {name} is not what a run keeps there")
 
     def entry(self, key: str) -> Any:
         """Give what ``run.json`` has under a key.

@@ -386,9 +386,20 @@ class _Verifier:
             needed.append(self._name(layout.strategy(number)))
         elif run.config.strategy.name == "fednova":
             needed += deltas
+        elif run.config.strategy.name == "scaffold":
+            needed += [*deltas, *self._controls(run, number)]
         if self._whole(STATE, needed):
             with findings.guarded(STATE, state):
                 proofs.prove_state(run, number, findings)
+
+    def _controls(self, run: Run, number: int) -> list[str]:
+        """List the files of control variates that a round began and ended with."""
+        layout = run.layout
+        kept = [layout.strategy(r) for r in (number - 1, number) if r]
+        for partition, client in run.round(number).clients.items():
+            rounds = (client.control_round, number)
+            kept += [layout.control(r, partition) for r in rounds if r is not None]
+        return [self._name(path) for path in kept]
 
     def _check_client(self, run: Run, client: Client) -> None:
         with self.findings.guarded(FILES, f"client {client.partition} of round {client.round}"):

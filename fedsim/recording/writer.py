@@ -255,6 +255,26 @@ class RunWriter:
         shutil.rmtree(self.layout.client(row["round"], row["partition"]), ignore_errors=True)
         self._append(self.layout.clients, json_line(row))
 
+    def add_control(self, round_number: int, partition: int, arrays: State) -> None:
+        """Keep a client's control variate for its next round."""
+        self._write_tensors(self.layout.control(round_number, partition), arrays)
+        self._control_rounds[partition] = round_number
+
+    def control(self, partition: int) -> dict[str, NDArray[np.generic]]:
+        """Give what `add_control` kept of a client last; empty before."""
+        kept = self._control_rounds.get(partition)
+        if kept is None:
+            return {}
+        tensors = TensorFile(self.layout.control(kept, partition))
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    @cached_property
+    def _control_rounds(self) -> dict[int, int]:
+        """Say in which round a client's control variate was kept last."""
+        found = self.layout.root.glob("rounds/*/clients/*/control.safetensors")
+        places = sorted((int(path.parts[-4]), int(path.parts[-2])) for path in found)
+        return {partition: number for number, partition in places}
+
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""
         self._write_tensors(self.layout.aggregate(round_number), aggregate)

@@ -92,9 +92,12 @@ def figures_of(run: Run, *, rounds: int, target: float | None, error: str = "") 
     state_bytes = sum(
         math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in run.described.values()
     )
+    corrects = run.config.strategy.name == "scaffold"
+    correction = sum(math.prod(shape) * ITEM_BYTES["float32"] for shape in run.shapes.values())
     return figures_of_rows(
         run.round_rows,
-        state_bytes=state_bytes,
+        up_bytes=state_bytes,
+        down_bytes=state_bytes + corrects * correction,
         rounds=rounds,
         target=target,
         error=error or str(run.manifest.get("error", "")),
@@ -105,7 +108,8 @@ def figures_of(run: Run, *, rounds: int, target: float | None, error: str = "") 
 def figures_of_rows(
     rows: Sequence[Mapping[str, Any]],
     *,
-    state_bytes: int,
+    up_bytes: int,
+    down_bytes: int,
     rounds: int,
     target: float | None = None,
     error: str = "",
@@ -117,8 +121,8 @@ def figures_of_rows(
     ----------
     rows : sequence of mapping
         The lines, in their order.
-    state_bytes : int
-        Bytes of one state.
+    up_bytes, down_bytes : int
+        Bytes that a client returns, and that are sent to it.
     rounds : int
         How many rounds the run is to have.
     target : float, optional
@@ -150,8 +154,8 @@ def figures_of_rows(
         best_accuracy=None if best is None else best["global_accuracy"],
         best_round=None if best is None else best["round"],
         rounds_to_target=reached[0] if reached else None,
-        up_bytes=state_bytes * sum(len(r["participants"]) - len(r["failed"]) for r in rows),
-        down_bytes=state_bytes * sum(len(r["participants"]) for r in rows),
+        up_bytes=up_bytes * sum(len(r["participants"]) - len(r["failed"]) for r in rows),
+        down_bytes=down_bytes * sum(len(r["participants"]) for r in rows),
         seconds=sum(row["seconds"]["total"] for row in rows),
     )
 

@@ -207,6 +207,13 @@ def test_what_a_strategy_keeps_of_the_parameters_is_counted_in_every_round(strat
     assert plan.run_bytes - plain.run_bytes == 3 * plan.strategy_bytes
 
 
+def test_control_variates_of_server_and_participants_are_counted():
+    plan, plain = (prepare(strategy=s, rounds=3) for s in ("scaffold", "delta-fedavg"))
+    one, participants = 4 * CNN_PARAMETERS, len(plan.config.participants_of(2))
+    assert plan.round_bytes(2) - plain.round_bytes(2) == (1 + participants) * one
+    assert plan.run_bytes - plain.run_bytes == 3 * (1 + participants) * one
+
+
 def test_capture_layers_that_match_nothing_are_refused():
     with pytest.raises(ConfigError) as caught:
         prepare(capture_layers=["fc.*", "head.*"])

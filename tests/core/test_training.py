@@ -697,6 +697,38 @@ def test_a_replay_with_the_proximal_term_lands_on_the_very_bits(digits, optimize
         assert not np.array_equal(without.parameters[name].numpy(), found.state[name])
 
 
+def test_a_correction_is_added_to_every_gradient_and_observers_see_the_data_loss_alone(digits):
+    """Karimireddy et al. 2020, eq. 3, in a plain loop."""
+    draw = torch.Generator().manual_seed(0)
+    model, start = build(seed=1), state_arrays(build())
+    correction = {n: torch.randn(p.shape, generator=draw) / 10 for n, p in model.named_parameters()}
+    observer = Objectives(model)
+    client = training(epochs=2, optimizer=PLAIN)
+    found = local_train(
+        model,
+        start,
+        batches_of(digits, range(150), client),
+        PLAIN,
+        observer,
+        correction={name: tensor.numpy() for name, tensor in correction.items()},
+    )
+    plain = build()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=PLAIN.learning_rate)
+    batches = batches_of(digits, range(150), client)
+    for batch, (step, gradients, _) in zip(batches, observer.steps, strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(batch.inputs), batch.targets).backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+            parameter.grad += correction[name]
+        whole = torch.cat([p.grad.flatten() for p in plain.parameters()])
+        assert step.proximal is None
+        assert float(step.objective_norm) == pytest.approx(float(whole.norm()), rel=1e-3)
+        optimizer.step()
+    for name, parameter in plain.named_parameters():
+        np.testing.assert_allclose(found.state[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+
 def test_the_term_has_the_same_bits_in_any_layout_and_in_any_parts():
     draw = torch.Generator().manual_seed(0)
     gradient, parameter, start = (torch.randn(7, 5, 3, 3, generator=draw) for _ in range(3))

@@ -16,6 +16,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.strategies import STRATEGIES
 from fedsim.recording import proofs
+from fedsim.recording.files import write_tensors
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.verify import verify
@@ -79,7 +80,8 @@ def test_a_run_stopped_in_every_round_ends_with_the_same_bytes(
     assert hashes(path) == hashes(whole(strategy))
     assert contents(path) == contents(whole(strategy))
     kept = [name for name in contents(path) if name.endswith("strategy.safetensors")]
-    assert len(kept) == (ROUNDS if strategy in KEEPS else 0)
+    stateful = strategy in KEEPS or strategy == "scaffold"
+    assert len(kept) == (ROUNDS if stateful else 0)
     assert verify(path).violations == []
 
 
@@ -220,8 +222,8 @@ def test_fedprox_trains_with_its_term_and_is_replayed_with_it(tmp_path: Path) ->
         assert client.steps[0]["objective_norm"] == pytest.approx(client.steps[0]["gradient_norm"])
         assert "proximal" not in other.steps[0]
         parameters, start = client.parameters_at(2), load_run(prox).round(0).state
-        data, whole = client.gradient(2), client.gradient(2, proximal=True)
-        both = client.gradient(2, proximal=True, weight_decay=True)
+        data, whole = client.gradient(2), client.gradient(2, objective=True)
+        both = client.gradient(2, objective=True, weight_decay=True)
         for name, gradient in data.items():
             expected = gradient + 0.5 * (parameters[name] - start[name])
             torch.testing.assert_close(whole[name], expected, rtol=0, atol=0)
@@ -278,3 +280,45 @@ def test_fednovas_state_is_proven_and_a_changed_one_found(tmp_path: Path) -> Non
     changed = Findings()
     proofs.prove_state(run, 1, changed)
     assert "is not the state before plus the step of fednova" in changed.violations[0]
+
+
+def test_scaffold_is_replayed_with_its_corrections_and_proven(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    go(plan_of("scaffold", capture="all", local_steps=4), path)
+    findings = verify(path, recompute=1)
+    assert findings.violations == []
+    assert findings.checks["replay"].notes == ["bit for bit"]
+    assert findings.checks["replay"].unproven == []
+    assert findings.checks["state"].proven == ROUNDS + 1
+    assert findings.checks["state"].unproven == []
+    run = load_run(path)
+    for client in run.round(ROUNDS).clients.values():
+        data, whole = client.gradient(1), client.gradient(1, objective=True)
+        assert client.correction is not None
+        for name, gradient in data.items():
+            assert torch.equal(whole[name], gradient + client.correction[name])
+        assert max(float(c.abs().max()) for c in client.correction.values()) > 0
+        norm = torch.cat([g.flatten() for g in whole.values()]).norm()
+        assert client.steps[1]["objective_norm"] == pytest.approx(float(norm), rel=1e-5)
+    # c is the mean of the clients' c_i.
+    latest = {p: c for r in range(1, ROUNDS + 1) for p, c in run.round(r).clients.items()}
+    kept = run.round(ROUNDS).strategy_state
+    for name in run.shapes:
+        mean = sum(c.control[name].double() for c in latest.values()) / run.config.clients
+        torch.testing.assert_close(kept[f"control/{name}"].double(), mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["clients/P/control", "strategy"])
+def test_a_changed_control_variate_is_found(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    plan = plan_of("scaffold", rounds=2)
+    go(plan, path)
+    name = what.replace("P", f"{plan.config.participants_of(1)[0]:04d}")
+    file = path / "rounds/0001" / f"{name}.safetensors"
+    arrays = {n: t.numpy().copy() for n, t in TensorFile(file).items()}
+    next(iter(arrays.values())).flat[0] += 1
+    write_tensors(file, arrays)
+    fuzz.reseal(path)
+    told = verify(path).violations
+    said = "does not follow from the delta" if "control" in what else "is not the mean of the"
+    assert any(said in violation for violation in told)

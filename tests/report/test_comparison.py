@@ -39,7 +39,7 @@ ROWS = [
 
 
 def test_the_figures_of_a_run_are_those_of_its_rows():
-    assert figures_of_rows(ROWS, state_bytes=100, rounds=4, target=0.5) == CellFigures(
+    assert figures_of_rows(ROWS, up_bytes=100, down_bytes=150, rounds=4, target=0.5) == CellFigures(
         status="finished",
         rounds_done=4,
         final_accuracy=0.6,
@@ -49,35 +49,41 @@ def test_the_figures_of_a_run_are_those_of_its_rows():
         rounds_to_target=1,
         # 3, 2, 3 and 3 were asked, and one of them failed.
         up_bytes=1000,
-        down_bytes=1100,
+        down_bytes=1650,
         seconds=8.5,
     )
 
 
 @pytest.mark.parametrize(("target", "rounds"), [(0.1, 0), (0.51, 3), (0.76, None), (None, None)])
 def test_rounds_to_a_target_are_those_of_the_first_that_reaches_it(target, rounds):
-    figures = figures_of_rows(ROWS, state_bytes=1, rounds=4, target=target)
+    figures = figures_of_rows(ROWS, up_bytes=1, down_bytes=1, rounds=4, target=target)
     assert figures.rounds_to_target == rounds
 
 
 def test_a_run_that_is_not_whole_has_no_final_figures():
-    figures = figures_of_rows(ROWS[:4], state_bytes=1, rounds=4, error="the disk is full")
+    figures = figures_of_rows(
+        ROWS[:4], up_bytes=1, down_bytes=1, rounds=4, error="the disk is full"
+    )
     assert (figures.status, figures.error, figures.rounds_done) == ("failed", "the disk is full", 3)
     assert (figures.final_accuracy, figures.final_loss) == (None, None)
     assert figures.best_accuracy == 0.75
-    assert figures_of_rows(ROWS[:4], state_bytes=1, rounds=4).status == "unfinished"
-    assert figures_of_rows([], state_bytes=1, rounds=4) == CellFigures(status="unfinished")
+    assert figures_of_rows(ROWS[:4], up_bytes=1, down_bytes=1, rounds=4).status == "unfinished"
+    assert figures_of_rows([], up_bytes=1, down_bytes=1, rounds=4) == CellFigures(
+        status="unfinished"
+    )
 
 
 def test_a_run_diverged_by_its_word_or_by_a_last_loss_that_is_none():
-    said = figures_of_rows(ROWS[:2], state_bytes=1, rounds=4, error="round 2", diverged=True)
+    said = figures_of_rows(
+        ROWS[:2], up_bytes=1, down_bytes=1, rounds=4, error="round 2", diverged=True
+    )
     assert (said.status, said.error, said.final_accuracy) == ("diverged", "round 2", None)
-    shown = figures_of_rows([*ROWS[:4], row(4, 0.1, loss=None)], state_bytes=1, rounds=4)
+    shown = figures_of_rows([*ROWS[:4], row(4, 0.1, loss=None)], up_bytes=1, down_bytes=1, rounds=4)
     assert (shown.status, shown.final_accuracy, shown.final_loss) == ("diverged", 0.1, None)
 
 
 def test_what_happened_before_a_run_was_finished_after_all_is_no_error():
-    figures = figures_of_rows(ROWS, state_bytes=1, rounds=4, error="Ray died at the end")
+    figures = figures_of_rows(ROWS, up_bytes=1, down_bytes=1, rounds=4, error="Ray died at the end")
     assert (figures.status, figures.error) == ("finished", "")
 
 

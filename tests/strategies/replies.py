@@ -57,12 +57,14 @@ def built(name, exporter=None, parameters=("w",), **settings):
     """Build a strategy of the registry with settings as the configuration names them."""
     table = {"name": name, **{k.replace("_", "-"): v for k, v in settings.items()}}
     config = RunConfig.from_mapping({"strategy": table, "clients-per-round": 5})
-    return build_strategy(config, parameters, exporter)
+    shapes = {name: np.shape(global_state().get(name)) for name in parameters}
+    return build_strategy(config, shapes, exporter)
 
 
 class Exporter:
     def __init__(self):
         self.clients, self.aggregates, self.states, self.kept = [], {}, {}, {}
+        self.controls = {}
 
     def add_client(self, row, delta):
         self.clients.append((row, delta))
@@ -72,6 +74,12 @@ class Exporter:
 
     def add_state(self, round_number, state):
         self.states[round_number] = state
+
+    def add_control(self, round_number, partition, arrays):
+        self.controls[partition] = arrays
+
+    def control(self, partition):
+        return self.controls.get(partition, {})
 
     def add_strategy_state(self, round_number, arrays):
         self.kept[round_number] = arrays

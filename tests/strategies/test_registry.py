@@ -10,9 +10,10 @@ from strategies.delta_fedavg import DeltaFedAvg
 from strategies.fednova import FedNova
 from strategies.recorded import Recorded
 from strategies.registry import FLOWERS, build_strategy, check_strategy
+from strategies.scaffold import Scaffold
 from tests.strategies.replies import Exporter, built
 
-OURS = {"delta-fedavg": DeltaFedAvg, "fednova": FedNova}
+OURS = {"delta-fedavg": DeltaFedAvg, "fednova": FedNova, "scaffold": Scaffold}
 DIFFERENT = {
     # Flower's momentum of 0, mu of 0 and choice of 1 make another strategy of these.
     "fedavgm": {"server_momentum": 0.0},
