@@ -44,7 +44,7 @@ class Deliveries:
         finally:
             setattr(vce_api, "add_messages_to_queue", theirs)  # noqa: B010
 
-    def partitions(self, stop: threading.Event) -> Mapping[int, int]:
+    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
         """Wait until the engine runs, and give its nodes by the partition that each holds.
 
         Raises
@@ -96,6 +96,6 @@ class EngineGrid(GridBehind):
         super().__init__(grid)
         self._deliveries = deliveries
 
-    def partitions(self, stop: threading.Event) -> Mapping[int, int]:
-        """Give the nodes by the partition that each holds, as `Deliveries.partitions` does."""
-        return self._deliveries.partitions(stop)
+    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
+        """Give the nodes by the partition that each holds, as `Deliveries.nodes_by_partition` does."""
+        return self._deliveries.nodes_by_partition(stop)

@@ -160,7 +160,7 @@ class ChosenNodes(GridBehind):
 class KnowsPartitions(Protocol):
     """A grid that knows which node holds which partition without asking the nodes."""
 
-    def partitions(self, stop: threading.Event) -> Mapping[int, int]:
+    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
         """Wait until there are nodes; give them by the partition that each holds."""
 
 
@@ -197,7 +197,7 @@ def map_partitions(
         When nodes are missing, or a partition is held by no node or by two.
     """
     if isinstance(grid, KnowsPartitions):
-        known = grid.partitions(stop)
+        known = grid.nodes_by_partition(stop)
         nodes = [node for _, node in zip(range(window), known.values(), strict=False)]
     else:
         known = {}
