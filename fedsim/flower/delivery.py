@@ -97,5 +97,5 @@ class EngineGrid(GridBehind):
         self._deliveries = deliveries
 
     def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
-        """Give the nodes by the partition that each holds, as `Deliveries.nodes_by_partition` does."""
+        """Do what `Deliveries.nodes_by_partition` does."""
         return self._deliveries.nodes_by_partition(stop)

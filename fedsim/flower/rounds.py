@@ -146,6 +146,7 @@ class RoundLoop:
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
+            self._writer.begin_round(number, len(participants))
             self._observer.round_started(number, participants)
             failed: list[int] = []
             arrays, _ = self._strategy.aggregate_train(

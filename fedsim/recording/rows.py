@@ -150,6 +150,7 @@ class TrainedClientRow(_ClientRow):
     seconds: dict[str, _Number]
     peak_memory: dict[str, _Count]
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
+    shard: _Id | None = None
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -172,6 +173,12 @@ class StepRow(_Row):
     objective_norm: _Number | None = None
     gradient_norm: _Number | None = None
     per_layer_norms: dict[str, _Number | None] = {}
+
+
+class SharedStepRow(StepRow):
+    """A line of ``steps-SSSSS.jsonl``."""
+
+    partition: _Id
 
 
 def check(model: type[BaseModel], value: Any, where: str) -> None:
