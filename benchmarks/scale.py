@@ -40,8 +40,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
-SAMPLES = 20
-"""Training samples of a client; with a batch size of 10, two local steps."""
+SAMPLES, BATCH_SIZE = 10, 5
+"""Training samples of a client, and of a step: two local steps."""
 
 
 def command_of(name: str, *flags: str) -> list[str]:
@@ -53,8 +53,9 @@ def options_of(clients: int, a_round: int, rounds: int) -> list[str]:
     """Give the flags of a run; the bare processes take the same configuration from its record."""
     return (
         f"--model cnn --dataset synthetic:{SAMPLES * clients}:10 --partition iid --min-samples 1 "
-        f"--clients {clients} --clients-per-round {a_round} --rounds {rounds} --batch-size 10 "
-        f"--capture none --device cpu --workers {WORKERS} --evaluate-every {rounds}"
+        f"--clients {clients} --clients-per-round {a_round} --rounds {rounds} "
+        f"--batch-size {BATCH_SIZE} --capture none --device cpu --workers {WORKERS} "
+        f"--evaluate-every {rounds}"
     ).split()
 
 
@@ -224,7 +225,7 @@ def measure(folder: Path, clients: int, a_round: int, rounds: int) -> dict[str, 
         "kb_a_client_round": sum(path.stat().st_size for path in files) / 1e3 / len(told),
         "verify_s": seconds_of(*command_of("verify", str(run))),
         "load_s": seconds_of_loading(run),
-        "report_s": seconds_of(*command_of("report", str(run))),
+        "report_s": seconds_of(*command_of("report", str(run), "--output", f"{run}.html")),
         "state_sha256": rows[-1]["state_sha256"],
     }
 

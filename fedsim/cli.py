@@ -86,8 +86,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_compare(commands, with_keys="compare" in arguments[:1])
     _add_inspect(commands)
     _add_verify(commands)
+    _add_collect(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_deploy(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -265,6 +267,47 @@ def _add_verify(commands: Any) -> None:
     command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
 
 
+def _add_collect(commands: Any) -> None:
+    command = commands.add_parser(
+        "collect",
+        help="bring what clients recorded on their own disks into a run directory",
+        description="Bring what clients recorded on their own disks into a run directory. Each "
+        "file is checked against the hash that the client told when it wrote it. The same command "
+        "goes on where it was stopped. Exit code 1 where a file is not what the client wrote.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_collect)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="what a node calls its recordings, or the folder of the run in it: a path, or a URL "
+        "that fsspec knows",
+    )
+
+
+def _collect(parsed: argparse.Namespace) -> int:
+    from fedsim.core.units import format_bytes
+    from fedsim.recording.collect import collect
+    from fedsim.recording.reader import load_run
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    console = make_console()
+    with ByteProgress(console, f"collecting into {parsed.run}") as progress:
+        collected = collect(load_run(parsed.run), parsed.source, progress)
+    lines = [f"collected: {collected.files:,} files, {format_bytes(collected.size)}"]
+    if collected.missing:
+        lines.append(f"not in any source: {len(collected.missing):,} files, {collected.missing[0]}")
+    for line in [*lines, *collected.wrong]:
+        console.print(line, markup=False, soft_wrap=True)
+    if not collected.wrong:
+        return SUCCESS
+    more = f" (and {len(collected.wrong) - 1} more)" if len(collected.wrong) > 1 else ""
+    _say(f"{collected.wrong[0]}{more}")
+    return FAILURE
+
+
 def _add_export(commands: Any) -> None:
     command = commands.add_parser(
         "export",
@@ -350,6 +393,133 @@ def _add_report(commands: Any) -> None:
         "(default: %(default)s)",
     )
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+
+
+def _add_deploy(commands: Any) -> None:
+    command = commands.add_parser(
+        "deploy",
+        help="make and start a federation of real Flower nodes",
+        description="Make and start a federation of real Flower nodes, for `flwr run`.",
+        allow_abbrev=False,
+    )
+    steps = command.add_subparsers(metavar="STEP", required=True)
+    init = steps.add_parser(
+        "init",
+        help="make the folder of a federation: certificates, keys, configuration, services",
+        description="Make the folder of a federation: an authority, the certificate of the server, "
+        "a key for each node, and the configuration, systemd units and compose files of all.",
+        allow_abbrev=False,
+    )
+    init.set_defaults(command=_deploy_init)
+    init.add_argument(
+        "--supernodes", type=int, default=4, metavar="N", help="one a partition (default: 4)"
+    )
+    init.add_argument(
+        "--address",
+        default="127.0.0.1",
+        help="host name or IP address of the server for the nodes (default: %(default)s)",
+    )
+    init.add_argument(
+        "--port",
+        type=int,
+        default=9092,
+        help="port for the nodes; those after it are used too (default: %(default)s)",
+    )
+    init.add_argument(
+        "--days", type=int, default=365, help="validity of certificates (default: %(default)s)"
+    )
+    init.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="where the nodes have the shared dataset"
+    )
+    init.add_argument(
+        "--capture", action="store_true", help="nodes allow that gradients are captured"
+    )
+    init.add_argument(
+        "--insecure", action="store_true", help="no TLS and no keys: anyone may join and listen"
+    )
+    start = steps.add_parser(
+        "start",
+        help="run all of a federation on this machine until Ctrl-C",
+        description="Run the SuperLink, its gateway and all SuperNodes on this machine. Ctrl-C "
+        "ends all of them.",
+        allow_abbrev=False,
+    )
+    start.set_defaults(command=_deploy_start)
+    register = steps.add_parser(
+        "register",
+        help="register the keys of all nodes at the SuperLink of this host",
+        description="Register the public keys of all nodes at the SuperLink of this host, each "
+        "for its partition.",
+        allow_abbrev=False,
+    )
+    register.set_defaults(command=_deploy_register)
+    gateway = steps.add_parser(
+        "gateway",
+        help="let the nodes reach the SuperLink of this host",
+        description="Pass on to the SuperLink of this host what its nodes may ask, and nothing "
+        "else, and log whom it refuses.",
+        allow_abbrev=False,
+    )
+    gateway.set_defaults(command=_deploy_gateway)
+    for step in (init, start, register, gateway):
+        step.add_argument("folder", type=Path, metavar="DIR", help="the folder of the federation")
+
+
+def _deploy_init(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.init import init
+
+    init(
+        parsed.folder,
+        Federation(
+            address=parsed.address,
+            port=parsed.port,
+            supernodes=parsed.supernodes,
+            insecure=parsed.insecure,
+        ),
+        days=parsed.days,
+        data_root=parsed.data_root.absolute() if parsed.data_root else None,
+        capture=parsed.capture,
+    )
+    if parsed.insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    _tell(f"written: {parsed.folder}; `fedsim deploy start {parsed.folder}` starts it here")
+
+
+def _deploy_start(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.start import start
+
+    if Federation.read(parsed.folder).insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    stop = threading.Event()
+    # A second one must not leave processes behind; the end takes seconds.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    start(parsed.folder, _tell, stop)
+
+
+def _deploy_register(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.start import register
+
+    register(parsed.folder, _tell)
+
+
+def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation, Places
+
+    federation = Federation.read(parsed.folder)
+    if federation.insecure:
+        raise InputError(f"{parsed.folder} is insecure: its nodes reach the SuperLink itself")
+
+    from fedsim.deploy.gateway import serve
+
+    serve(Places(parsed.folder.absolute()), federation)
+
+
+def _tell(text: str) -> None:
+    # Without what prints tables, which brings in torch.
+    print(text, flush=True)  # noqa: T201
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -477,9 +647,9 @@ def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
 
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
     return RunPlan.prepare(config), pool, output
 
@@ -497,7 +667,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
     from fedsim.report.terminal import make_console, printable
@@ -508,7 +678,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
@@ -601,7 +771,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     from fedsim import compare
     from fedsim.core.config import RunConfig
     from fedsim.flower.scratch import sweep
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.report.comparison import GridProgress, group_rows, print_comparison
     from fedsim.report.terminal import make_console
 
@@ -610,12 +780,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     output = Path(folder) if folder else compare.default_output()
     compare.check_grid(output, cells)
     sweep()
-    cpus = os.cpu_count() or 1
-    works = compare.find_work(
-        output,
-        cells,
-        lambda c: size_pool(c, machine_cpus=cpus, machine_gpus=machine_gpus(c)),
-    )
+    works = compare.find_work(output, cells, fit_pool)
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
     launch = compare.ProcessLauncher(output, more)

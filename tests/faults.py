@@ -26,7 +26,8 @@ import psutil
 from flwr.app import Array, ArrayRecord, Context, Message
 
 from fedsim.flower import messages as wire
-from fedsim.flower.client_app import FedSimClient, FedSimClientApp
+from fedsim.flower.client import FedSimClient
+from fedsim.flower.client_app import FedSimClientApp
 from fedsim.flower.client_app import app as client_app
 from fedsim.recording.files import TensorWriter
 from fedsim.recording.gradients import StepRecorder
@@ -187,7 +188,7 @@ def root_of(folder: Path) -> Path:
 
 def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
     """What takes the place of which method."""
-    fit, step = FedSimClient.fit, StepRecorder.__call__
+    train, step = FedSimClient.train, StepRecorder.__call__
     append, close = TensorWriter.append, TensorWriter.close
     fold, add_round, configure = DeltaFold.add, RunWriter.add_round, DeltaFedAvg.configure_train
     by_value = fault.kind in ("NaN", "wrong shape")
@@ -196,13 +197,15 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
     def here(folder: Path) -> bool:
         return f"rounds/{fault.round:04d}/" in folder.as_posix()
 
-    def faulty_fit(self: FedSimClient, parameters: Any, config: Any) -> Any:
+    def faulty_train(self: FedSimClient, parameters: Any, config: Any, correction: Any) -> Any:
         if config[wire.ROUND] == fault.round and fault.kind != "wrong shape" and fault.strikes():
             if by_value:
                 parameters = [np.full_like(parameters[0], np.nan), *parameters[1:]]
             else:
-                fault.act(Path(config[wire.RUN_FOLDER]))
-        return fit(self, parameters, config)
+                place = self._place(config)
+                assert place is not None
+                fault.act(place.root)
+        return train(self, parameters, config, correction)
 
     def faulty_step(self: StepRecorder, seen: Any) -> None:
         folder = self._folder
@@ -254,7 +257,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
         return configure(self, number, arrays, *rest)
 
     return {
-        "before training": [(FedSimClient, "fit", faulty_fit)],
+        "before training": [(FedSimClient, "train", faulty_train)],
         "mid-training": [(StepRecorder, "__call__", faulty_step)],
         "while writing": [
             (TensorWriter, "append", faulty_append),

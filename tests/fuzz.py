@@ -76,7 +76,7 @@ def make_run(path: Path, form: dict[str, Any], seed: int) -> None:
         **form,
     }
     plan = RunPlan.prepare(RunConfig.from_mapping(values))
-    grid = LocalGrid(app, plan.config.clients)
+    grid = LocalGrid(app, plan.config.clients, recordings=path.parent)
     execute(grid, plan, path, observer=Memory(), workers=1, stop=threading.Event())
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+# Flower stamps every message with the identity of the process that makes it.
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 class LocalGrid(Grid):
@@ -26,6 +31,10 @@ class LocalGrid(Grid):
         Give out the newest waiting reply only: the opposite of the order of sending.
     before
         Called with the partition and the message before the app; may raise.
+    recordings
+        Folder under which every node records, gradients included; none records without it.
+    node_config
+        Gives more of the configuration of the node that holds a partition.
     """
 
     def __init__(
@@ -35,13 +44,15 @@ class LocalGrid(Grid):
         *,
         newest_first: bool = False,
         before: Callable[[int, Message], None] | None = None,
+        recordings: Path | None = None,
+        node_config: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
-        # Flower stamps every message with the identity of the process that makes it.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self._app = app
         self.partitions = {(7919 * (i + 3)) % 100_003 + 1: i for i in range(clients)}
         self._newest_first = newest_first
         self._before = before
+        self._recordings = recordings
+        self._more = node_config or (lambda partition: {})
         self._numbers = itertools.count(1)
         self._replies: dict[str, Message] = {}
         self.most_waiting = 0
@@ -75,7 +86,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_src_node_id"] = 1
             self._replies[number] = self._answer(message)
             ids.append(number)
-        self.most_waiting = max(self.most_waiting, len(self._replies))
+        trained = [r for r in self._replies.values() if r.metadata.message_type == "train"]
+        self.most_waiting = max(self.most_waiting, len(trained))
         return ids
 
     def _answer(self, message: Message) -> Message:
@@ -83,7 +95,7 @@ class LocalGrid(Grid):
         context = Context(
             run_id=1,
             node_id=message.metadata.dst_node_id,
-            node_config={"partition-id": partition, "num-partitions": len(self.partitions)},
+            node_config=self._node_config(partition),
             state=RecordDict(),
             run_config={},
         )
@@ -93,6 +105,15 @@ class LocalGrid(Grid):
             return self._app(message, context)
         except Exception:
             return Message(Error(code=2, reason=traceback.format_exc()), reply_to=message)
+
+    def _node_config(self, partition: int) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "partition-id": partition,
+            "num-partitions": len(self.partitions),
+        }
+        if self._recordings is not None:
+            config |= {"recordings": str(self._recordings.resolve()), "capture": True}
+        return config | self._more(partition)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         newest = next(reversed(self._replies), None)

@@ -39,11 +39,9 @@ VALUES = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(folder / "cache"))
-        plan = RunPlan.prepare(RunConfig.from_mapping(VALUES))
+    plan = RunPlan.prepare(RunConfig.from_mapping(VALUES))
     execute(
-        LocalGrid(app, 4),
+        LocalGrid(app, 4, recordings=folder),
         plan,
         folder / "run",
         observer=Memory(),

@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from fedsim import cli, compare
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
@@ -32,6 +31,8 @@ from fedsim.report.comparison import CellFigures
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "dataset": "synthetic:60:3",
@@ -44,16 +45,6 @@ SMALL = {
     "device": "cpu",
 }
 AXES = [Axis("strategy", ("delta-fedavg", "fedavgm")), Axis("seed", (1, 2))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 class Told:
@@ -99,7 +90,7 @@ class Local:
 
         try:
             execute(
-                LocalGrid(app, plan.config.clients, before=before),
+                LocalGrid(app, plan.config.clients, before=before, recordings=work.path.parent),
                 plan,
                 work.path,
                 observer=Memory(),

@@ -21,7 +21,7 @@ from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import ConfigError
 from fedsim.core.images import normalise
 from fedsim.core.models import build_model
-from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.support import Taps, live_taps, packed_size
@@ -102,6 +102,11 @@ class RunPlan:
     def sizes(self) -> list[int]:
         """Training samples of each client, by partition id."""
         return [len(indices) for indices in self.partition]
+
+    @cached_property
+    def partition_sha256(self) -> str:
+        """Hash of the whole partition."""
+        return partition_sha256(self.partition)
 
     @cached_property
     def state_bytes(self) -> int:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
-from fedsim.flower import messages as wire
-from fedsim.flower.replies import traceback_of
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
@@ -50,7 +49,7 @@ def stream_replies(
     RunInterruptedError
         Once `stop` is set.
     RunFailedError
-        When Flower refuses a message, or no reply came in time.
+        When no reply came in time.
     """
     waiting: dict[str, int] = {}
     arrived: dict[int, Message] = {}
@@ -60,7 +59,15 @@ def stream_replies(
         pause = _SHORTEST_POLL
         while True:
             while sent < min(len(messages), position + window):
-                waiting[_push(grid, messages[sent])] = sent
+                message_id = next(iter(grid.push_messages([messages[sent]])), None)
+                if message_id:
+                    waiting[message_id] = sent
+                else:
+                    # The node is not registered any more.
+                    arrived[sent] = Message(
+                        Error(ErrorCode.NODE_UNAVAILABLE, "its node is gone"),
+                        reply_to=messages[sent],
+                    )
                 sent += 1
             if position in arrived:
                 break
@@ -79,13 +86,6 @@ def stream_replies(
         last = time.monotonic()
 
 
-def _push(grid: Grid, message: Message) -> str:
-    message_id = next(iter(grid.push_messages([message])), None)
-    if message_id is None:
-        raise RunFailedError(f"Flower took no message for node {message.metadata.dst_node_id}")
-    return message_id
-
-
 class GridBehind(Grid):
     """A grid that leaves everything to another one.
 
@@ -101,6 +101,10 @@ class GridBehind(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Give the nodes of the grid behind."""
         return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Give what the grid behind knows of its nodes."""
+        return self._grid.get_nodes()
 
     def set_run(self, run: Run) -> None:
         """Do nothing: the grid behind has its run."""
@@ -154,87 +158,3 @@ class ChosenNodes(GridBehind):
     def get_node_ids(self) -> Iterable[int]:
         """Give the chosen nodes."""
         return list(self._node_ids)
-
-
-@runtime_checkable
-class KnowsPartitions(Protocol):
-    """A grid that knows which node holds which partition without asking the nodes."""
-
-    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
-        """Wait until there are nodes; give them by the partition that each holds."""
-
-
-def map_partitions(
-    grid: Grid, *, clients: int, window: int, stop: threading.Event, patience: float = 60.0
-) -> dict[int, int]:
-    """Learn which node holds which partition, once all of them are there.
-
-    Node ids are random in every run and never leave this map. Each node is asked what it holds;
-    where the grid knows, only as many as there is a window for. They are asked so that every worker
-    is up before anyone's time counts.
-
-    Parameters
-    ----------
-    grid : Grid
-        Any of Flower's grids.
-    clients : int
-        Partitions that must be held, 0 to `clients` - 1.
-    window : int
-        As in `stream_replies`.
-    stop : threading.Event
-        Set by whoever wants the run to end.
-    patience : float
-        Seconds to wait for nodes to register.
-
-    Returns
-    -------
-    dict of int to int
-        Partition id to node id.
-
-    Raises
-    ------
-    RunFailedError
-        When nodes are missing, or a partition is held by no node or by two.
-    """
-    if isinstance(grid, KnowsPartitions):
-        known = grid.nodes_by_partition(stop)
-        nodes = [node for _, node in zip(range(window), known.values(), strict=False)]
-    else:
-        known = {}
-        nodes = _wait_for_nodes(grid, clients, stop, patience)
-    queries = [Message(_empty_query(), node, MessageType.QUERY) for node in nodes]
-    held: dict[int, int] = {}
-    replies = stream_replies(grid, queries, window=window, stop=stop)
-    for node, reply in zip(nodes, replies, strict=True):
-        if reply.has_error():
-            cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
-            raise RunFailedError(f"a node could not say which partition it holds: {cause}")
-        record = reply.content.metric_records[wire.METRICS]
-        partition = int(record[wire.PARTITION])  # type: ignore[arg-type]
-        if partition in held:
-            raise RunFailedError(f"two nodes hold partition {partition}; each needs its own")
-        held[partition] = node
-    held = {**known, **held}
-    missing = sorted(set(range(clients)) - set(held))
-    if missing:
-        raise RunFailedError(f"no node holds partition {missing[0]}; clients = {clients}")
-    return held
-
-
-def _empty_query() -> RecordDict:
-    return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})
-
-
-def _wait_for_nodes(grid: Grid, clients: int, stop: threading.Event, patience: float) -> list[int]:
-    waited = 0.0
-    while len(nodes := list(grid.get_node_ids())) < clients:
-        if waited >= patience:
-            raise RunFailedError(
-                f"clients = {clients} needs as many Flower nodes and {len(nodes)} registered in "
-                f"{patience:.0f} s; a simulation under `flwr run` gets them with "
-                f'--federation-config "num-supernodes={clients}"'
-            )
-        if stop.wait(_LONGEST_POLL):
-            raise RunInterruptedError("interrupted")
-        waited += _LONGEST_POLL
-    return nodes

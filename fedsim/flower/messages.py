@@ -26,13 +26,19 @@ RUN_CONFIG = "config"
 """Key of the whole run configuration as JSON."""
 ROUND = "server-round"
 PARTITION = "partition"
-RUN_FOLDER = "run-folder"
-"""Key of the run directory; empty where the client is to record nothing."""
+RUN = "run"
+"""Key of what the run directory is called on the server's disk: a name, never a path."""
+RUN_ID = "run-id"
+"""Key of the run's id, with which a client records the run; without it nothing is recorded."""
+PARTITION_SHA256 = "partition-sha256"
+"""Key of the hash of the whole partition, by which clients know that they deal it likewise."""
 NUM_EXAMPLES = "num-examples"
 PROXIMAL_MU = "proximal-mu"
 """Key of the factor of FedProx's term, by which Flower's strategy asks for it."""
 DISK_FULL = "the disk is full"
 """What a client's failure says when there was no room for its gradients."""
+CAPTURE_REFUSED = "capture is not allowed by this node (its configuration says capture = false)"
+"""What a client says that trained and captured nothing, though the server asked for it."""
 
 _LEGACY_KEYS = (
     "fitins.parameters",
@@ -76,14 +82,22 @@ def state_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
 
 
 def train_config(
-    run_config: str, *, round_number: int, partition: int, run_folder: str
+    run_config: str,
+    *,
+    round_number: int,
+    partition: int,
+    partition_sha256: str,
+    run: str,
+    run_id: str,
 ) -> dict[str, str | int]:
     """Give the keys of one client's training message."""
     return {
         RUN_CONFIG: run_config,
         ROUND: round_number,
         PARTITION: partition,
-        RUN_FOLDER: run_folder,
+        PARTITION_SHA256: partition_sha256,
+        RUN: run,
+        RUN_ID: run_id,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,11 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import check_like, first_not_finite
+from fedsim.core.errors import InputError, shorten
 from fedsim.flower import messages as wire
+from fedsim.recording import rows
+from fedsim.recording.files import json_line
+from fedsim.recording.layout import is_of_client
 from strategies.folding import telemetry_of, view_of
 
 State = Mapping[str, NDArray[np.generic]]
@@ -64,16 +69,31 @@ def problem_of(
             return f"returned the telemetry of client {row['partition']}"
         if weight != num_samples:
             return f"returned {wire.NUM_EXAMPLES} = {weight!r}; its partition has {num_samples}"
+        _check_telemetry(row)
         sizes = {str(name): int(file["bytes"]) for name, file in row["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, InputError) as error:
         return f"returned what cannot be folded: {error or type(error).__name__}"
-    for name, size in sizes.items():
+    # What a client keeps on its own disk is known by its hashes.
+    for name, size in sizes.items() if row.get("place", "run") == "run" else ():
         if (found := _size_of(folder / Path(name).name)) != size:
             there = "is gone" if found is None else f"has {found} bytes"
             return f"wrote {size} bytes to {folder / name}, which {there}"
     if not allow_divergence and (layer := first_not_finite(local)):
         return f"returned {layer} {NOT_FINITE}{loss_of(row)}"
     return None
+
+
+def _check_telemetry(row: dict[str, Any]) -> None:
+    """Refuse what could not be read back from ``clients.jsonl``, or speaks of foreign files."""
+    if "round" in row:
+        raise ValueError("its telemetry names a round")
+    as_written = json.loads(json_line({"round": 0, **row}))
+    rows.check(rows.TrainedClientRow, as_written, "its telemetry")
+    for name in row["files"]:
+        if not is_of_client(name):
+            raise ValueError(f"its telemetry lists {shorten(name)}, which no client writes")
+    if row["files"] and row.get("place") == "none":
+        raise ValueError("its telemetry lists files and says that there are none")
 
 
 def loss_of(row: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
-from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
+from fedsim.flower.grid import ChosenNodes, stream_replies
+from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
@@ -44,7 +45,10 @@ _PATIENCE = 60.0
 
 
 class RunObserver(Protocol):
-    """Someone who watches a run; called from the server's thread."""
+    """Someone who watches a run; called from the server's thread, but for warnings."""
+
+    def warned(self, text: str) -> None:
+        """Tell what the user should know, and what the run goes on without."""
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Tell that the run directory exists and clients are being started."""
@@ -100,6 +104,7 @@ class RoundLoop:
         self._plan = plan
         self._config = plan.config
         self._config_json = plan.config.to_json()
+        self._run_name = writer.layout.root.resolve().name
         self._grid = grid
         self._strategy = strategy
         self._writer = writer
@@ -132,9 +137,13 @@ class RoundLoop:
         RunInterruptedError
             Once the stop event is set.
         """
-        nodes = map_partitions(
-            self._grid, clients=self._config.clients, window=self._window, stop=self._stop
+        membership = membership_of(
+            self._grid,
+            clients=self._config.clients,
+            stop=self._stop,
+            tell=self._observer.warned,
         )
+        membership.wait_for_all(self._config.node_timeout)
         if after is None:
             state: State = self._plan.initial_state
             self._writer.add_state(0, state)
@@ -148,6 +157,11 @@ class RoundLoop:
             participants = self._config.participants_of(number)
             self._writer.begin_round(number, len(participants))
             self._observer.round_started(number, participants)
+            nodes = membership.nodes_of(
+                participants,
+                spare=self._config.max_failures,
+                patience=self._config.node_timeout,
+            )
             failed: list[int] = []
             arrays, _ = self._strategy.aggregate_train(
                 number, self._replies(number, participants, nodes, state, failed)
@@ -264,7 +278,9 @@ class RoundLoop:
                 self._config_json,
                 round_number=number,
                 partition=partition,
-                run_folder=str(self._writer.layout.root.resolve()),
+                partition_sha256=self._plan.partition_sha256,
+                run=self._run_name,
+                run_id=self._writer.run_id,
             )
         )
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import shutil
 import threading
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.serverapp import Grid
 
-import fedsim
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
-from fedsim.core.partition import partition_sha256
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.layout import format_of
+from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.reader import Run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
@@ -44,6 +42,8 @@ def check_output(path: Path, plan: RunPlan) -> None:
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
     check_strategy(plan.config.strategy)
+    if plan.config.mirror is not None:
+        open_mirror(plan.config.mirror)
     try:
         path.lstat()
     except FileNotFoundError:
@@ -69,12 +69,15 @@ def check_output(path: Path, plan: RunPlan) -> None:
 MAY_CHANGE = (
     "rounds",
     "workers",
+    "ray-address",
     "data-root",
     "max-failures",
     "client-timeout",
+    "node-timeout",
     "allow-divergence",
     "capture-budget",
     "output",
+    "mirror",
 )
 """Keys that a run may be resumed with another value of: none of them decides what a round is."""
 
@@ -99,12 +102,14 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     check_strategy(plan.config.strategy)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if partition_sha256(plan.partition) != run.entry("partition")["sha256"]:
+    if plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     if is_being_written(run.path):
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
         )
+    if plan.config.mirror is not None:
+        check_mirror(plan.config.mirror, run.path)
     recovery = find_recovery(run.path)
     last = recovery.round
     # One that was killed before it could say that it is finished has that left to do.
@@ -170,49 +175,42 @@ def execute(
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     if plan.config.deterministic:
         use_deterministic(True)
-    try:
-        observer.run_started(plan, workers, output)
-        loop = RoundLoop(
-            plan,
-            grid=grid,
-            strategy=build_strategy(plan.config, plan.parameters, writer),
-            writer=writer,
-            observer=observer,
-            workers=workers,
-            stop=stop,
-        )
-        loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
-    except BaseException as error:
-        failure = error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            failure = DiskFullError(f"the disk of {output} is full: {error}")
-        # A round without a row is nothing; and where the disk is full, this makes room for the word
-        # that the run failed.
-        with contextlib.suppress(OSError):
-            writer.drop_unfinished_round()
-        # Whatever ended the run is what the user must hear, not that this cannot be written.
-        with contextlib.suppress(OSError):
-            writer.finish(
-                "failed",
-                str(failure) or type(failure).__name__,
-                diverged=isinstance(failure, DivergedError),
+    with mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop) as wake:
+        writer.on_change = wake
+        wake()
+        try:
+            observer.run_started(plan, workers, output)
+            loop = RoundLoop(
+                plan,
+                grid=grid,
+                strategy=build_strategy(plan.config, plan.parameters, writer),
+                writer=writer,
+                observer=observer,
+                workers=workers,
+                stop=stop,
             )
-        raise failure from None if failure is error else error
-    else:
-        writer.finish("finished")
-        observer.run_finished(output)
-    finally:
-        writer.close()
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of what decides the bits of a run."""
-    names = ("flwr", "ray", "torch", "torchvision", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "fedsim": fedsim.__version__,
-    }
+            loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
+        except BaseException as error:
+            failure = error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                failure = DiskFullError(f"the disk of {output} is full: {error}")
+            # A round without a row is nothing; and where the disk is full, this makes room for the
+            # word that the run failed.
+            with contextlib.suppress(OSError):
+                writer.drop_unfinished_round()
+            # Whatever ended the run is what the user must hear, not that this cannot be written.
+            with contextlib.suppress(OSError):
+                writer.finish(
+                    "failed",
+                    str(failure) or type(failure).__name__,
+                    diverged=isinstance(failure, DivergedError),
+                )
+            raise failure from None if failure is error else error
+        else:
+            writer.finish("finished")
+            observer.run_finished(output)
+        finally:
+            writer.close()
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:
@@ -251,5 +249,5 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
             "test_size": data.spec.test_size,
             "sha256": data.sha256(),
         },
-        "partition": {"sha256": partition_sha256(plan.partition), "sizes": plan.sizes},
+        "partition": {"sha256": plan.partition_sha256, "sizes": plan.sizes},
     }

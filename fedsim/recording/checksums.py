@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import Checksum, json_line, text_lines
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.rows import ChecksumRow
 
 _SEAL = ',"line":"'
 
 
-def checksum_line(files: Mapping[str, Checksum]) -> bytes:
+def checksum_line(files: Mapping[str, Checksum], elsewhere: Collection[str] = ()) -> bytes:
     """Encode a line: the checksums of some files, and one of the line itself up to there."""
-    body = json_line({"files": {name: c.to_json() for name, c in files.items()}})[:-2]
+    row: dict[str, Any] = {"files": {name: c.to_json() for name, c in files.items()}}
+    if elsewhere:
+        row["elsewhere"] = sorted(elsewhere)
+    body = json_line(row)[:-2]
     return body + f'{_SEAL}{Checksum.of(body).xxh3_128}"}}\n'.encode()
 
 
@@ -31,10 +38,14 @@ class ChecksumLine:
     files : dict of str to Checksum
         By path inside the run directory, with slashes. A later line speaks for a file that an
         earlier one listed too; of a file that grows, the checksum is that of its beginning.
+    elsewhere : frozenset of str
+        Those of them that clients wrote to their own disks, where they stay until they are
+        collected.
     """
 
     number: int
     files: dict[str, Checksum]
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> Checksum | None:
@@ -52,20 +63,35 @@ def read_checksums(path: Path) -> Iterator[ChecksumLine]:
     """
     try:
         for number, line in enumerate(text_lines(path), start=1):
-            files = _files_of(line[:-1])
-            if files is None:
+            row = _row_of(line[:-1])
+            if row is None:
                 raise InputError(f"{path}: line {number} is not what was written")
-            yield ChecksumLine(number, files)
+            files = {name: Checksum(file.bytes, file.xxh3_128) for name, file in row.files.items()}
+            yield ChecksumLine(number, files, frozenset(row.elsewhere))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _files_of(line: bytes) -> dict[str, Checksum] | None:
+def files_elsewhere(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
+    """Name the files of a run that are on the disks of clients, and not in the run directory."""
+    layout, names = RunLayout(root), set[str]()
+    for line in lines:
+        names -= line.files.keys()
+        names |= line.elsewhere & line.files.keys()
+    away = set()
+    for name in names:
+        # A name from a forged list may lead anywhere: whoever opens it says so.
+        with contextlib.suppress(InputError):
+            if not os.path.lexists(layout.inside(name)):
+                away.add(name)
+    return away
+
+
+def _row_of(line: bytes) -> ChecksumRow | None:
     body, seal, rest = line.rpartition(_SEAL.encode())
     if not seal or rest != f'{Checksum.of(body).xxh3_128}"}}'.encode():
         return None
     try:
-        found = ChecksumRow.model_validate(parse_json(body + b"}")).files
+        return ChecksumRow.model_validate(parse_json(body + b"}"))
     except ValueError:
         return None
-    return {name: Checksum(file.bytes, file.xxh3_128) for name, file in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 
@@ -118,6 +119,14 @@ SHARD_INDEX = "gradients.safetensors.index.json"
 def shard_name(shard: int) -> str:
     """File name of a shard of captured gradients, from 0."""
     return f"gradients-{shard:05d}.safetensors"
+
+
+def is_of_client(name: str) -> bool:
+    """Say whether a file of that name in a client's folder is one that a client writes."""
+    return name in (STEPS, SKETCH, SHARD_INDEX) or bool(_SHARD.fullmatch(name))
+
+
+_SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
 
 
 def delta_key(partition: int, name: str) -> str:

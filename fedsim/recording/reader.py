@@ -653,6 +653,11 @@ class Client:
     @cached_property
     def shards(self) -> dict[str, Shard]:
         """The file of each captured gradient, by its key ``SSSSSS/<parameter>``."""
+        if not self._run.has_captured(self.telemetry):
+            raise InputError(
+                f"gradients of client {self.partition} in round {self.round} are on the client's "
+                f"disk; `fedsim collect` brings them"
+            )
         paths = sorted(self.folder.glob("gradients-*.safetensors"))
         shards = [Shard(path, self._run.shapes) for path in paths]
         for shard in shards:
@@ -867,6 +872,19 @@ class Run:
         """The safetensors dtype and the shape of each array of a state, by name."""
         arrays = self.parameters + self.entry("model")["buffers"]
         return {a["name"]: (DTYPES.get(a["dtype"], ""), tuple(a["shape"])) for a in arrays}
+
+    def has_captured(self, row: Mapping[str, Any]) -> bool:
+        """Say whether what a client captured is in the run directory, whatever that is.
+
+        Parameters
+        ----------
+        row : mapping
+            The line of ``clients.jsonl``, of a client that trained.
+        """
+        if row.get("place") != "node":
+            return True
+        folder = self.layout.client(row["round"], row["partition"])
+        return all(os.path.lexists(folder / name) for name in row["files"] if name != STEPS)
 
     def state_file(self, path: Path) -> TensorFile:
         """Open a state or a delta.

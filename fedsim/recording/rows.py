@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import text_lines
+from fedsim.recording.places import RUN_ID
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Id = Annotated[int, Field(ge=0, le=10**9)]
@@ -73,6 +74,7 @@ class _Resumed(_Row):
 class Manifest(_Row):
     """``run.json``. What is not there is missed by whoever needs it."""
 
+    id: Annotated[str, Field(pattern=rf"^{RUN_ID}\z")] | None = None
     status: Literal["running", "finished", "failed"] = "running"
     error: str = ""
     diverged: bool = False
@@ -115,6 +117,7 @@ class ChecksumRow(_Row):
     """A line of ``checksums.jsonl`` up to its seal."""
 
     files: dict[str, FileChecksum]
+    elsewhere: list[str] = []
 
 
 class _ClientRow(_Row):
@@ -150,6 +153,8 @@ class TrainedClientRow(_ClientRow):
     seconds: dict[str, _Number]
     peak_memory: dict[str, _Count]
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
+    place: Literal["run", "node", "none"] = "run"
+    not_captured: str = ""
     shard: _Id | None = None
 
     @model_validator(mode="after")

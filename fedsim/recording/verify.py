@@ -17,8 +17,9 @@ from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import KEEPS
+from fedsim.core.units import format_bytes
 from fedsim.recording import proofs
-from fedsim.recording.checksums import ChecksumLine, read_checksums
+from fedsim.recording.checksums import ChecksumLine, files_elsewhere, read_checksums
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
 from fedsim.recording.findings import (
@@ -161,6 +162,7 @@ class _Verifier:
         self._lock = threading.Lock()
         self._of_thread = threading.local()
         self._listed: dict[str, Checksum] = {}
+        self._away: set[str] = set()
         self._state_of: dict[str, bool] = {}
         self._done = 0
         self._to_do = 0
@@ -186,6 +188,9 @@ class _Verifier:
         lines = self._without_unfinished_round(lines, finished)
         for line in lines:
             self._listed.update(line.files)
+        self._away = files_elsewhere(self._path, lines)
+        if self._away:
+            self.findings.leave(FILES, self._on_clients())
         versions = [line.files["run.json"] for line in lines if "run.json" in line.files]
         whole = [self._check_root_file("run.json", versions, size_may_differ=False)]
         for name in ("rounds.jsonl", "clients.jsonl"):
@@ -194,6 +199,13 @@ class _Verifier:
         for name in _ROOT_FILES:
             self._listed.pop(name, None)
         return run if all(whole) else None
+
+    def _on_clients(self) -> str:
+        size = format_bytes(sum(self._listed[name].size for name in self._away))
+        return (
+            f"{len(self._away):,} files ({size}) are on the disks of clients; `fedsim collect` "
+            "brings them"
+        )
 
     def _without_unfinished_round(
         self, lines: list[ChecksumLine], finished: bool
@@ -268,7 +280,7 @@ class _Verifier:
 
     def check_other_files(self) -> None:
         """Check the listed files that nothing has asked for."""
-        left = sorted(set(self._listed) - set(self._state_of))
+        left = sorted(set(self._listed) - set(self._state_of) - self._away)
         self._in_parallel([partial(self._is_whole, name) for name in left])
 
     def _in_parallel(self, tasks: Sequence[Callable[[], object]]) -> None:
@@ -312,11 +324,14 @@ class _Verifier:
         whole = True
         for name in names:
             if not self._is_whole(name):
-                self.findings.leave(check, f"{name} is damaged")
+                away = name in self._away
+                self.findings.leave(check, self._on_clients() if away else f"{name} is damaged")
                 whole = False
         return whole
 
     def _is_whole(self, name: str, checksum: Callable[[], Checksum] | None = None) -> bool:
+        if name in self._away:
+            return False
         with self._lock:
             if name in self._state_of:
                 return self._state_of[name]
@@ -410,12 +425,18 @@ class _Verifier:
             for name, file in told.items():
                 if name in self._listed and self._listed[name].to_json() != file:
                     self.findings.violate(FILES, f"clients.jsonl has another checksum of {name}")
+            if client.telemetry.get("place") == "none":
+                self.findings.leave(STEPS, "some clients keep no record on their nodes")
+                return
             steps = self._name(client.steps_path)
             if self._whole(STEPS, [steps, "partition.safetensors"]):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
             shards = sorted(name for name in told if "/gradients-" in name)
-            if shards != sorted(
+            if not self._away.isdisjoint(told):
+                for check in (GRADIENTS, REPLAY) if shards else ():
+                    self.findings.leave(check, self._on_clients())
+            elif shards != sorted(
                 self._name(p) for p in client.folder.glob("gradients-*.safetensors")
             ):
                 self.findings.violate(FILES, f"{folder} has other shards than clients.jsonl says")
@@ -432,6 +453,10 @@ class _Verifier:
         kept, num_steps = run.config.capture, client.telemetry["num_steps"]
         if not run.config.policy.keeps_gradients:
             self.findings.leave(REPLAY, f"capture = {kept!r} keeps no gradients")
+        elif client.telemetry.get("not_captured"):
+            if client.captured_steps:
+                self.findings.violate(GRADIENTS, f"{self._name(client.folder)} has gradients")
+            self.findings.leave(REPLAY, "some nodes do not allow capture")
         elif self._holds_what_is_kept(run, client):
             reason = f"capture = {kept!r} keeps {len(client.captured_steps)} of {num_steps} steps"
             if len(client.captured_steps) == num_steps:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +30,7 @@ from fedsim.recording.files import (
     write_tensors,
 )
 from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
+from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.recovery import Recovery, check_places
 from fedsim.recording.shared import SharedFiles
@@ -68,13 +69,20 @@ class RunWriter:
         An existing run directory; `create` makes a new one.
     manifest : mapping
         Contents of ``run.json``.
+
+    Attributes
+    ----------
+    on_change : callable
+        Called when a round was closed or ``run.json`` written.
     """
 
     def __init__(self, root: Path, manifest: Mapping[str, Any]) -> None:
         self.layout = RunLayout(root)
+        self.on_change: Callable[[], None] = lambda: None
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
         self._shared: SharedFiles | None = None
+        self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
         self._sealed = _size_of(self.layout.checksums)
 
@@ -106,7 +114,8 @@ class RunWriter:
             ) from None
         except OSError as error:
             raise InputError(f"output = {str(root)!r} cannot be made: {error.strerror}") from None
-        writer = cls(root, {"format": FORMAT, "status": "running", **manifest})
+        described = {"format": FORMAT, "id": new_run_id(), "status": "running", **manifest}
+        writer = cls(root, described)
         writer._lock()
         # First of all: with it, a run that is killed at once can be resumed.
         writer._write_manifest()
@@ -154,6 +163,7 @@ class RunWriter:
         run = load_run(root)
         check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k not in ("error", "diverged")}
+        manifest.setdefault("id", new_run_id())
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
             {"after": recovery.round, "versions": dict(versions)},
@@ -169,7 +179,7 @@ class RunWriter:
             os.truncate(path, kept[-1].files[path.name].size if kept else 0)
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
-        seals = [checksum_line(line.files) for line in kept]
+        seals = [checksum_line(line.files, line.elsewhere) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
         writer._sealed = _size_of(layout.checksums)
@@ -178,6 +188,11 @@ class RunWriter:
         if not kept:
             writer._begin(partition)
         return writer
+
+    @property
+    def run_id(self) -> str:
+        """By which hosts that share no disk know the run."""
+        return str(self._manifest["id"])
 
     @property
     def last_round(self) -> int:
@@ -257,10 +272,14 @@ class RunWriter:
             self._write_tensors(self.layout.delta(row["round"], row["partition"]), delta)
         else:
             row |= {"shard": self._shared.shard, "files": {**row.get("files", {})}}
-            steps = self._taken_steps(folder, row["files"])
+            here = row.get("place", "run") == "run"
+            steps = self._taken_steps(folder, row["files"]) if here else b""
             self._list(self._shared.add(row["partition"], delta, steps))
         for name, file in row.get("files", {}).items():
-            self._round_files[self._name(folder / name)] = Checksum(file["bytes"], file["xxh3_128"])
+            listed = self._name(folder / name)
+            self._round_files[listed] = Checksum(file["bytes"], file["xxh3_128"])
+            if row.get("place") == "node":
+                self._elsewhere.add(listed)
         self._append(self.layout.clients, json_line(row))
 
     def _taken_steps(self, folder: Path, files: dict[str, Any]) -> bytes:
@@ -326,6 +345,8 @@ class RunWriter:
         if self._shared is not None:
             self._list(self._shared.close())
         for name, checksum in self._round_files.items():
+            if name in self._elsewhere:
+                continue
             if (size := _size_of(self.layout.root / name)) != checksum.size:
                 raise RunFailedError(
                     f"{self.layout.root / name} was changed by another program: it has {size} "
@@ -336,8 +357,9 @@ class RunWriter:
         self._grown[self.layout.rounds].update(line)
         grown = {self._name(path): digest.checksum() for path, digest in self._grown.items()}
         self._seal(self._round_files | grown)
-        self._round_files = {}
+        self._round_files, self._elsewhere = {}, set()
         append_line(self.layout.rounds, line, at=before)
+        self.on_change()
 
     def drop_unfinished_round(self) -> None:
         """Remove the files of the round that has no row, however many gigabytes they are."""
@@ -361,6 +383,7 @@ class RunWriter:
         self._seal({self.layout.manifest: Checksum.of(document)})
         with temporary(self.layout.manifest) as unfinished:
             unfinished.write_bytes(document)
+        self.on_change()
 
     def _write_tensors(self, path: Path, arrays: State) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +399,7 @@ class RunWriter:
     def _seal(self, files: Mapping[str, Checksum] | Mapping[Path, Checksum]) -> None:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
-        line = checksum_line(named)
+        line = checksum_line(named, self._elsewhere & named.keys())
         append_line(self.layout.checksums, line, at=self._sealed)
         self._sealed += len(line)
 

@@ -93,7 +93,7 @@ def figures_of(run: Run, *, rounds: int, target: float | None, error: str = "") 
         math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in run.described.values()
     )
     corrects = run.config.strategy.name == "scaffold"
-    correction = sum(math.prod(shape) * ITEM_BYTES["float32"] for shape in run.shapes.values())
+    correction = sum(math.prod(shape) * ITEM_BYTES["F32"] for shape in run.shapes.values())
     return figures_of_rows(
         run.round_rows,
         up_bytes=state_bytes,

@@ -360,6 +360,8 @@ class Study:
         self._told(self._step_bytes(number, self.noise_steps))
 
     def _kept_steps(self, row: dict[str, Any]) -> range:
+        if row.get("not_captured") or not self.run.has_captured(row):
+            return range(0)
         return self.run.config.policy.kept_steps(row["num_steps"])
 
     def _full_steps(self, row: dict[str, Any]) -> list[int]:

@@ -79,6 +79,7 @@ class TerminalObserver:
         self._clients_total = 0
         self._rounds = 0
         self._rounds_trained = 0
+        self._not_captured: set[int] = set()
         self._started = 0.0
         self._best: Mapping[str, Any] = {}
         self._last: Mapping[str, Any] = {}
@@ -104,6 +105,10 @@ class TerminalObserver:
                 "starting workers", total=self._clients_total, left=""
             )
 
+    def warned(self, text: str) -> None:
+        """Print it."""
+        self._console.print(printable(text), style="yellow", markup=False, soft_wrap=True)
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Move the bar to the round."""
         if not self._started:
@@ -116,8 +121,12 @@ class TerminalObserver:
         self._update(f"round {round_number}/{self._rounds}")
 
     def client_finished(self, row: Mapping[str, Any]) -> None:
-        """Count the client and its captured bytes."""
+        """Count the client and its captured bytes; say once why there are none."""
         self._clients_trained += 1
+        if (refusal := row.get("not_captured")) and row["partition"] not in self._not_captured:
+            self._not_captured.add(row["partition"])
+            text = printable(f"client {row['partition']}: {refusal}")
+            self._console.print(Text(text), soft_wrap=True)
         self._bytes += int(row.get("bytes_captured", 0))
         self._update(None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,6 @@ import pytest
 import torch
 
 from fedsim.core.datasets import load_dataset
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Converted datasets of this session, never the user's."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(folder))
-        yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

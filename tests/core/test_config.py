@@ -140,6 +140,7 @@ BAD_VALUES = [
     ("client-timeout", 0, "a value above 0"),
     ("client-timeout", math.inf, "a finite number"),
     ("client-timeout", "x", "a number"),
+    ("node-timeout", 0, "a value above 0"),
     ("allow-divergence", 1, "true or false"),
     ("deterministic", "yes", "true or false"),
     ("output", 3, "a text"),
@@ -338,7 +339,7 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
         *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
-        *("allow-divergence", "output"),
+        *("node-timeout", "allow-divergence", "output"),
     }
 
 
@@ -476,6 +477,7 @@ FULL = {
     "compile": True,
     "deterministic": True,
     "client-timeout": 2.5,
+    "node-timeout": 90.0,
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
     "client-gpus": 0.25,

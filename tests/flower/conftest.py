@@ -21,21 +21,30 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def run_locally(tmp_path):
     """Run a configuration over the in-process grid and open its record."""
 
-    def run(name="run", *, workers=2, newest_first=False, before=None, observer=None, **values):
+    def run(
+        name="run",
+        *,
+        workers=2,
+        newest_first=False,
+        before=None,
+        observer=None,
+        node_config=None,
+        **values,
+    ):
         keys = {key.replace("_", "-"): value for key, value in values.items()}
         plan = RunPlan.prepare(RunConfig.from_mapping({**SMALL, **keys}))
-        grid = LocalGrid(app, plan.config.clients, newest_first=newest_first, before=before)
+        grid = LocalGrid(
+            app,
+            plan.config.clients,
+            newest_first=newest_first,
+            before=before,
+            recordings=tmp_path,
+            node_config=node_config,
+        )
         execute(
             grid,
             plan,

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     plan = RunPlan.prepare(RunConfig.from_mapping(CONFIG))
     output = Path(sys.argv[1])
     execute(
-        LocalGrid(app, plan.config.clients),
+        LocalGrid(app, plan.config.clients, recordings=output.parent),
         plan,
         output,
         observer=Memory(),

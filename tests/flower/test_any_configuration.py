@@ -124,6 +124,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "evaluate-every": st.sampled_from([1, 2, 3, 10**9]),
     "max-failures": st.sampled_from([0, 1, 10**30]),
     "client-timeout": st.sampled_from([600, 1e300]),
+    "node-timeout": st.sampled_from([600, 1e300]),
     "allow-divergence": st.booleans(),
     "output": st.sampled_from(["run", "a/b/run", "r\u00fcn", "with\nlines", ""]),
 }
@@ -180,7 +181,7 @@ ODD: dict[str, list[Any]] = {
     ],
     "capture-layers": ["[", "[]", "[!]", "[z-a]", "[[:a:]*", "\\", "**", "*,*", ["*", 3], [""]],
     "capture-budget": ["0", "1", "-1 GB", "1e3 GB", "1 PB", "9" * 16, "0.0000001 B", "\u0663 GB"],
-    "workers": [64, 65],
+    "workers": [1024, 1025],
     "client-gpus": [1, 0.5, 1.5, 2, 1e-300],
     "device": ["cuda", "mps", "cuda:0"],
     "compile": [1],
@@ -270,7 +271,7 @@ def steps_of_run(plan: RunPlan) -> int:
 
 def assert_runs(plan: RunPlan, output: Path) -> None:
     config = plan.config
-    grid = LocalGrid(app, config.clients)
+    grid = LocalGrid(app, config.clients, recordings=output.parent)
     observer, stop = Memory(), threading.Event()
     failure: FedsimError | None = None
     try:

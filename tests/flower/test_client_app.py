@@ -20,7 +20,9 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
-from fedsim.flower.client_app import FedSimClient, app
+from fedsim.flower.client import FedSimClient
+from fedsim.flower.client_app import app
+from fedsim.flower.node import NodeSettings
 from fedsim.flower.run_config import config_from_run_config
 from tests.flower.conftest import SMALL
 from tests.local_grid import LocalGrid
@@ -31,24 +33,42 @@ def plan():
     return RunPlan.prepare(RunConfig.from_mapping(SMALL))
 
 
-def ask(content, message_type, partition=2):
-    grid = LocalGrid(app, 6)
+def ask(content, message_type, partition=2, recordings=None, **node_config):
+    keys = {key.replace("_", "-"): value for key, value in node_config.items()}
+    grid = LocalGrid(app, 6, recordings=recordings, node_config=lambda _: keys)
     node = next(n for n, p in grid.partitions.items() if p == partition)
     (number,) = grid.push_messages([Message(content, node, message_type)])
     (reply,) = grid.pull_messages([number])
     return reply
 
 
-def train_content(plan, *, partition=2, folder=""):
+RUN_ID = "20261123-140000-0a1b2c3d"
+
+
+def train_content(plan, *, partition=2, **changes):
     config = wire.train_config(
-        plan.config.to_json(), round_number=1, partition=partition, run_folder=folder
+        plan.config.to_json(),
+        round_number=1,
+        partition=partition,
+        partition_sha256=plan.partition_sha256,
+        run="run",
+        run_id=RUN_ID,
     )
+    config |= {key.replace("_", "-"): value for key, value in changes.items()}
     return RecordDict(
         {
             wire.ARRAYS: wire.array_record(plan.initial_state),
             wire.CONFIG: ConfigRecord(config),
         }
     )
+
+
+def client(partition, run_config):
+    return FedSimClient(NodeSettings(partition_id=partition), run_config)
+
+
+def told(reply):
+    return json.loads(reply.content[wire.TELEMETRY]["json"])
 
 
 def test_both_apis_give_the_same_local_weights(plan):
@@ -81,7 +101,7 @@ def test_the_former_api_serves_parameters_and_evaluation(plan):
 
 
 def test_a_reply_carries_weights_scalars_and_telemetry_but_no_gradients(plan, tmp_path):
-    reply = ask(train_content(plan, folder=str(tmp_path)), "train")
+    reply = ask(train_content(plan), "train", recordings=tmp_path)
     assert list(reply.content[wire.ARRAYS]) == list(plan.initial_state)
     assert dict(reply.content[wire.METRICS]).keys() == {"num-examples", "loss"}
     telemetry = json.loads(reply.content[wire.TELEMETRY]["json"])
@@ -95,30 +115,36 @@ def test_a_reply_carries_weights_scalars_and_telemetry_but_no_gradients(plan, tm
     )
     assert telemetry["seconds"].keys() == {"load", "train", "capture", "write", "total"}
     assert telemetry["bytes_captured"] == plan.step_bytes * plan.steps_of(2)
-    written = sorted(path.name for path in (tmp_path / "rounds/0001/clients/0002").iterdir())
+    assert telemetry["place"] == "node"
+    folder = tmp_path / RUN_ID / "rounds/0001/clients/0002"
+    written = sorted(path.name for path in folder.iterdir())
     assert written == ["gradients-00000.safetensors", "steps.jsonl"]
 
 
-def test_without_a_run_folder_nothing_is_written(plan, tmp_path, monkeypatch):
+def test_a_node_without_recordings_writes_nothing(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reply = ask(train_content(plan), "train")
-    assert json.loads(reply.content[wire.TELEMETRY]["json"])["num_steps_captured"] == 0
+    telemetry = told(ask(train_content(plan), "train"))
+    assert telemetry["num_steps_captured"] == 0
+    assert (telemetry["place"], telemetry["files"]) == ("none", {})
+    assert telemetry["not_captured"] == (
+        "capture is not allowed by this node (its configuration says capture = false)"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_attempt_leaves_the_same_files_as_the_first(plan, tmp_path):
-    ask(train_content(plan, folder=str(tmp_path)), "train")
-    folder = tmp_path / "rounds/0001/clients/0002"
+    ask(train_content(plan), "train", recordings=tmp_path)
+    folder = tmp_path / RUN_ID / "rounds/0001/clients/0002"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "gradients-00007.safetensors").write_bytes(b"left by a killed worker")
     (folder / "steps.jsonl.123.partial").write_bytes(b"left by a killed worker")
-    ask(train_content(plan, folder=str(tmp_path)), "train")
+    ask(train_content(plan), "train", recordings=tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
 def test_a_message_for_another_partition_is_refused(plan):
     reply = ask(train_content(plan, partition=3), "train", partition=2)
-    assert "a message for client 3 reached client 2" in reply.error.reason
+    assert reply.error.reason == "a message for client 3 reached client 2"
 
 
 def test_a_query_says_the_partition():
@@ -127,12 +153,12 @@ def test_a_query_says_the_partition():
 
 
 def test_the_client_is_a_numpy_client(plan):
-    client = FedSimClient(2, plan.config.to_json())
-    weights, samples, metrics = client.fit(list(plan.initial_state.values()), {})
+    asked = client(2, plan.config.to_json())
+    weights, samples, metrics = asked.fit(list(plan.initial_state.values()), {})
     assert (len(weights), samples) == (len(plan.initial_state), plan.sizes[2])
-    loss, samples, outcome = client.evaluate(weights, {})
+    loss, samples, outcome = asked.evaluate(weights, {})
     assert samples == plan.sizes[2]
-    assert loss < client.evaluate(list(plan.initial_state.values()), {})[0]
+    assert loss < asked.evaluate(list(plan.initial_state.values()), {})[0]
     assert 0 <= outcome["accuracy"] <= 1
     assert metrics["loss"] == json.loads(metrics["telemetry"])["local_loss"]
 
@@ -156,9 +182,9 @@ def test_flowers_own_strategies_drive_the_same_client(plan, strategy):
         evaluate_config=ConfigRecord({"config": plan.config.to_json()}),
     )
     # One round of any of them from the same weights on the same batches: the clients' mean loss.
-    own = [FedSimClient(p, plan.config.to_json()) for p in range(6)]
+    own = [client(p, plan.config.to_json()) for p in range(6)]
     asked = {"proximal-mu": 0.1} if strategy is FedProx else {}
-    outcomes = [client.fit(list(plan.initial_state.values()), asked) for client in own]
+    outcomes = [one.fit(list(plan.initial_state.values()), asked) for one in own]
     mean = np.average([o[2]["loss"] for o in outcomes], weights=[o[1] for o in outcomes])
     assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(mean, rel=1e-6)
     assert 0 <= result.evaluate_metrics_clientapp[1]["accuracy"] <= 1
@@ -174,6 +200,13 @@ def test_run_config_fills_what_it_leaves_empty_from_the_file(tmp_path):
     assert config_from_run_config({**empty, "config": ""}) == RunConfig()
 
 
+def test_run_config_of_a_resumed_run_changes_what_was_recorded():
+    recorded = {"rounds": 7, "clients": 12}
+    given = {"resume": "/runs/a", "rounds": 9, "clients": "", "config": ""}
+    config = config_from_run_config(given, recorded)
+    assert (config.rounds, config.clients, config.seed) == (9, 12, 42)
+
+
 def test_run_config_reads_lists_from_strings():
     assert config_from_run_config({"batch-size": "[16, 32]"}).batch_size == (16, 32)
     assert config_from_run_config({"output": "/2024"}).output == "/2024"
@@ -184,7 +217,7 @@ def test_run_config_refuses_like_the_command_line(tmp_path):
         config_from_run_config({"clients": 0})
     with pytest.raises(ConfigError, match="round = 3"):
         config_from_run_config({"round": 3})
-    for key in ("config", "output", "data-root"):
+    for key in ("config", "output", "data-root", "resume"):
         with pytest.raises(ConfigError, match="an absolute path"):
             config_from_run_config({key: "here/run.toml"})
     with pytest.raises(InputError, match="cannot be read"):

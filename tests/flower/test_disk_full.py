@@ -62,8 +62,9 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(
     plan = plan_of(capture=capture)
     run = disk / "run"
     observer = Memory()
+    grid = LocalGrid(app, 4, recordings=disk)
     with pytest.raises(DiskFullError, match=f"the disk of {run} is full: .*{cause}"):
-        execute(LocalGrid(app, 4), plan, run, observer=observer, workers=2, stop=threading.Event())
+        execute(grid, plan, run, observer=observer, workers=2, stop=threading.Event())
     rounds = [row["round"] for row in read_lines(run / "rounds.jsonl")]
     assert rounds == list(range(len(rounds)))
     assert 2 <= len(rounds) < 20

@@ -68,7 +68,7 @@ def run_here(plan: RunPlan, path: Path, *, resume: bool = False) -> tuple[int, s
     """Run without Ray; give the exit code and the sentence that the command would end with."""
     try:
         execute(
-            LocalGrid(app, plan.config.clients),
+            LocalGrid(app, plan.config.clients, recordings=path.parent),
             plan,
             path,
             observer=Memory(),

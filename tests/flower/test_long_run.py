@@ -91,7 +91,8 @@ def meter(tmp_path_factory: pytest.TempPathFactory) -> Meter:
     output: Path = tmp_path_factory.mktemp("long") / "run"
     found = Meter()
     try:
-        grid, stop = LocalGrid(app, plan.config.clients), threading.Event()
+        grid = LocalGrid(app, plan.config.clients, recordings=output.parent)
+        stop = threading.Event()
         execute(grid, plan, output, observer=found, workers=2, stop=stop)
     finally:
         tracemalloc.stop()

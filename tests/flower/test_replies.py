@@ -27,9 +27,29 @@ def problem(message, folder, *, allow_divergence=False):
     )
 
 
+HASH = "0123456789abcdef0123456789abcdef"
+OTHERS = {
+    "status": "ok",
+    "num_samples": 400,
+    "local_epochs": 1,
+    "local_steps": None,
+    "batch_size": 8,
+    "learning_rate": 0.1,
+    "local_loss": 0.5,
+    "gradient_norm": float("nan"),
+    "per_layer_norms": {},
+    "num_steps_captured": 0,
+    "bytes_captured": 0,
+    "class_distribution": [400],
+    "seconds": {},
+    "peak_memory": {},
+}
+
+
 def reply_of(state=None, num_examples=None, **telemetry):
     message = reply(1, state=state, num_examples=num_examples)
-    row = {"partition": 1, "files": {}, "loss_history": [1.0, 0.5], **telemetry}
+    row = {"partition": 1, "files": {}, "loss_history": [1.0, 0.5], **OTHERS, **telemetry}
+    row |= {"num_steps": len(row["loss_history"]), "batch_sizes": [8] * len(row["loss_history"])}
     message.content.config_records["telemetry"]["json"] = json.dumps(row)
     return message
 
@@ -121,13 +141,37 @@ def test_a_reply_without_a_record_is_a_problem(tmp_path, record):
 
 
 def test_files_that_are_not_as_the_client_wrote_them_are_a_problem(tmp_path):
-    message = reply_of(files={"steps.jsonl": {"bytes": 10, "xxh3_128": ""}})
+    message = reply_of(files={"steps.jsonl": {"bytes": 10, "xxh3_128": HASH}})
     path = tmp_path / "steps.jsonl"
     assert problem(message, tmp_path) == f"wrote 10 bytes to {path}, which is gone"
     path.write_bytes(b"123456789")
     assert problem(message, tmp_path) == f"wrote 10 bytes to {path}, which has 9 bytes"
     path.write_bytes(b"1234567890")
     assert problem(message, tmp_path) is None
+
+
+def test_files_on_a_clients_own_disk_are_not_looked_for_here(tmp_path):
+    files = {"steps.jsonl": {"bytes": 10, "xxh3_128": HASH}}
+    assert problem(reply_of(files=files, place="node"), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"round": 7}, "its telemetry names a round"),
+        ({"num_steps_captured": -1}, "its telemetry: num_steps_captured = -1 cannot be used"),
+        ({"place": "/etc"}, "its telemetry: place = '/etc' cannot be used"),
+        ({"place": "none", "files": "steps.jsonl"}, "lists files and says that there are none"),
+        ({"files": "delta.safetensors"}, "lists 'delta.safetensors', which no client writes"),
+        ({"files": "../steps.jsonl"}, "files.../steps.jsonl.[key] = '../steps.jsonl' cannot be"),
+    ],
+)
+def test_telemetry_that_no_honest_client_sends_is_a_problem(tmp_path, changes, told):
+    if "files" in changes:
+        changes = {**changes, "files": {changes["files"]: {"bytes": 1, "xxh3_128": HASH}}}
+    found = problem(reply_of(**{"place": "node", **changes}), tmp_path)
+    assert found.startswith("returned what cannot be folded: ")
+    assert told in found
 
 
 def test_an_error_is_told_as_it_is(tmp_path):

@@ -50,7 +50,7 @@ def plan() -> RunPlan:
 def go(plan: RunPlan, path: Path, *, before: Any = None, resume: bool = False) -> Memory:
     observer = Memory()
     execute(
-        LocalGrid(app, plan.config.clients, before=before),
+        LocalGrid(app, plan.config.clients, before=before, recordings=path.parent),
         plan,
         path,
         observer=observer,

@@ -20,6 +20,7 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.rng import draw_participants
 from fedsim.flower.simulation import WorkerPool, size_pool
 from fedsim.recording.reader import load_run
+from fedsim.recording.verify import verify
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "cnn", "--clients", "4", "--clients-per-round", "3", "--rounds", "2"]
@@ -255,6 +256,8 @@ def flower(folder):
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "FEDSIM_RECORDINGS": str(folder),
+        "FEDSIM_CAPTURE": "true",
         "TMPDIR": str(folder),
     }
 
@@ -286,6 +289,7 @@ def test_flwr_run_starts_the_same_run_and_shows_its_true_outcome(reference, fold
     )
     assert "round 2/2  loss" in out, out
     assert hashes(folder / "run") == hashes(reference[0])
+    assert verify(folder / "run").checks["gradients"].proven > 0
     out = flower("run", ".", "--stream", "--run-config", f"{keys} alpha=-1.0", *federation)
     assert "alpha = -1.0 cannot be used; allowed is a value above 0" in out, out
     runs = json.loads(flower("ls", "--format", "json"))["runs"]

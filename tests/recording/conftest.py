@@ -78,6 +78,9 @@ class Photographer:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         self._keep("run started")
 
+    def warned(self, text: str) -> None:
+        raise AssertionError(text)
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         self._keep(f"round {round_number} started")
 
@@ -103,7 +106,7 @@ def recorded(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Recorde
     folder = tmp_path_factory.mktemp("recorded")
     recorded = Recorded(path=folder / "run", plan=plan, killed=folder / "killed")
     execute(
-        LocalGrid(app, plan.config.clients),
+        LocalGrid(app, plan.config.clients, recordings=folder),
         plan,
         recorded.path,
         observer=Photographer(recorded),

@@ -56,7 +56,7 @@ def make_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         if key not in made:
             path = tmp_path_factory.mktemp("export") / "run"
             execute(
-                LocalGrid(app, values["clients"]),
+                LocalGrid(app, values["clients"], recordings=path.parent),
                 RunPlan.prepare(RunConfig.from_mapping(values)),
                 path,
                 observer=Memory(),

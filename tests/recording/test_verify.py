@@ -43,7 +43,7 @@ def record(plan: RunPlan, path: Path, **changes: Any) -> Path:
     config = RunConfig.from_mapping({**values, "rounds": 1, **changes})
     changed = replace(plan, config=config)
     execute(
-        LocalGrid(app, config.clients),
+        LocalGrid(app, config.clients, recordings=path.parent),
         changed,
         path,
         observer=Memory(),
@@ -589,7 +589,7 @@ def test_a_failed_client_is_no_violation(plan: RunPlan, tmp_path: Path) -> None:
             raise ValueError("no")
 
     execute(
-        LocalGrid(app, 4, before=fail),
+        LocalGrid(app, 4, before=fail, recordings=tmp_path),
         replace(plan, config=config),
         tmp_path / "run",
         observer=Memory(),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,6 @@ SMALL = {
 }
 
 MakeRun = Callable[..., Path]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +58,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         torch.set_num_threads(1)
         try:
             execute(
-                LocalGrid(app, plan.config.clients, before=before),
+                LocalGrid(app, plan.config.clients, before=before, recordings=path.parent),
                 plan,
                 path,
                 observer=observer or Memory(),

@@ -7,10 +7,12 @@ import pytest
 from rich.console import Console
 
 from fedsim.core.grid import Axis, make_cells
+from fedsim.recording.reader import load_run
 from fedsim.report.comparison import (
     CellFigures,
     GridProgress,
     cell_rows,
+    figures_of,
     figures_of_rows,
     group_rows,
     print_comparison,
@@ -52,6 +54,18 @@ def test_the_figures_of_a_run_are_those_of_its_rows():
         down_bytes=1650,
         seconds=8.5,
     )
+
+
+def test_scaffold_sends_a_correction_beside_the_model(make_run):
+    def sent(strategy):
+        run = load_run(make_run(rounds=2, capture="none", strategy=strategy))
+        figures = figures_of(run, rounds=2, target=None)
+        return figures.down_bytes, figures.up_bytes, run
+
+    (plain, up, run), (down, same, _) = sent("delta-fedavg"), sent("scaffold")
+    parameters = 4 * sum(math.prod(shape) for shape in run.shapes.values())
+    assert plain == up == same == 6 * sum(t.nbytes for t in run.round(0).state.values())
+    assert down == plain + 6 * parameters
 
 
 @pytest.mark.parametrize(("target", "rounds"), [(0.1, 0), (0.51, 3), (0.76, None), (None, None)])

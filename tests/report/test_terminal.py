@@ -4,7 +4,7 @@ import io
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,6 @@ from tests.recording.rows import client_row
 WIDTH = 140
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PARAMETERS = {"conv.weight": (16, 3, 3, 3), "fc.weight": (10, 512), "fc.bias": (10,)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def console_of(*, terminal: bool = False, width: int = WIDTH) -> Console:
@@ -543,7 +536,7 @@ def test_a_failure_in_a_real_run_is_told_with_its_cause(max_failures: int, tmp_p
 
     def run() -> None:
         execute(
-            LocalGrid(app, 3, before=break_client),
+            LocalGrid(app, 3, before=break_client, recordings=tmp_path),
             RunPlan.prepare(config),
             tmp_path / "run",
             observer=observer,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
@@ -32,6 +31,8 @@ from fedsim.report.trackers import (
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VALUES = {
     "dataset": "synthetic:60:3",
     "model": "cnn",
@@ -42,16 +43,6 @@ VALUES = {
     "capture": "none",
     "device": "cpu",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDSIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 class Listed:
@@ -92,7 +83,7 @@ class Raising(Listed):
 def go(path: Path, observers: list[Any], rounds: int = 2, *, resume: bool = False) -> None:
     plan = RunPlan.prepare(RunConfig.from_mapping({**VALUES, "rounds": rounds}))
     execute(
-        LocalGrid(app, 3),
+        LocalGrid(app, 3, recordings=path.parent),
         plan,
         path,
         observer=Observers(observers),

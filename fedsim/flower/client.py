@@ -1,0 +1,357 @@
+"""The client: a NumPyClient around local training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import WARNING
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from flwr.client import NumPyClient
+from flwr.common import NDArrays, Scalar
+from flwr.common.logger import log
+from flwr.supercore.differential_privacy import (
+    KEY_CLIPPING_NORM,
+    KEY_NORM_BIT,
+    compute_adaptive_clip_model_update,
+)
+from torch import nn
+
+from fedsim.core.allocator import keep_freed_memory
+from fedsim.core.capture import CapturePolicy
+from fedsim.core.config import MOST_TOML_BYTES, RunConfig
+from fedsim.core.determinism import use_deterministic
+from fedsim.core.errors import DiskFullError, InputError, shorten
+from fedsim.core.evaluation import evaluate
+from fedsim.core.models import build_model, resolve_device
+from fedsim.core.plan import RunPlan, batches_of_round
+from fedsim.core.sketch import Sketcher
+from fedsim.core.training import Arrays, Step, load_state, local_train
+from fedsim.flower import messages
+from fedsim.flower.node import NodeSettings
+from fedsim.flower.scratch import stack_when_late
+from fedsim.recording.files import DISK_FULL
+from fedsim.recording.gradients import FirstStepNorms, StepRecorder
+from fedsim.recording.layout import RunLayout
+from fedsim.recording.places import Place, place_of_run
+
+_ENVELOPE = 256
+"""Bytes of an array in a message beyond its data: the header of ``numpy.save``."""
+
+
+@dataclass(frozen=True)
+class _Workplace:
+    """What a worker process keeps between clients of the same run."""
+
+    plan: RunPlan
+    device: torch.device
+    model: nn.Module
+    sketcher: Sketcher | None
+
+
+@functools.lru_cache(maxsize=1)
+def _workplace(run_config: str, data_root: str | None) -> _Workplace:
+    # Where data is on this host is nothing that a server could know, or may choose.
+    config = RunConfig.from_json(run_config).model_copy(update={"data_root": data_root})
+    keep_freed_memory()
+    torch.set_num_threads(config.client_cpus)
+    use_deterministic(config.deterministic)
+    plan = RunPlan.prepare(config)
+    device = resolve_device(config.device)
+    model = build_model(
+        config.model, classes=plan.dataset.spec.classes, norm=config.norm, seed=config.seed
+    ).to(device)
+    if config.compile:
+        # In place: names of parameters stay as they are.
+        model.compile()
+    sketcher = None
+    if config.policy.steps == "sketch":
+        positions = {name: position for position, name in enumerate(plan.parameters)}
+        sketcher = Sketcher(config.seed, config.policy.count, positions)
+    return _Workplace(plan=plan, device=device, model=model, sketcher=sketcher)
+
+
+class FedSimClient(NumPyClient):
+    """One client: a partition of the training split, trained on when asked.
+
+    Parameters
+    ----------
+    node : NodeSettings
+        Which partition this client holds, where its data is, where it may record.
+    run_config : str
+        Configuration as JSON, used where a message carries none.
+    """
+
+    def __init__(self, node: NodeSettings, run_config: str) -> None:
+        self.partition = node.partition_id
+        self._node = node
+        self._run_config = run_config
+
+    def check_sizes(self, records: Mapping[str, ArrayRecord], config: Mapping[str, Scalar]) -> None:
+        """Refuse arrays of a message that are larger than the model of the run, undecoded.
+
+        Raises
+        ------
+        InputError
+            With the record and both numbers of bytes.
+        """
+        state = self._workplace(config).plan.initial_state
+        # Some of Flower's strategies send what was float32 as float64.
+        most = sum(8 * array.size + _ENVELOPE for array in state.values())
+        for name, record in records.items():
+            if (found := sum(len(array.data) for array in record.values())) > most:
+                raise InputError(
+                    f"the message brings {found:,} bytes of {shorten(name)}; allowed is what the "
+                    f"model of the run has, at most {most:,} bytes"
+                )
+
+    def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
+        """Give the untrained model, ``state_dict`` order."""
+        return list(self._workplace(config).plan.initial_state.values())
+
+    def fit(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Train the given model on this client's samples for a round.
+
+        Parameters
+        ----------
+        parameters : list of ndarray
+            The global state, ``state_dict`` order.
+        config : dict
+            ``server-round``; ``config`` (the run's configuration as JSON); ``run`` and
+            ``run-id``, which run to record, or nothing; ``partition``, whom the server means;
+            ``dataset-sha256`` and ``partition-sha256``, what it trains on; ``proximal-mu``, the
+            factor of FedProx's term; ``clipping_norm``, the largest norm of an update, for
+            differential privacy.
+
+        Returns
+        -------
+        tuple of (list of ndarray, int, dict)
+            The local state, the number of this client's samples, and ``loss`` with the
+            telemetry as JSON; with a clipping norm also ``norm_bit``, 1 where it was exceeded.
+
+        Raises
+        ------
+        InputError
+            When the message is meant for another partition, or asks for what this node refuses.
+        DiskFullError
+            When there is no room for what is to be recorded.
+        """
+        return self.train(parameters, config, None)
+
+    def train(
+        self,
+        parameters: NDArrays,
+        config: dict[str, Scalar],
+        correction: Arrays | None,
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Do what `fit` does, adding `correction` to every gradient of a parameter.
+
+        Parameters
+        ----------
+        parameters, config : list of ndarray, dict
+            As for `fit`.
+        correction : dict of str to ndarray or None
+            Of SCAFFOLD.
+        """
+        try:
+            return self._train(parameters, config, correction)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                # Without a chain: this line is the last one of what the server reads.
+                raise DiskFullError(f"{messages.DISK_FULL}: {error}") from None
+            raise
+
+    def _train(
+        self, parameters: NDArrays, config: dict[str, Scalar], correction: Arrays | None
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        addressed = int(config.get(messages.PARTITION, self.partition))
+        if addressed != self.partition:
+            raise InputError(f"a message for client {addressed} reached client {self.partition}")
+        workplace = self._workplace(config)
+        plan, round_number = workplace.plan, int(config.get(messages.ROUND, 1))
+        self._check_data(plan, config)
+        indices = plan.partition[self.partition]
+        settings = plan.config.training_of(self.partition)
+        place = self._place(config)
+        policy, refusal = self._allowed(plan.config.policy)
+        proximal_mu = float(config.get(messages.PROXIMAL_MU, 0.0))
+        started = time.perf_counter()
+        batches = batches_of_round(
+            plan.config,
+            plan.dataset,
+            indices,
+            round_number=round_number,
+            partition=self.partition,
+            device=workplace.device,
+        )
+        state = dict(zip(plan.initial_state, parameters, strict=True))
+        norms = FirstStepNorms()
+        recorder: StepRecorder | None = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stack_when_late(self.partition, plan.config.client_timeout))
+            observers: list[Callable[[Step], None]] = [norms]
+            if place is not None:
+                recorder = StepRecorder(
+                    RunLayout(place.root).client(round_number, self.partition),
+                    policy,
+                    num_steps=settings.num_steps(len(indices)),
+                    shapes=plan.parameters,
+                    statistics=plan.config.gradient_statistics,
+                    sketcher=workplace.sketcher,
+                )
+                observers.append(stack.enter_context(recorder))
+
+            def observe(step: Step) -> None:
+                for observer in observers:
+                    observer(step)
+
+            result = local_train(
+                workplace.model,
+                state,
+                batches,
+                settings.optimizer,
+                observe,
+                autocast=plan.config.autocast,
+                proximal_mu=proximal_mu,
+                correction=correction,
+            )
+        seconds = dict(result.seconds)
+        if recorder is not None:
+            seconds["capture"] -= recorder.seconds_waited
+            seconds["write"] = recorder.seconds_waited + recorder.seconds_closing
+        telemetry = {
+            "partition": self.partition,
+            "status": "ok",
+            "num_samples": len(indices),
+            "local_epochs": settings.local_epochs,
+            "local_steps": settings.local_steps,
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.optimizer.learning_rate,
+            "loss_history": result.losses,
+            "local_loss": _weighted_mean(result.losses, result.batch_sizes),
+            "batch_sizes": result.batch_sizes,
+            "gradient_norm": math.hypot(*norms.per_layer.values()),
+            "per_layer_norms": norms.per_layer,
+            "num_steps": len(result.losses),
+            "num_steps_captured": recorder.num_steps_captured if recorder else 0,
+            "bytes_captured": recorder.bytes_captured if recorder else 0,
+            "files": {name: c.to_json() for name, c in recorder.files.items()} if recorder else {},
+            "class_distribution": np.bincount(
+                plan.dataset.train_labels.numpy()[indices], minlength=plan.dataset.spec.classes
+            ).tolist(),
+            "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
+            "peak_memory": _peak_memory(workplace.device),
+        }
+        if proximal_mu:
+            telemetry["proximal_mu"] = proximal_mu
+        if messages.RUN_ID in config:
+            telemetry |= _about(place, refusal)
+        metrics: dict[str, Scalar] = {
+            "loss": telemetry["local_loss"],
+            messages.TELEMETRY: messages.telemetry_json(telemetry),
+        }
+        if KEY_CLIPPING_NORM in config:
+            clipping_norm = float(config[KEY_CLIPPING_NORM])
+            metrics[KEY_NORM_BIT] = _clip(result.state, state, list(plan.parameters), clipping_norm)
+        return list(result.state.values()), len(indices), metrics
+
+    def evaluate(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[float, int, dict[str, Scalar]]:
+        """Evaluate the given model on this client's own samples, unaugmented."""
+        workplace = self._workplace(config)
+        plan = workplace.plan
+        rows = torch.from_numpy(plan.partition[self.partition])
+        load_state(workplace.model, dict(zip(plan.initial_state, parameters, strict=True)))
+        outcome = evaluate(
+            workplace.model,
+            plan.dataset.train_images[rows],
+            plan.dataset.train_labels[rows],
+            plan.dataset.spec,
+            device=workplace.device,
+        )
+        return outcome.loss, outcome.num_samples, {"accuracy": outcome.accuracy}
+
+    def _workplace(self, config: Mapping[str, Scalar]) -> _Workplace:
+        run_config = str(config.get(messages.RUN_CONFIG) or self._run_config)
+        if len(run_config) > MOST_TOML_BYTES:
+            raise InputError(
+                f"the message brings a configuration of {len(run_config):,} bytes; allowed are "
+                f"{MOST_TOML_BYTES:,}"
+            )
+        return _workplace(run_config, self._node.data_root)
+
+    def _check_data(self, plan: RunPlan, config: Mapping[str, Scalar]) -> None:
+        """Refuse to train on other samples than those that the server speaks of."""
+        if self.partition >= plan.config.clients:
+            raise InputError(
+                f"this node holds partition {self.partition}; the run has 0 to "
+                f"{plan.config.clients - 1}"
+            )
+        told = config.get(messages.PARTITION_SHA256)
+        if told is not None and told != plan.partition_sha256:
+            raise InputError(
+                f"this node deals the samples of {plan.config.dataset} otherwise than the server: "
+                f"the versions of numpy differ, which here is {np.__version__}, or the data does"
+            )
+
+    def _place(self, config: Mapping[str, Scalar]) -> Place | None:
+        """Find where to record the run of a message; None where there is none, or no place."""
+        if messages.RUN_ID not in config or self._node.recordings is None:
+            return None
+        name, run_id = str(config.get(messages.RUN, "")), str(config[messages.RUN_ID])
+        return place_of_run(Path(self._node.recordings), name, run_id)
+
+    def _allowed(self, policy: CapturePolicy) -> tuple[CapturePolicy, str | None]:
+        """Give what this node captures of what is asked for, and why not all of it."""
+        if policy.steps == "none" or self._node.capture:
+            return policy, None
+        return dataclasses.replace(policy, steps="none"), messages.CAPTURE_REFUSED
+
+
+def _about(place: Place | None, refusal: str | None) -> dict[str, str]:
+    """Say in telemetry where the files of a client are, and why there are no gradients."""
+    about = {}
+    if place is None or not place.is_run:
+        about["place"] = "none" if place is None else "node"
+    if refusal is not None:
+        log(WARNING, "fedsim: %s", refusal)
+        about["not_captured"] = refusal
+    return about
+
+
+def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) -> int:
+    """Clip the update of the parameters in place; say 1 if that made it smaller.
+
+    Flower's own mod for it takes buffers for parameters.
+    """
+    after = [local[name] for name in names]
+    before = [start[name] for name in names]
+    shrunk = compute_adaptive_clip_model_update(after, before, clipping_norm)
+    local.update(zip(names, after, strict=True))
+    return int(shrunk)
+
+
+def _weighted_mean(values: list[float], weights: list[int]) -> float:
+    return float(np.average(values, weights=weights))
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of this worker process so far, and of its GPU where it has one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak

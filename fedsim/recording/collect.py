@@ -1,0 +1,176 @@
+"""Bringing the files that clients kept on their own disks into the run directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from fedsim.core.errors import InputError
+from fedsim.core.units import format_bytes
+from fedsim.recording.checksums import files_elsewhere, read_checksums
+from fedsim.recording.files import Checksum, Digest, temporary
+from fedsim.recording.reader import Run
+from fedsim.recording.writer import is_being_written
+
+Progress = Callable[[int, int], None]
+
+_READ_BYTES = 4 * 2**20
+
+
+@dataclass
+class Collected:
+    """What a collection did, and what it left.
+
+    Parameters
+    ----------
+    files, size : int
+        Files that were brought, and their bytes.
+    missing : list of str
+        Files that are in none of the sources, by path inside the run directory.
+    wrong : list of str
+        What was refused, and why, a sentence each.
+    """
+
+    files: int = 0
+    size: int = 0
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) -> Collected:
+    """Copy what clients recorded into a run directory, each file after its hash was checked.
+
+    A file appears whole or not at all, and one that is there already is not fetched again: an
+    interrupted collection goes on where it was.
+
+    Parameters
+    ----------
+    run : Run
+        A run some of whose files are elsewhere.
+    sources : sequence of str
+        Folders, or URLs as fsspec knows them: what the clients' nodes call ``recordings``, or
+        the folder of this run in it.
+    progress : callable, optional
+        Told bytes done and bytes in all.
+
+    Raises
+    ------
+    InputError
+        When a source cannot be read, none holds anything of the run, the run is being written,
+        or there is no room.
+    """
+    if is_being_written(run.path):
+        raise InputError(f"{run.path} is being written; allowed is a run that has ended")
+    lines = list(read_checksums(run.layout.checksums))
+    listed: dict[str, Checksum] = {}
+    for line in lines:
+        listed.update(line.files)
+    wanted = {name: listed[name] for name in sorted(files_elsewhere(run.path, lines))}
+    if not wanted:
+        return Collected()
+    run_id = run.entry("id")
+    folders = [folder for source in sources for folder in _Source.at(source, run_id)]
+    total, collected = sum(c.size for c in wanted.values()), Collected()
+    if total > (free := shutil.disk_usage(run.path).free):
+        raise InputError(
+            f"{run.path} needs {format_bytes(total)} more and its disk has {format_bytes(free)} "
+            "free"
+        )
+    done = 0
+    for name, checksum in wanted.items():
+        _fetch(run, name, checksum, folders, collected)
+        done += checksum.size
+        if progress is not None:
+            progress(done, total)
+    if not collected.files and not collected.wrong:
+        raise InputError(
+            f"{', '.join(sources)} holds nothing that is wanted of {run.path}; allowed is what a "
+            f"node calls its recordings, with the folder {run_id}, or that folder"
+        )
+    return collected
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder with the layout of a run directory, on any file system."""
+
+    fs: Any
+    path: str
+    shown: str
+
+    @classmethod
+    def at(cls, source: str, run_id: str) -> Iterator[_Source]:
+        """Give the places below a source where files of a run may be."""
+        try:
+            fs, path = fsspec.core.url_to_fs(source)
+            if not fs.isdir(path):
+                raise InputError(f"{source} cannot be collected from: it is no folder")
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{source} cannot be collected from: {_said(error)}") from None
+        path = path.rstrip("/")
+        yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
+        yield cls(fs, path, source.rstrip("/"))
+
+    def chunks(self, name: str) -> Iterator[bytes] | None:
+        """Read a file; None where there is none."""
+        path = f"{self.path}/{name}"
+        if not self.fs.isfile(path):
+            return None
+        return _chunks(self.fs.open(path, "rb"))
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(_READ_BYTES):
+            yield chunk
+
+
+def _fetch(
+    run: Run, name: str, checksum: Checksum, sources: Iterable[_Source], collected: Collected
+) -> None:
+    refused = []
+    for source in sources:
+        try:
+            chunks = source.chunks(name)
+            if chunks is None:
+                continue
+            _copy(chunks, run.layout.inside(name), checksum)
+        except _OtherBytesError:
+            refused.append(f"{source.shown}/{name} is not what the client wrote")
+        except OSError as error:
+            refused.append(f"{source.shown}/{name} cannot be copied: {_said(error)}")
+        else:
+            collected.files += 1
+            collected.size += checksum.size
+            return
+    collected.wrong += refused
+    if not refused:
+        collected.missing.append(name)
+
+
+class _OtherBytesError(Exception):
+    """A file has other bytes than those of its checksum."""
+
+
+def _copy(chunks: Iterable[bytes], path: Path, checksum: Checksum) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = Digest()
+    with temporary(path) as unfinished:
+        with unfinished.open("wb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                # No more than was promised, however much there is.
+                if digest.size > checksum.size:
+                    break
+                file.write(chunk)
+        if digest.checksum() != checksum:
+            raise _OtherBytesError
+
+
+def _said(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
