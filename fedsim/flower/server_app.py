@@ -20,6 +20,7 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
+from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.reader import Run
 from fedsim.recording.recovery import Recovery, find_recovery
@@ -213,10 +214,12 @@ def execute(
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:
-    """Describe a run for ``run.json``: everything but its format and status."""
+    """Describe a run for ``run.json``: everything but its status."""
     data = plan.dataset
+    rounds = range(1, plan.config.rounds + 1)
     buffers = {n: a for n, a in plan.initial_state.items() if n not in plan.parameters}
     return {
+        "format": format_of(max(map(plan.config.num_participants, rounds))),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,

@@ -46,6 +46,7 @@ from fedsim.flower.cluster import (
     present_nodes,
     slots_of,
 )
+from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
@@ -254,7 +255,9 @@ def simulate(
     hand_out_to(pool.workers)
     SupervisedPool.client_timeout = plan.config.client_timeout
     SupervisedPool.most = pool.workers
+    deliveries = Deliveries()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(deliveries.installed())
         broken: Callable[[], str | None]
         if plan.config.cluster is None:
             scratch = stack.enter_context(Scratch())
@@ -271,7 +274,7 @@ def simulate(
         engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
         failure = engine.run(
             lambda grid: execute(
-                grid,
+                EngineGrid(grid, deliveries),
                 plan,
                 output,
                 observer=observer,
