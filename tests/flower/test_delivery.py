@@ -64,9 +64,8 @@ def running() -> Any:
 
 def test_the_loop_is_flowers_again_after_the_run() -> None:
     theirs = vce_api.add_messages_to_queue
-    with pytest.raises(KeyError), Deliveries().installed():
+    with Deliveries().installed():
         assert vce_api.add_messages_to_queue is not theirs
-        raise KeyError
     assert vce_api.add_messages_to_queue is theirs
 
 
