@@ -396,7 +396,7 @@ def test_drawn_participants_follow_from_seed_and_round():
 def test_flowers_run_config_has_every_key_but_the_tables_and_all_are_empty():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     flat = project["tool"]["flwr"]["app"]["config"]
-    assert set(flat) == (set(KEYS) - {"client"}) | {"config"}
+    assert set(flat) == (set(KEYS) - {"client"}) | {"config", "resume"}
     assert set(flat.values()) == {""}
 
 
