@@ -214,7 +214,7 @@ def _mean_and_deviation(name: str, values: Iterable[float | None]) -> dict[str, 
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write flat rows as CSV: a head line, blanks for what is not there, lists and tables as shown."""
+    """Write flat rows as CSV: a head line, blanks for what is not there, lists as in names."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
