@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -181,12 +180,12 @@ def simulate(
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import check_output, default_output
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.flower.simulation import simulate as run_plan
     from fedsim.report.terminal import TerminalObserver
 
     config = _as_config(config)
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
     plan = RunPlan.prepare(config)
     check_output(output, plan)

@@ -9,9 +9,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import ConfigError
 from fedsim.core.plan import RunPlan
-from fedsim.flower.run_config import config_from_run_config
-from fedsim.flower.server_app import check_output, default_output, execute
+from fedsim.flower.run_config import check_paths, config_from_run_config
+from fedsim.flower.server_app import check_output, check_resume, default_output, execute
+from fedsim.recording.reader import load_run
+from fedsim.recording.recovery import Recovery, check_continuable
 from fedsim.report.terminal import TerminalObserver
 
 server = ServerApp()
@@ -19,15 +23,51 @@ server = ServerApp()
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what ``flwr run --run-config`` describes; an error fails the run in Flower too."""
-    config = config_from_run_config(context.run_config)
-    plan = RunPlan.prepare(config)
-    output = Path(config.output) if config.output else Path.cwd() / default_output()
-    check_output(output, plan)
+    """Run what ``flwr run --run-config`` describes, or go on with the run that ``resume`` names.
+
+    An error fails the run in Flower too.
+    """
+    if resumed := context.run_config.get("resume"):
+        plan, output, recovery = _resumed(Path(str(resumed)), context)
+    else:
+        plan = RunPlan.prepare(_checked(config_from_run_config(context.run_config)))
+        named = plan.config.output
+        output, recovery = Path(named) if named else Path.cwd() / default_output(), None
+        check_output(output, plan)
+    config = plan.config
     observer = TerminalObserver()
     # Flower sizes the workers here; this bounds the messages under way, and so our memory.
     workers = config.workers or min(config.num_participants(1), os.cpu_count() or 1)
     try:
-        execute(grid, plan, output, observer=observer, workers=workers, stop=threading.Event())
+        execute(
+            grid,
+            plan,
+            output,
+            observer=observer,
+            workers=workers,
+            stop=threading.Event(),
+            recovery=recovery,
+        )
     finally:
         observer.close()
+
+
+def _resumed(path: Path, context: Context) -> tuple[RunPlan, Path, Recovery]:
+    check_paths(context.run_config)
+    run = load_run(path)
+    check_continuable(run)
+    recorded = {key: value for key, value in run.config.to_mapping().items() if value is not None}
+    # Nothing is downloaded to where a run from elsewhere says that its data was.
+    plan = RunPlan.prepare(
+        _checked(config_from_run_config(context.run_config, recorded)),
+        download=bool(context.run_config.get("data-root")),
+    )
+    return plan, path, check_resume(run, plan)
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    if config.cluster is not None:
+        raise ConfigError(
+            "ray-address", config.ray_address, "'local' with `flwr run`, which places the clients"
+        )
+    return config

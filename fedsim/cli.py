@@ -89,6 +89,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_collect(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_push(commands)
+    _add_fetch(commands)
+    _add_deploy(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
@@ -394,6 +397,209 @@ def _add_report(commands: Any) -> None:
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
 
 
+def _add_push(commands: Any) -> None:
+    command = commands.add_parser(
+        "push",
+        help="copy a run to a URL, or bring a copy up to date",
+        description="Copy a run to a URL or path, in an order that leaves a run there wherever it "
+        "is cut off; the same command goes on. A run with `mirror` does this by itself.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_push)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument(
+        "url", nargs="?", metavar="URL", help="like s3://bucket/run (default: the run's mirror)"
+    )
+
+
+def _add_fetch(commands: Any) -> None:
+    command = commands.add_parser(
+        "fetch",
+        help="copy a run from a URL and check every byte",
+        description="Copy a run from a URL or path into a folder that does not exist, and check "
+        "every file against its checksum. The same command goes on where one was cut off.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_fetch)
+    command.add_argument("url", metavar="URL", help="like s3://bucket/run")
+    command.add_argument("folder", type=Path, metavar="RUN", help="the run directory to make")
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from fedsim.core.units import format_bytes
+    from fedsim.recording.mirror import push
+    from fedsim.recording.reader import load_run
+    from fedsim.recording.urls import RemoteFolder
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    url = parsed.url or load_run(parsed.run).config.mirror
+    if not url:
+        raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
+    console = make_console()
+    with ByteProgress(console, f"copying {parsed.run}") as progress:
+        size = push(parsed.run, RemoteFolder(url), progress=progress)
+    text = f"copied: {format_bytes(size)} to {url}, which is up to date"
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _fetch(parsed: argparse.Namespace) -> None:
+    from fedsim.recording.mirror import fetch
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    console = make_console()
+    with ByteProgress(console, f"fetching {parsed.url}") as progress:
+        rounds = fetch(parsed.url, parsed.folder, progress)
+    # The untrained model is not counted, as everywhere.
+    text = f"fetched: {max(rounds - 1, 0)} rounds into {parsed.folder}"
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _add_deploy(commands: Any) -> None:
+    command = commands.add_parser(
+        "deploy",
+        help="make and start a federation of real Flower nodes",
+        description="Make and start a federation of real Flower nodes, for `flwr run`.",
+        allow_abbrev=False,
+    )
+    steps = command.add_subparsers(metavar="STEP", required=True)
+    init = steps.add_parser(
+        "init",
+        help="make the folder of a federation: certificates, keys, configuration, services",
+        description="Make the folder of a federation: an authority, the certificate of the server, "
+        "a key for each node, and the configuration, systemd units and compose files of all.",
+        allow_abbrev=False,
+    )
+    init.set_defaults(command=_deploy_init)
+    init.add_argument(
+        "--supernodes", type=int, default=4, metavar="N", help="one a partition (default: 4)"
+    )
+    init.add_argument(
+        "--address",
+        default="127.0.0.1",
+        help="host name or IP address of the server for the nodes (default: %(default)s)",
+    )
+    init.add_argument(
+        "--port",
+        type=int,
+        default=9092,
+        help="port for the nodes; those after it are used too (default: %(default)s)",
+    )
+    init.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="where the nodes have the shared dataset"
+    )
+    init.add_argument(
+        "--capture", action="store_true", help="nodes allow that gradients are captured"
+    )
+    init.add_argument(
+        "--insecure", action="store_true", help="no TLS and no keys: anyone may join and listen"
+    )
+    start = steps.add_parser(
+        "start",
+        help="run all of a federation on this machine until Ctrl-C",
+        description="Run the SuperLink, its gateway and all SuperNodes on this machine. Ctrl-C "
+        "ends all of them.",
+        allow_abbrev=False,
+    )
+    start.set_defaults(command=_deploy_start)
+    register = steps.add_parser(
+        "register",
+        help="register the keys of all nodes at the SuperLink of this host",
+        description="Register the public keys of all nodes at the SuperLink of this host, each "
+        "for its partition.",
+        allow_abbrev=False,
+    )
+    register.set_defaults(command=_deploy_register)
+    gateway = steps.add_parser(
+        "gateway",
+        help="let the nodes reach the SuperLink of this host",
+        description="Pass on to the SuperLink of this host what its nodes may ask, and nothing "
+        "else, and log whom it refuses.",
+        allow_abbrev=False,
+    )
+    gateway.set_defaults(command=_deploy_gateway)
+    renew = steps.add_parser(
+        "renew",
+        help="make another certificate for the server, before the old one expires",
+        description="Make another certificate for the server, with the key of the authority. The "
+        "SuperLink and the gateway take it when they are started again.",
+        allow_abbrev=False,
+    )
+    renew.set_defaults(command=_deploy_renew)
+    for step in (init, renew):
+        step.add_argument(
+            "--days",
+            type=int,
+            default=365,
+            help="validity of the server's certificate (default: %(default)s)",
+        )
+    for step in (init, start, register, gateway, renew):
+        step.add_argument("folder", type=Path, metavar="DIR", help="the folder of the federation")
+
+
+def _deploy_init(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.init import init
+
+    init(
+        parsed.folder,
+        Federation(
+            address=parsed.address,
+            port=parsed.port,
+            supernodes=parsed.supernodes,
+            insecure=parsed.insecure,
+        ),
+        days=parsed.days,
+        data_root=parsed.data_root.absolute() if parsed.data_root else None,
+        capture=parsed.capture,
+    )
+    if parsed.insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    _tell(f"written: {parsed.folder}; `fedsim deploy start {parsed.folder}` starts it here")
+
+
+def _deploy_start(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation
+    from fedsim.deploy.start import start
+
+    if Federation.read(parsed.folder).insecure:
+        _say("insecure: whoever reaches the server may join, listen and change what is sent")
+    stop = threading.Event()
+    # A second one must not leave processes behind; the end takes seconds.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    start(parsed.folder, _tell, stop)
+
+
+def _deploy_register(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.start import register
+
+    register(parsed.folder, _tell)
+
+
+def _deploy_renew(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.init import renew
+
+    renew(parsed.folder, days=parsed.days)
+    _tell(f"written: {parsed.folder}/server/server.crt, server.key")
+
+
+def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.federation import Federation, Places
+
+    federation = Federation.read(parsed.folder)
+    if federation.insecure:
+        raise InputError(f"{parsed.folder} is insecure: its nodes reach the SuperLink itself")
+
+    from fedsim.deploy.gateway import serve
+
+    serve(Places(parsed.folder.absolute()), federation)
+
+
+def _tell(text: str) -> None:
+    # Without what prints tables, which brings in torch.
+    print(text, flush=True)  # noqa: T201
+
+
 def _report(parsed: argparse.Namespace) -> int:
     from fedsim.core.errors import ConfigError
     from fedsim.core.units import parse_bytes
@@ -519,9 +725,9 @@ def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
 
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
     return RunPlan.prepare(config), pool, output
 
@@ -539,7 +745,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
     from fedsim.report.terminal import make_console, printable
@@ -550,7 +756,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
     config = _config_of(parsed, recorded)
-    pool = size_pool(config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config))
+    pool = fit_pool(config)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
@@ -643,7 +849,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     from fedsim import compare
     from fedsim.core.config import RunConfig
     from fedsim.flower.scratch import sweep
-    from fedsim.flower.simulation import machine_gpus, size_pool
+    from fedsim.flower.simulation import fit_pool
     from fedsim.report.comparison import GridProgress, group_rows, print_comparison
     from fedsim.report.terminal import make_console
 
@@ -652,12 +858,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     output = Path(folder) if folder else compare.default_output()
     compare.check_grid(output, cells)
     sweep()
-    cpus = os.cpu_count() or 1
-    works = compare.find_work(
-        output,
-        cells,
-        lambda c: size_pool(c, machine_cpus=cpus, machine_gpus=machine_gpus(c)),
-    )
+    works = compare.find_work(output, cells, fit_pool)
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
     launch = compare.ProcessLauncher(output, more)

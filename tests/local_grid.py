@@ -86,7 +86,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_src_node_id"] = 1
             self._replies[number] = self._answer(message)
             ids.append(number)
-        self.most_waiting = max(self.most_waiting, len(self._replies))
+        trained = [r for r in self._replies.values() if r.metadata.message_type == "train"]
+        self.most_waiting = max(self.most_waiting, len(trained))
         return ids
 
     def _answer(self, message: Message) -> Message:

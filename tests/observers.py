@@ -16,6 +16,9 @@ class Memory:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         self.events.append(("run started", workers, path))
 
+    def warned(self, text: str) -> None:
+        self.events.append(("warned", text))
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         self.events.append(("round started", round_number, list(participants)))
 

@@ -17,6 +17,7 @@ ROOMS = [
     ["strategies"],
     ["fedsim.flower"],
     ["fedsim.report"],
+    ["fedsim.deploy"],
     [
         *("fedsim.api", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
         *("fedsim.app", "fedsim.__main__", "run_simulation"),

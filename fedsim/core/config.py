@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +90,34 @@ def _parsed_by(parser: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+LOCAL = "local"
+
+
+def _ray_address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if value not in (LOCAL, "auto") and not (
+        re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", host) and _is_port(port)
+    ):
+        raise ValueError(
+            "'local', 'auto' or HOST:PORT of the head of a Ray cluster, like '10.0.0.1:6379'"
+        )
+    return value
+
+
+def _without_secret(value: str) -> str:
+    # It is written into the run, where no secret may be.
+    host = value.partition("://")[2].partition("/")[0]
+    if "?" in value or ":" in host.rpartition("@")[0]:
+        raise ValueError(
+            "a URL or path without a password or '?': secrets belong into the environment"
+        )
+    return value
+
+
+def _is_port(text: str) -> bool:
+    return _is_plain(text) and 1 <= int(text[:6]) <= 65_535
 
 
 MOST_TOML_BYTES = 2 * 2**20
@@ -193,8 +222,13 @@ class RunConfig(StrictModel):
         default_factory=lambda: DeltaFedAvgSettings(name="delta-fedavg"),
         description="aggregation: a name, or a table [strategy] with its name and settings",
     )
-    workers: Annotated[int, Field(ge=1, le=64)] | None = Field(
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
+    )
+    ray_address: Annotated[str, AfterValidator(_ray_address)] = Field(
+        LOCAL,
+        description="local (this machine), or HOST:PORT of a Ray cluster's head, or auto, to train "
+        "on its nodes",
     )
     client_cpus: Count = Field(1, description="CPU cores (and torch threads) of a worker")
     client_gpus: Annotated[float, Field(ge=0), AfterValidator(finite)] | None = Field(
@@ -218,11 +252,19 @@ class RunConfig(StrictModel):
     client_timeout: Rate | None = Field(
         None, description="seconds that a client may take in a round (default: for ever)"
     )
+    node_timeout: Rate = Field(
+        60.0, description="seconds to wait for the Flower nodes that hold the clients"
+    )
     allow_divergence: bool = Field(
         False, description="go on when the model is not finite any more, and record that"
     )
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
+    )
+    mirror: Annotated[Folder, AfterValidator(_without_secret)] | None = Field(
+        None,
+        description="URL or path of a copy that is kept up to date round by round, like "
+        "s3://bucket/run",
     )
 
     @classmethod
@@ -402,6 +444,11 @@ class RunConfig(StrictModel):
         return self.partition == "nodes"
 
     @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster to train on; None for this machine."""
+        return None if self.ray_address == LOCAL else self.ray_address
+
+    @property
     def budget(self) -> int | None:
         """Most bytes that the run may write; None where the disk alone decides."""
         return None if self.capture_budget is None else parse_bytes(self.capture_budget)
@@ -501,7 +548,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Parameters
     ----------
     path : Path
-        A ``.toml`` file, or a ``run.json`` (whose ``output`` is left out: it exists already).
+        A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
+        exist already).
 
     Raises
     ------
@@ -521,7 +569,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             stored: dict[str, Any] = parse_json(content)["config"]
-            return {k: v for k, v in stored.items() if k != "output" and v is not None}
+            places = ("output", "mirror")
+            return {k: v for k, v in stored.items() if k not in places and v is not None}
         return _parse_toml(text)
     except ValueError as error:
         hint = ""

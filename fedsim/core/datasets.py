@@ -7,8 +7,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import platform
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,18 +170,42 @@ def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool 
         When CIFAR is neither found nor downloadable, or the cache cannot be written.
     """
     spec = parse_name(name)
-    suffix = f"-seed{seed}" if name.startswith("synthetic") else ""
-    stem = f"{name.replace(':', '-')}{suffix}-v{_CACHE_VERSION}"
-    path = cache_root() / f"{stem}.safetensors"
-    cached = _map_cache(path, spec)
+    cached = _map_cache(_cache_file(name, seed), spec)
     if cached is not None:
         return cached
     tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed, download)
-    # Processes that start together may all convert; each renames a whole file into place.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    return store_dataset(name, tensors, seed=seed)
+
+
+def _cache_file(name: str, seed: int) -> Path:
+    suffix = f"-seed{seed}" if name.startswith("synthetic") else ""
+    return cache_root() / f"{name.replace(':', '-')}{suffix}-v{_CACHE_VERSION}.safetensors"
+
+
+def store_dataset(name: str, tensors: Mapping[str, Tensor], *, seed: int) -> Dataset:
+    """Put a dataset into the cache, and map it from there.
+
+    Parameters
+    ----------
+    name : str
+        The configuration's ``dataset``.
+    tensors : mapping of str to Tensor
+        The four of `Dataset` by name.
+    seed : int
+        As for `load_dataset`.
+
+    Raises
+    ------
+    InputError
+        When the cache cannot be written.
+    """
+    path = _cache_file(name, seed)
+    # Processes that start together may all convert, on several machines with one disk too; each
+    # renames a whole file into place.
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
+        save_file(dict(tensors), partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
@@ -189,7 +214,7 @@ def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool 
             f"the dataset cache {path.parent} cannot be written ({_first_line(error)}); "
             "set FEDSIM_CACHE to a folder that can"
         ) from None
-    mapped = _map_cache(path, spec)
+    mapped = _map_cache(path, parse_name(name))
     if mapped is None:
         raise InputError(f"the dataset cache {path} cannot be read back; remove it and try again")
     return mapped

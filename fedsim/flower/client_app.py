@@ -93,9 +93,9 @@ def train(message: Message, context: Context) -> Message:
     client.check_sizes(message.content.array_records, config)
     record = message.content.array_records[messages.ARRAYS]
     added = message.content.array_records.get(messages.CORRECTION)
-    correction = None if added is None else {n: array.numpy() for n, array in added.items()}
+    correction = None if added is None else messages.state_of(added)
     arrays, num_examples, metrics = client.train(
-        record.to_numpy_ndarrays(keep_input=True), config, correction
+        list(messages.state_of(record).values()), config, correction
     )
     local = messages.array_record(dict(zip(record, arrays, strict=True)))
     return Message(messages.reply_content(local, num_examples, metrics), reply_to=message)
@@ -108,6 +108,6 @@ def evaluate_message(message: Message, context: Context) -> Message:
     config = _scalars(message.content.config_records[messages.CONFIG])
     client.check_sizes(message.content.array_records, config)
     record = message.content.array_records[messages.ARRAYS]
-    loss, num_examples, metrics = client.evaluate(record.to_numpy_ndarrays(keep_input=True), config)
+    loss, num_examples, metrics = client.evaluate(list(messages.state_of(record).values()), config)
     content = messages.reply_content(None, num_examples, {"loss": loss, **metrics})
     return Message(content, reply_to=message)

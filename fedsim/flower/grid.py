@@ -5,18 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsim.core.errors import InputError, RunFailedError, RunInterruptedError, shorten
-from fedsim.core.fields import MOST
-from fedsim.core.own_data import check_classes
-from fedsim.core.plan import RunPlan
-from fedsim.flower import messages as wire
-from fedsim.flower.replies import traceback_of
+from fedsim.core.errors import RunFailedError, RunInterruptedError
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
@@ -53,7 +49,7 @@ def stream_replies(
     RunInterruptedError
         Once `stop` is set.
     RunFailedError
-        When Flower refuses a message, or no reply came in time.
+        When no reply came in time.
     """
     waiting: dict[str, int] = {}
     arrived: dict[int, Message] = {}
@@ -63,7 +59,15 @@ def stream_replies(
         pause = _SHORTEST_POLL
         while True:
             while sent < min(len(messages), position + window):
-                waiting[_push(grid, messages[sent])] = sent
+                message_id = next(iter(grid.push_messages([messages[sent]])), None)
+                if message_id:
+                    waiting[message_id] = sent
+                else:
+                    # The node is not registered any more.
+                    arrived[sent] = Message(
+                        Error(ErrorCode.NODE_UNAVAILABLE, "its node is gone"),
+                        reply_to=messages[sent],
+                    )
                 sent += 1
             if position in arrived:
                 break
@@ -82,31 +86,25 @@ def stream_replies(
         last = time.monotonic()
 
 
-def _push(grid: Grid, message: Message) -> str:
-    message_id = next(iter(grid.push_messages([message])), None)
-    if message_id is None:
-        raise RunFailedError(f"Flower took no message for node {message.metadata.dst_node_id}")
-    return message_id
-
-
-class ChosenNodes(Grid):
-    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
+class GridBehind(Grid):
+    """A grid that leaves everything to another one.
 
     Parameters
     ----------
     grid : Grid
         The grid behind it.
-    node_ids : sequence of int
-        The nodes to show.
     """
 
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Give the chosen nodes."""
-        return list(self._node_ids)
+        """Give the nodes of the grid behind."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Give what the grid behind knows of its nodes."""
+        return self._grid.get_nodes()
 
     def set_run(self, run: Run) -> None:
         """Do nothing: the grid behind has its run."""
@@ -142,128 +140,21 @@ class ChosenNodes(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
-def map_partitions(
-    grid: Grid, *, clients: int, window: int, stop: threading.Event, patience: float = 60.0
-) -> dict[int, int]:
-    """Learn which node holds which partition, once all of them are there.
-
-    Node ids are random in every run and never leave this map.
+class ChosenNodes(GridBehind):
+    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
 
     Parameters
     ----------
     grid : Grid
-        Any of Flower's grids.
-    clients : int
-        Partitions that must be held, 0 to `clients` - 1.
-    window : int
-        As in `stream_replies`.
-    stop : threading.Event
-        Set by whoever wants the run to end.
-    patience : float
-        Seconds to wait for nodes to register.
-
-    Returns
-    -------
-    dict of int to int
-        Partition id to node id.
-
-    Raises
-    ------
-    RunFailedError
-        When nodes are missing, or a partition is held by no node or by two.
+        The grid behind it.
+    node_ids : sequence of int
+        The nodes to show.
     """
-    nodes = _wait_for_nodes(grid, clients, stop, patience)
-    queries = [Message(_empty_query(), node, MessageType.QUERY) for node in nodes]
-    held: dict[int, int] = {}
-    replies = stream_replies(grid, queries, window=window, stop=stop)
-    for node, reply in zip(nodes, replies, strict=True):
-        if reply.has_error():
-            cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
-            raise RunFailedError(f"a node could not say which partition it holds: {cause}")
-        record = reply.content.metric_records[wire.METRICS]
-        partition = int(record[wire.PARTITION])  # type: ignore[arg-type]
-        if partition in held:
-            raise RunFailedError(f"two nodes hold partition {partition}; each needs its own")
-        held[partition] = node
-    missing = sorted(set(range(clients)) - set(held))
-    if missing:
-        raise RunFailedError(f"no node holds partition {missing[0]}; clients = {clients}")
-    return held
 
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        super().__init__(grid)
+        self._node_ids = list(node_ids)
 
-def ask_data(grid: Grid, plan: RunPlan, *, window: int, stop: threading.Event) -> RunPlan:
-    """Ask nodes with data of their own what they have.
-
-    Parameters
-    ----------
-    grid : Grid
-        Any of Flower's grids.
-    plan : RunPlan
-        Without a partition.
-    window, stop
-        As in `stream_replies`.
-
-    Returns
-    -------
-    RunPlan
-        With the samples of each client.
-
-    Raises
-    ------
-    RunFailedError
-        As `map_partitions`; when a node has no data, or that of other classes.
-    """
-    nodes = map_partitions(grid, clients=plan.config.clients, window=window, stop=stop)
-    order = range(plan.config.clients)
-    queries = [Message(_empty_query(), nodes[p], MessageType.QUERY) for p in order]
-    samples: list[int] = []
-    told: list[dict[str, Any]] = []
-    for partition, reply in zip(
-        order, stream_replies(grid, queries, window=window, stop=stop), strict=True
-    ):
-        try:
-            count = reply.content.metric_records[wire.METRICS][wire.NUM_EXAMPLES]
-            about = reply.content.config_records[wire.CONFIG]
-            classes, sha256 = about[wire.CLASSES], about[wire.DATA_SHA256]
-        except (KeyError, ValueError):
-            raise RunFailedError(
-                f"partition = 'nodes' asks for data of each node's own, and that of partition "
-                f"{partition} tells of none"
-            ) from None
-        if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
-            raise RunFailedError(f"the node of partition {partition} tells no number of samples")
-        names = [str(name) for name in classes]
-        try:
-            check_classes(len(names), plan.dataset.spec.classes, plan.config.dataset)
-        except InputError as error:
-            raise RunFailedError(f"partition {partition}: {error}") from None
-        for label, (here, there) in enumerate(
-            zip(names, (told or [{"classes": names}])[0]["classes"], strict=True)
-        ):
-            if here != there:
-                raise RunFailedError(
-                    f"class {label} is {shorten(here)} at the node of partition {partition} and "
-                    f"{shorten(there)} at that of partition 0; allowed are the same names at all"
-                )
-        samples.append(count)
-        told.append({"sha256": str(sha256), "classes": names})
-    return plan.of_nodes(samples, told)
-
-
-def _empty_query() -> RecordDict:
-    return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})
-
-
-def _wait_for_nodes(grid: Grid, clients: int, stop: threading.Event, patience: float) -> list[int]:
-    waited = 0.0
-    while len(nodes := list(grid.get_node_ids())) < clients:
-        if waited >= patience:
-            raise RunFailedError(
-                f"clients = {clients} needs as many Flower nodes and {len(nodes)} registered in "
-                f"{patience:.0f} s; a simulation under `flwr run` gets them with "
-                f'--federation-config "num-supernodes={clients}"'
-            )
-        if stop.wait(_LONGEST_POLL):
-            raise RunInterruptedError("interrupted")
-        waited += _LONGEST_POLL
-    return nodes
+    def get_node_ids(self) -> Iterable[int]:
+        """Give the chosen nodes."""
+        return list(self._node_ids)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
 from numpy.typing import NDArray
+
+from strategies.folding import view_of
 
 ARRAYS = "arrays"
 CORRECTION = "correction"
@@ -54,12 +59,30 @@ def is_legacy(content: RecordDict) -> bool:
 
 def array_record(state: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
     """Encode a state; names and order are kept."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in state.items()})
+    record = ArrayRecord()
+    for name, array in state.items():
+        record[name] = _encoded(np.asarray(array))
+    return record
+
+
+def _encoded(array: NDArray[np.generic]) -> Array:
+    """Do as Flower does: ``numpy.save``. It makes the header anew each time, and two copies."""
+    dtype, shape = array.dtype, array.shape
+    data = b"".join((_header(dtype, shape), np.ascontiguousarray(array).data))
+    return Array(dtype=dtype.name, shape=shape, stype=SType.NUMPY, data=data)
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(stream, {**described, "shape": shape})
+    return stream.getvalue()
 
 
 def state_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     """Decode a state into fresh, writable arrays."""
-    return {name: array.numpy() for name, array in record.items()}
+    return {name: view_of(array).copy() for name, array in record.items()}
 
 
 def train_config(

@@ -30,7 +30,8 @@ from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
-from fedsim.flower.grid import ChosenNodes, map_partitions, stream_replies
+from fedsim.flower.grid import ChosenNodes, stream_replies
+from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
@@ -44,7 +45,10 @@ _PATIENCE = 60.0
 
 
 class RunObserver(Protocol):
-    """Someone who watches a run; called from the server's thread."""
+    """Someone who watches a run; called from the server's thread, but for warnings."""
+
+    def warned(self, text: str) -> None:
+        """Tell what the user should know, and what the run goes on without."""
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Tell that the run directory exists and clients are being started."""
@@ -133,9 +137,13 @@ class RoundLoop:
         RunInterruptedError
             Once the stop event is set.
         """
-        nodes = map_partitions(
-            self._grid, clients=self._config.clients, window=self._window, stop=self._stop
+        membership = membership_of(
+            self._grid,
+            clients=self._config.clients,
+            stop=self._stop,
+            tell=self._observer.warned,
         )
+        membership.wait_for_all(self._config.node_timeout)
         if after is None:
             state: State = self._plan.initial_state
             self._writer.add_state(0, state)
@@ -147,7 +155,13 @@ class RoundLoop:
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
+            self._writer.begin_round(number, len(participants))
             self._observer.round_started(number, participants)
+            nodes = membership.nodes_of(
+                participants,
+                spare=self._config.max_failures,
+                patience=self._config.node_timeout,
+            )
             failed: list[int] = []
             arrays, _ = self._strategy.aggregate_train(
                 number, self._replies(number, participants, nodes, state, failed)

@@ -10,27 +10,48 @@ from fedsim.core.config import RunConfig, parse_text, read_config_file
 from fedsim.core.errors import ConfigError
 
 
-def config_from_run_config(run_config: Mapping[str, Any]) -> RunConfig:
+def config_from_run_config(
+    run_config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Build the configuration from what ``flwr run --run-config`` gives.
 
     Parameters
     ----------
     run_config : mapping
         Flat scalars. ``config`` names a TOML file by its absolute path; an empty string leaves
-        a key to that file or to the default; other strings are read as flags are.
+        a key to that file or to the default; other strings are read as flags are. ``resume``,
+        the absolute path of a run directory to continue, is no key of a run.
+    recorded : mapping, optional
+        The configuration of that run, in place of the defaults.
 
     Raises
     ------
     InputError
         As `RunConfig.from_mapping` and `read_config_file`.
     """
-    values: dict[str, Any] = {}
-    for key in ("config", "output", "data-root"):
-        if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
-            raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
+    check_paths(run_config)
+    values: dict[str, Any] = dict(recorded or {})
     if file := run_config.get("config"):
         values.update(read_config_file(Path(str(file))))
     for key, value in run_config.items():
-        if key != "config" and value != "":
+        if key not in ("config", "resume") and value != "":
             values[key] = parse_text(key, value) if isinstance(value, str) else value
     return RunConfig.from_mapping(values)
+
+
+def check_paths(run_config: Mapping[str, Any]) -> None:
+    """Refuse paths that mean another place where Flower runs the app.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key.
+    """
+    for key in ("config", "output", "data-root", "resume"):
+        if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
+            raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
+    mirror = str(run_config.get("mirror") or "")
+    if mirror and "://" not in mirror and not Path(mirror).is_absolute():
+        raise ConfigError(
+            "mirror", mirror, "a URL or an absolute path: Flower runs a copy of the app"
+        )

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import shutil
 import threading
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.serverapp import Grid
 
-import fedsim
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
-from fedsim.flower.grid import ask_data
+from fedsim.flower.inventory import ask_data
+from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
+from fedsim.recording.layout import format_of
+from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
@@ -66,17 +66,22 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"{format_bytes(free)} free; "
             + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
+    if plan.config.mirror:
+        open_mirror(plan.config.mirror)
 
 
 MAY_CHANGE = (
     "rounds",
     "workers",
+    "ray-address",
     "data-root",
     "max-failures",
     "client-timeout",
+    "node-timeout",
     "allow-divergence",
     "capture-budget",
     "output",
+    "mirror",
 )
 """Keys that a run may be resumed with another value of: none of them decides what a round is."""
 
@@ -107,6 +112,8 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
         )
+    if plan.config.mirror:
+        check_mirror(plan.config.mirror, run.path)
     recovery = find_recovery(run.path)
     last = recovery.round
     # One that was killed before it could say that it is finished has that left to do.
@@ -167,7 +174,7 @@ def execute(
         says ``failed``.
     """
     if plan.config.own_data:
-        plan = ask_data(grid, plan, window=2 * workers, stop=stop)
+        plan = ask_data(grid, plan, window=2 * workers, stop=stop, tell=observer.warned)
     if recovery is not None:
         if plan.nodes and plan.nodes != load_run(output).entry("partition").get("nodes"):
             raise InputError(f"{output} was recorded with other data at the nodes")
@@ -178,56 +185,51 @@ def execute(
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     if plan.config.deterministic:
         use_deterministic(True)
-    try:
-        observer.run_started(plan, workers, output)
-        loop = RoundLoop(
-            plan,
-            grid=grid,
-            strategy=build_strategy(plan.config, plan.parameters, writer),
-            writer=writer,
-            observer=observer,
-            workers=workers,
-            stop=stop,
-        )
-        loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
-    except BaseException as error:
-        failure = error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            failure = DiskFullError(f"the disk of {output} is full: {error}")
-        # A round without a row is nothing; and where the disk is full, this makes room for the word
-        # that the run failed.
-        with contextlib.suppress(OSError):
-            writer.drop_unfinished_round()
-        # Whatever ended the run is what the user must hear, not that this cannot be written.
-        with contextlib.suppress(OSError):
-            writer.finish(
-                "failed",
-                str(failure) or type(failure).__name__,
-                diverged=isinstance(failure, DivergedError),
+    with mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop) as wake:
+        writer.on_change = wake
+        wake()
+        try:
+            observer.run_started(plan, workers, output)
+            loop = RoundLoop(
+                plan,
+                grid=grid,
+                strategy=build_strategy(plan.config, plan.parameters, writer),
+                writer=writer,
+                observer=observer,
+                workers=workers,
+                stop=stop,
             )
-        raise failure from None if failure is error else error
-    else:
-        writer.finish("finished")
-        observer.run_finished(output)
-    finally:
-        writer.close()
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of what decides the bits of a run."""
-    names = ("flwr", "ray", "torch", "torchvision", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "fedsim": fedsim.__version__,
-    }
+            loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
+        except BaseException as error:
+            failure = error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                failure = DiskFullError(f"the disk of {output} is full: {error}")
+            # A round without a row is nothing; and where the disk is full, this makes room for the
+            # word that the run failed.
+            with contextlib.suppress(OSError):
+                writer.drop_unfinished_round()
+            # Whatever ended the run is what the user must hear, not that this cannot be written.
+            with contextlib.suppress(OSError):
+                writer.finish(
+                    "failed",
+                    str(failure) or type(failure).__name__,
+                    diverged=isinstance(failure, DivergedError),
+                )
+            raise failure from None if failure is error else error
+        else:
+            writer.finish("finished")
+            observer.run_finished(output)
+        finally:
+            writer.close()
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:
-    """Describe a run for ``run.json``: everything but its format and status."""
+    """Describe a run for ``run.json``: everything but its status."""
     data = plan.dataset
+    rounds = range(1, plan.config.rounds + 1)
     buffers = {n: a for n, a in plan.initial_state.items() if n not in plan.parameters}
     return {
+        "format": format_of(max(map(plan.config.num_participants, rounds))),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,

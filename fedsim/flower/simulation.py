@@ -1,4 +1,4 @@
-"""Starting Flower's Ray engine on this machine, and ending it for certain."""
+"""Starting Flower's Ray engine, here or on a cluster, and ending it for certain."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import psutil
 import ray
 import torch
 from flwr.app import Context
+from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -32,7 +35,18 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
 from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
+from fedsim.flower.actor import Duty
 from fedsim.flower.client_app import app as client_app
+from fedsim.flower.cluster import (
+    Connection,
+    Node,
+    is_alive,
+    joined,
+    prepared,
+    present_nodes,
+    slots_of,
+)
+from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
@@ -102,12 +116,11 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
     if config.client_gpus and config.client_gpus > machine_gpus:
         has = f"at most {machine_gpus}, the GPUs here" if machine_gpus else "0: no GPU is here"
         raise ConfigError("client-gpus", config.client_gpus, has)
-    # Flower hands out work from min(32, cores + 4) threads; more workers would idle.
-    most = min(32, machine_cpus + 4)
+    # More only take turns: some are enough to keep every core busy while others write.
+    most = machine_cpus + 4
     if config.workers is not None and config.workers > most:
         raise ConfigError("workers", config.workers, f"1 to {most} on this machine")
-    participants = max(config.num_participants(r) for r in range(1, config.rounds + 1))
-    fitting = min(machine_cpus // config.client_cpus, participants, most)
+    fitting = min(machine_cpus // config.client_cpus, _most_participants(config), most)
     if config.client_gpus:
         slots = _gpu_slots(machine_gpus, config.client_gpus)
         if config.workers is not None and config.workers > slots:
@@ -120,6 +133,70 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
     if gpus is None:
         gpus = _equal_share(machine_gpus, workers)
     return WorkerPool(workers=workers, cpus=config.client_cpus, gpus=gpus)
+
+
+def size_cluster_pool(config: RunConfig, nodes: Sequence[Node]) -> WorkerPool:
+    """Fit the workers to what a Ray cluster has free.
+
+    Parameters
+    ----------
+    config : RunConfig
+        As for `size_pool`, but that a worker has a whole GPU where ``client-gpus`` is unset.
+    nodes : sequence of Node
+        From `present_nodes`.
+
+    Returns
+    -------
+    WorkerPool
+
+    Raises
+    ------
+    ConfigError
+        When the cluster has no room for what is asked for.
+    """
+    trains_on_gpus = resolve_device(config.device).type == "cuda"
+    if config.client_gpus == 0 and trains_on_gpus:
+        raise ConfigError(
+            "client-gpus", 0, "a share above 0, or any with device = 'cpu': training runs on GPUs"
+        )
+    gpus = config.client_gpus
+    if gpus is None:
+        gpus = 1.0 if trains_on_gpus else 0.0
+    slots = sum(slots_of(node, cpus=config.client_cpus, gpus=gpus) for node in nodes)
+    if slots == 0:
+        room = f"{config.client_cpus} CPU cores" + (f" and {gpus:g} GPUs" if gpus else "")
+        raise ConfigError(
+            "ray-address",
+            config.ray_address,
+            f"a cluster with room for a worker: none of its {len(nodes)} nodes has {room} free",
+        )
+    if config.workers is not None and config.workers > slots:
+        raise ConfigError(
+            "workers", config.workers, f"1 to {slots}, for which the cluster has room now"
+        )
+    workers = config.workers or min(slots, _most_participants(config))
+    return WorkerPool(workers=workers, cpus=config.client_cpus, gpus=gpus)
+
+
+def fit_pool(config: RunConfig) -> WorkerPool:
+    """Fit the workers to where the run will be: this machine, or the cluster at ``ray-address``.
+
+    Raises
+    ------
+    ConfigError
+        As `size_pool` and `size_cluster_pool`, or when there is no such cluster.
+    """
+    if config.cluster is None:
+        return size_pool(
+            config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config)
+        )
+    _quieten(verbose=False)
+    with joined(config.cluster):
+        return size_cluster_pool(config, present_nodes())
+
+
+def _most_participants(config: RunConfig) -> int:
+    return max(config.num_participants(r) for r in range(1, config.rounds + 1))
 
 
 def _gpu_slots(machine_gpus: int, share: float) -> int:
@@ -150,7 +227,7 @@ def simulate(
     ray_gpus: int | None = None,
     recovery: Recovery | None = None,
 ) -> None:
-    """Run a plan on a private Ray engine on this machine.
+    """Run a plan on a private Ray engine on this machine, or on the cluster at ``ray-address``.
 
     Parameters
     ----------
@@ -159,7 +236,7 @@ def simulate(
     output : Path
         The run directory to make.
     pool : WorkerPool
-        From `size_pool`.
+        From `fit_pool`.
     observer : RunObserver
         Who watches; called from the server's thread.
     stop : threading.Event
@@ -181,13 +258,29 @@ def simulate(
     keep_freed_memory()
     # Flower has no hook for its pool: its engine finds this class under the name it imported.
     setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
+    hand_out_to(pool.workers)
     SupervisedPool.client_timeout = plan.config.client_timeout
-    with Scratch() as scratch, _environment(node_environment(plan.config, output)):
-        backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
-        engine = _Engine(plan.config.clients, backend, verbose=verbose)
+    SupervisedPool.most = pool.workers
+    deliveries = Deliveries()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(deliveries.installed())
+        broken: Callable[[], str | None]
+        if plan.config.cluster is None:
+            scratch = stack.enter_context(Scratch())
+            stack.enter_context(_environment(node_environment(plan.config, output)))
+            backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
+            broken = _OwnProcesses().broken
+            SupervisedPool.duty = Duty()
+        else:
+            stack.enter_context(joined(plan.config.cluster, verbose=verbose))
+            nodes = [n for n in present_nodes() if slots_of(n, cpus=pool.cpus, gpus=pool.gpus)]
+            SupervisedPool.duty = stack.enter_context(prepared(plan, output, nodes))
+            backend = {"client_resources": _resources_of(pool)}
+            broken = Connection().broken
+        engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
         failure = engine.run(
             lambda grid: execute(
-                grid,
+                EngineGrid(grid, deliveries),
                 plan,
                 output,
                 observer=observer,
@@ -204,6 +297,18 @@ def simulate(
         raise failure
     if failure is not None:
         raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+
+def hand_out_to(workers: int) -> None:
+    """Let Flower's engine work on as many clients at once; by itself it takes min(32, cores + 4).
+
+    Parameters
+    ----------
+    workers : int
+        Threads that wait for a worker each.
+    """
+    # No hook here either.
+    setattr(vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, workers))  # noqa: B010
 
 
 def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
@@ -241,14 +346,21 @@ class EngineError(RunFailedError):
 class _Engine:
     """Flower's simulation engine in a thread of its own, so that its death is nobody else's."""
 
-    def __init__(self, clients: int, backend: dict[str, Any], *, verbose: bool) -> None:
+    def __init__(
+        self,
+        clients: int,
+        backend: dict[str, Any],
+        broken: Callable[[], str | None],
+        *,
+        verbose: bool,
+    ) -> None:
         self._clients = clients
         self._backend = backend
+        self._broken = broken
         self._verbose = verbose
         self._server_ended = threading.Event()
         self._outcome: BaseException | None = None
         self._error: BaseException | None = None
-        self._processes: dict[str, psutil.Process] = {}
 
     def run(self, server: Callable[[Grid], None], stop: threading.Event) -> BaseException | None:
         """Run a server's part to its end and give the error that it ended with."""
@@ -298,6 +410,18 @@ class _Engine:
             self._error = error
 
     def _dead(self) -> EngineError | None:
+        """Say what has died that Ray cannot do without."""
+        cause = self._broken()
+        return None if cause is None else EngineError(cause)
+
+
+class _OwnProcesses:
+    """Watches the processes of an engine of our own."""
+
+    def __init__(self) -> None:
+        self._processes: dict[str, psutil.Process] = {}
+
+    def broken(self) -> str | None:
         """Say which process has died that Ray cannot do without."""
         if len(self._processes) < len(_ENGINE):
             for child in psutil.Process().children():
@@ -305,10 +429,9 @@ class _Engine:
                     if (name := child.name()) in _ENGINE:
                         self._processes[name] = child
         for name, process in self._processes.items():
-            gone = not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
             # Ray leaves the cluster before it ends the processes of its own accord.
-            if gone and ray.is_initialized():
-                return EngineError(f"Ray's process {name} died, and with it the workers")
+            if not is_alive(process) and ray.is_initialized():
+                return f"Ray's process {name} died, and with it the workers"
         return None
 
 
@@ -325,7 +448,7 @@ def _backend(
     if ray_gpus is None:
         ray_gpus = torch.cuda.device_count() if pool.gpus else 0
     return {
-        "client_resources": {"num_cpus": pool.cpus, "num_gpus": pool.gpus},
+        "client_resources": _resources_of(pool),
         "init_args": {
             # A cluster of our own: Ray otherwise joins any that it finds.
             "address": "local",
@@ -336,6 +459,10 @@ def _backend(
             "logging_level": "INFO" if verbose else "ERROR",
         },
     }
+
+
+def _resources_of(pool: WorkerPool) -> dict[str, float]:
+    return {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
 
 
 def _quieten(verbose: bool) -> None:

@@ -5,18 +5,30 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from typing import Any, ClassVar
 
 import ray
 from flwr.app import MessageType
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+)
 
-from fedsim.core.errors import RunFailedError
+from fedsim.core.errors import InputError, RunFailedError
+from fedsim.flower.actor import ClientAppWorker, Duty, bring_back
 from fedsim.flower.scratch import place_of
 
 RETRIES = 2
 """How often a client is repeated whose worker died."""
+_POLL, _PATIENCE = 0.2, 600.0
+"""Seconds between looks at workers that start, and to wait for one where none is left."""
+_LOST = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError)
+"""What Ray raises where a worker is gone, or its node with what the worker had returned."""
 
 
 class SupervisedPool(BasicActorPool):
@@ -25,29 +37,54 @@ class SupervisedPool(BasicActorPool):
     Flower waits for ever for a worker that hangs, keeps one that died in its pool, where it
     swallows the clients to come, and asks workers to leave by a method call, which Ray takes for a
     crash. Ray itself repeats what a worker did that was killed for want of memory without end.
+
+    A worker takes clients once it has started. One that is lost is asked for anew; where the
+    cluster has no room for it, since a whole node was lost, the others do its work until there is.
     """
 
     client_timeout: ClassVar[float | None] = None
     """Seconds that a client may take once a worker is free for it; for ever if None."""
+    most: ClassVar[int] = 1
+    """Workers to start, where there is room for as many."""
+    duty: ClassVar[Duty] = Duty()
+    """What workers must know before their first client."""
     _latest: ClassVar[SupervisedPool | None] = None
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(
+        self, actor_type: Any, client_resources: dict[str, Any], actor_kwargs: dict[str, Any]
+    ) -> None:
+        super().__init__(ClientAppWorker, client_resources, actor_kwargs)
+        worker_type: Any = ClientAppWorker
+        self.create_actor_fn = lambda: worker_type.options(
+            **client_resources, scheduling_strategy="SPREAD"
+        ).remote()
+        self.actors_capacity = min(self.actors_capacity, self.most)
         self._everyone: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        self._away: set[Any] = set()
         self._calls: dict[Any, tuple[Any, tuple[Any, Any, str, Any]]] = {}
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._failed_starts = 0
+        self._refusal = ""
         self._ended = False
+        self._recruiter = threading.Thread(target=self._recruit, daemon=True)
         SupervisedPool._latest = self
 
     def add_actors_to_pool(self, num_actors: int) -> None:
-        """Start workers and remember them."""
-        super().add_actors_to_pool(num_actors)
-        self._everyone.extend(self.pool[-num_actors:])
+        """Ask for workers; each takes clients once it has started."""
+        with self._changed:
+            for _ in range(num_actors):
+                self._ask()
+        self.num_actors += num_actors
+        self._recruiter.start()
 
     def submit(self, actor_fn: Any, job: tuple[Any, Any, str, Any]) -> Any:
-        """Hand a message to a free worker, and remember it."""
-        future = super().submit(actor_fn, job)
-        self._calls[future] = (actor_fn, job)
+        """Hand a message to a worker once one is free, and remember it."""
+        worker = self._take()
+        future = actor_fn(worker, *job)
+        with self._changed:
+            self._future_to_actor[future] = worker
+            self._calls[future] = (actor_fn, job)
         return future
 
     def fetch_result_and_return_actor_to_pool(self, future: Any) -> Any:
@@ -70,43 +107,124 @@ class SupervisedPool(BasicActorPool):
                 raise RunFailedError(f"took longer than client-timeout = {limit:g} s{place}")
             try:
                 _, reply, after = ray.get(answer)
-            except (OutOfMemoryError, RayActorError) as error:
+                worker = self._future_to_actor[future]
+                if worker in self._away:
+                    bring_back(worker, message, self.duty.recordings)
+            except _LOST as error:
                 deaths += 1
-                fresh = self._replace(future)
+                self._replace(future)
                 if deaths > RETRIES:
                     raise RunFailedError(_cause_of_death(error)) from None
+                fresh = self._future_to_actor[future] = self._take()
                 answer = call(fresh, app, message, partition, context)
             else:
                 self.add_actor_back_to_pool(future)
                 return reply, after
 
-    def _replace(self, future: Any) -> Any:
-        with self._lock:
+    def add_actor_back_to_pool(self, future: Any) -> None:
+        """Let the worker that had a message take the next, unless it was replaced."""
+        with self._changed:
+            if worker := self._future_to_actor.pop(future, None):
+                self.pool.append(worker)
+                self._changed.notify()
+
+    def _take(self) -> Any:
+        """Give a free worker as soon as there is one."""
+        none_since = None
+        with self._changed:
+            while not self.pool:
+                if self._ended:
+                    raise RunFailedError("the run has ended")
+                if not self._everyone:
+                    raise RunFailedError(f"no worker could be started: {self._refusal}")
+                if len(self._everyone) > len(self._starting):
+                    none_since = None
+                elif none_since is None:
+                    none_since = time.monotonic()
+                elif time.monotonic() - none_since > _PATIENCE:
+                    raise RunFailedError(f"no worker could be started for {_PATIENCE:.0f} s")
+                self._changed.wait(1)
+            return self.pool.pop()
+
+    def _ask(self) -> None:
+        worker: Any = self.create_actor_fn()  # type: ignore[no-untyped-call]
+        self._everyone.append(worker)
+        self._starting[worker.start.remote(self.duty)] = worker
+        self._changed.notify_all()
+
+    def _recruit(self) -> None:
+        """Let workers take clients as they come, however late."""
+        while True:
+            with self._changed:
+                while not self._starting and not self._ended:
+                    self._changed.wait()
+                if self._ended:
+                    return
+                started = list(self._starting)
+            for start in ray.wait(started, timeout=_POLL)[0]:
+                self._welcome(start)
+
+    def _welcome(self, start: Any) -> None:
+        error: Exception | None = None
+        is_away = False
+        try:
+            is_away = ray.get(start)
+        except (RayError, InputError) as failure:
+            error = failure
+        with self._changed:
+            worker = self._starting.pop(start, None)
+            if worker is None or self._ended:
+                return
+            if error is None:
+                self._failed_starts = 0
+                if is_away:
+                    self._away.add(worker)
+                self.pool.append(worker)
+            else:
+                self._drop(worker)
+                self._failed_starts += 1
+                self._refusal = _last_line(error)
+                if self._failed_starts <= RETRIES:
+                    self._ask()
+            self._changed.notify_all()
+
+    def _replace(self, future: Any) -> None:
+        with self._changed:
             if self._ended:
                 raise RunFailedError("the run has ended")
-            # Killed with all it waits for; one that only sleeps would answer a later message.
-            unfit: Any = self._future_to_actor[future]
-            self._everyone.remove(unfit)
-            with contextlib.suppress(RayError):
-                ray.kill(unfit, no_restart=True)
-            fresh: Any = self.create_actor_fn()  # type: ignore[no-untyped-call]
-            self._everyone.append(fresh)
-            self._future_to_actor[future] = fresh
-            return fresh
+            self._drop(self._future_to_actor.pop(future))
+            self._failed_starts = 0
+            self._ask()
+
+    def _drop(self, worker: Any) -> None:
+        self._everyone.remove(worker)
+        self._away.discard(worker)
+        # Killed with all it waits for; one that only sleeps would answer a later message.
+        with contextlib.suppress(RayError):
+            ray.kill(worker, no_restart=True)
 
     def terminate_all_actors(self) -> None:
         """Kill the workers."""
-        with self._lock:
+        with self._changed:
             self._ended = True
-            for actor in self._everyone:
-                ray.kill(actor, no_restart=True)
+            for worker in self._everyone:
+                ray.kill(worker, no_restart=True)
             self._everyone.clear()
+            self._starting.clear()
+            self.pool.clear()
+            self._changed.notify_all()
+        # Asked by a thread after it is gone, Ray would start an engine of its own.
+        self._recruiter.join()
 
     @classmethod
     def kill_latest(cls) -> None:
         """Kill the workers of the pool made last, if there is one."""
         if cls._latest is not None:
             cls._latest.terminate_all_actors()
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _cause_of_death(error: RayError) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,10 +29,11 @@ from fedsim.recording.files import (
     temporary,
     write_tensors,
 )
-from fedsim.recording.layout import FORMAT, RunLayout
+from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
 from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.recovery import Recovery, check_places
+from fedsim.recording.shared import SharedFiles
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -67,12 +69,19 @@ class RunWriter:
         An existing run directory; `create` makes a new one.
     manifest : mapping
         Contents of ``run.json``.
+
+    Attributes
+    ----------
+    on_change : callable
+        Called when a round was closed or ``run.json`` written.
     """
 
     def __init__(self, root: Path, manifest: Mapping[str, Any]) -> None:
         self.layout = RunLayout(root)
+        self.on_change: Callable[[], None] = lambda: None
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
+        self._shared: SharedFiles | None = None
         self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
         self._sealed = _size_of(self.layout.checksums)
@@ -240,6 +249,12 @@ class RunWriter:
         if self._lock_file is not None:
             self._lock_file.close()
 
+    def begin_round(self, round_number: int, clients: int) -> None:
+        """Prepare for the clients of a round: where there are many, they share files."""
+        # A run that was begun without goes on without.
+        shared = format_of(clients) == self._manifest["format"] == SHARED_FORMAT
+        self._shared = SharedFiles(self.layout, round_number) if shared else None
+
     def add_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Keep one client's delta and telemetry of a round.
 
@@ -251,14 +266,36 @@ class RunWriter:
         delta : mapping of str to ndarray
             Local minus global state.
         """
-        path = self.layout.delta(row["round"], row["partition"])
-        self._write_tensors(path, delta)
+        folder = self.layout.client(row["round"], row["partition"])
+        row = {key: value for key, value in row.items() if key != "shard"}
+        if self._shared is None:
+            self._write_tensors(self.layout.delta(row["round"], row["partition"]), delta)
+        else:
+            row |= {"shard": self._shared.shard, "files": {**row.get("files", {})}}
+            here = row.get("place", "run") == "run"
+            steps = self._taken_steps(folder, row["files"]) if here else b""
+            self._list(self._shared.add(row["partition"], delta, steps))
         for name, file in row.get("files", {}).items():
-            listed = self._name(path.parent / name)
+            listed = self._name(folder / name)
             self._round_files[listed] = Checksum(file["bytes"], file["xxh3_128"])
             if row.get("place") == "node":
                 self._elsewhere.add(listed)
         self._append(self.layout.clients, json_line(row))
+
+    def _taken_steps(self, folder: Path, files: dict[str, Any]) -> bytes:
+        """Take the lines of a client's steps out of its folder and out of its list of files."""
+        path, told = folder / STEPS, files.pop(STEPS, None)
+        if told is None:
+            return b""
+        with os.fdopen(open_regular(path), "rb") as file:
+            content = file.read()
+        if Checksum.of(content).to_json() != told:
+            raise RunFailedError(f"{path} was changed by another program")
+        path.unlink()
+        for left in (folder, folder.parent):
+            with contextlib.suppress(OSError):
+                left.rmdir()
+        return content
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a client that failed, and nothing else that it left."""
@@ -305,6 +342,8 @@ class RunWriter:
         RunFailedError
             When a file of the round is not there any more, or has another size.
         """
+        if self._shared is not None:
+            self._list(self._shared.close())
         for name, checksum in self._round_files.items():
             if name in self._elsewhere:
                 continue
@@ -320,6 +359,7 @@ class RunWriter:
         self._seal(self._round_files | grown)
         self._round_files, self._elsewhere = {}, set()
         append_line(self.layout.rounds, line, at=before)
+        self.on_change()
 
     def drop_unfinished_round(self) -> None:
         """Remove the files of the round that has no row, however many gigabytes they are."""
@@ -343,10 +383,14 @@ class RunWriter:
         self._seal({self.layout.manifest: Checksum.of(document)})
         with temporary(self.layout.manifest) as unfinished:
             unfinished.write_bytes(document)
+        self.on_change()
 
     def _write_tensors(self, path: Path, arrays: State) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._round_files[self._name(path)] = write_tensors(path, arrays)
+        self._list({path: write_tensors(path, arrays)})
+
+    def _list(self, files: Mapping[Path, Checksum]) -> None:
+        self._round_files.update((self._name(path), c) for path, c in files.items())
 
     def _append(self, path: Path, line: bytes) -> None:
         append_line(path, line, at=self._grown[path].size)

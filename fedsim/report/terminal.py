@@ -105,6 +105,10 @@ class TerminalObserver:
                 "starting workers", total=self._clients_total, left=""
             )
 
+    def warned(self, text: str) -> None:
+        """Print it."""
+        self._console.print(printable(text), style="yellow", markup=False, soft_wrap=True)
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Move the bar to the round."""
         if not self._started:

@@ -292,6 +292,9 @@ class TrackingObserver:
         self._path = path
         self._config = plan.config.to_mapping()
 
+    def warned(self, text: str) -> None:
+        """Tell nothing: there is no figure."""
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Begin with this round, where none was told before."""
         self._start(round_number)
@@ -375,6 +378,11 @@ class Observers:
         """Tell all."""
         for observer in self._observers:
             observer.run_started(plan, workers, path)
+
+    def warned(self, text: str) -> None:
+        """Tell all."""
+        for observer in self._observers:
+            observer.warned(text)
 
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         """Tell all."""

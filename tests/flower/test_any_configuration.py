@@ -124,8 +124,11 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "evaluate-every": st.sampled_from([1, 2, 3, 10**9]),
     "max-failures": st.sampled_from([0, 1, 10**30]),
     "client-timeout": st.sampled_from([600, 1e300]),
+    "node-timeout": st.sampled_from([600, 1e300]),
     "allow-divergence": st.booleans(),
     "output": st.sampled_from(["run", "a/b/run", "r\u00fcn", "with\nlines", ""]),
+    "ray-address": st.sampled_from(["local", "auto", "10.0.0.1:6379", "[::1]:6379"]),
+    "mirror": st.sampled_from(["", "c\u00f6py"]),
 }
 
 NUMBERS = [-1, 0, 1, 2, 7, 61, 2**31, 2**32, 2**63, 10**30, 10**400, -(10**400)]
@@ -180,18 +183,20 @@ ODD: dict[str, list[Any]] = {
     ],
     "capture-layers": ["[", "[]", "[!]", "[z-a]", "[[:a:]*", "\\", "**", "*,*", ["*", 3], [""]],
     "capture-budget": ["0", "1", "-1 GB", "1e3 GB", "1 PB", "9" * 16, "0.0000001 B", "\u0663 GB"],
-    "workers": [64, 65],
+    "workers": [1024, 1025],
     "client-gpus": [1, 0.5, 1.5, 2, 1e-300],
     "device": ["cuda", "mps", "cuda:0"],
     "compile": [1],
     "rounds": [100_000, 100_001],
+    "ray-address": ["ray://a:1", "a:0", "a:65536", ":1", "a:\u0663", "a" * 5000 + ":1", "[:1"],
+    "mirror": ["nowhere://a", "file/copy", "a?b", "s3://a:b@c/d", "x" * 300, "a\0b", "\udcff"],
     "output": [".", "..", "file", "file/run", "x" * 300, "a\0b", "/proc/nowhere", "\udcff"],
 }
 
 
 def odd_values(key: str) -> st.SearchStrategy[Any]:
     named = st.sampled_from([*ODD.get(key, []), *NUMBERS, *TEXTS, *OTHERS])
-    if key == "output":
+    if key in ("output", "mirror"):
         # Free text could name a folder outside of the test's.
         return named
     return st.one_of(

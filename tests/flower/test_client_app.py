@@ -200,6 +200,13 @@ def test_run_config_fills_what_it_leaves_empty_from_the_file(tmp_path):
     assert config_from_run_config({**empty, "config": ""}) == RunConfig()
 
 
+def test_run_config_of_a_resumed_run_changes_what_was_recorded():
+    recorded = {"rounds": 7, "clients": 12}
+    given = {"resume": "/runs/a", "rounds": 9, "clients": "", "config": ""}
+    config = config_from_run_config(given, recorded)
+    assert (config.rounds, config.clients, config.seed) == (9, 12, 42)
+
+
 def test_run_config_reads_lists_from_strings():
     assert config_from_run_config({"batch-size": "[16, 32]"}).batch_size == (16, 32)
     assert config_from_run_config({"output": "/2024"}).output == "/2024"
@@ -210,7 +217,7 @@ def test_run_config_refuses_like_the_command_line(tmp_path):
         config_from_run_config({"clients": 0})
     with pytest.raises(ConfigError, match="round = 3"):
         config_from_run_config({"round": 3})
-    for key in ("config", "output", "data-root"):
+    for key in ("config", "output", "data-root", "resume"):
         with pytest.raises(ConfigError, match="an absolute path"):
             config_from_run_config({key: "here/run.toml"})
     with pytest.raises(InputError, match="cannot be read"):

@@ -292,23 +292,6 @@ def test_a_stop_ends_the_run_and_keeps_the_finished_rounds(tmp_path):
     assert (run.status, [row["round"] for row in run.round_rows]) == ("failed", [0, 1])
 
 
-def test_too_few_nodes_are_told_with_the_remedy(tmp_path):
-    from fedsim.flower.grid import map_partitions
-
-    with pytest.raises(RunFailedError) as failed:
-        map_partitions(LocalGrid(app, 2), clients=6, window=2, stop=threading.Event(), patience=0.0)
-    assert "num-supernodes=6" in str(failed.value)
-    assert "2 registered" in str(failed.value)
-
-
-def test_the_map_of_partitions_is_found_whatever_the_node_ids(tmp_path):
-    from fedsim.flower.grid import map_partitions
-
-    grid = LocalGrid(app, 5)
-    found = map_partitions(grid, clients=5, window=2, stop=threading.Event())
-    assert {node: partition for partition, node in found.items()} == grid.partitions
-
-
 def test_node_ids_are_nowhere_in_the_record(run_locally):
     run = run_locally(rounds=1)
     ids = [str(node).encode() for node in LocalGrid(app, 6).partitions]

@@ -78,6 +78,9 @@ class Photographer:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         self._keep("run started")
 
+    def warned(self, text: str) -> None:
+        raise AssertionError(text)
+
     def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         self._keep(f"round {round_number} started")
 

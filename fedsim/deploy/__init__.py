@@ -1,0 +1,1 @@
+"""Making and starting a federation of real Flower nodes."""

@@ -1,0 +1,221 @@
+"""What a federation is, where its files are, and how its processes are started."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedsim.core.errors import ConfigError, InputError
+
+CONNECTION = "federation"
+"""The name of the federation for ``flwr run``."""
+_MOST_SUPERNODES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """A SuperLink, and SuperNodes that hold one partition each.
+
+    Parameters
+    ----------
+    address : str
+        Host name or IP address by which the nodes reach the server.
+    port : int
+        Port for the nodes. The next one is the SuperLink's own, on loopback only, and those that
+        follow are those of SuperNodes on this machine.
+    supernodes : int
+        How many; node `i` holds partition `i`.
+    insecure : bool
+        Without TLS and without keys.
+
+    Raises
+    ------
+    ConfigError
+        Naming the value that cannot be.
+    """
+
+    address: str = "127.0.0.1"
+    port: int = 9092
+    supernodes: int = 4
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.supernodes <= _MOST_SUPERNODES:
+            raise ConfigError("supernodes", self.supernodes, f"1 to {_MOST_SUPERNODES}")
+        last = 65_535 - 1 - self.supernodes
+        if not 1 <= self.port <= last:
+            raise ConfigError("port", self.port, f"1 to {last}, the ports after it being used too")
+        if not is_host(self.address):
+            raise ConfigError("address", self.address, "a host name or an IP address")
+
+    @property
+    def own_port(self) -> int:
+        """Port of the SuperLink itself; with the gateway before it, not that of the nodes."""
+        return self.port if self.insecure else self.port + 1
+
+    def port_of(self, node: int) -> int:
+        """Port on which a SuperNode of this machine talks to its own processes."""
+        return self.port + 2 + node
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names that the certificate of the server is valid for."""
+        return list(dict.fromkeys([self.address, "localhost", "127.0.0.1"]))
+
+    def to_toml(self) -> str:
+        """Write it as `read` takes it."""
+        return (
+            f'address = "{self.address}"\nport = {self.port}\nsupernodes = {self.supernodes}\n'
+            f"insecure = {str(self.insecure).lower()}\n"
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the federation of a folder.
+
+        Raises
+        ------
+        InputError
+            When it is no folder of `fedsim deploy init`.
+        """
+        path = Places(folder).federation
+        try:
+            values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder} is no federation; allowed is a folder that `fedsim deploy init` made"
+            ) from None
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a federation are.
+
+    Parameters
+    ----------
+    root : Path
+        Its folder.
+    """
+
+    root: Path
+
+    @property
+    def federation(self) -> Path:
+        """What `Federation.read` reads."""
+        return self.root / "federation.toml"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate of the authority, which may be known to all."""
+        return self.root / "ca" / "ca.crt"
+
+    @property
+    def authority_key(self) -> Path:
+        """The key of the authority, needed for nothing but another certificate."""
+        return self.root / "ca" / "ca.key"
+
+    @property
+    def server(self) -> Path:
+        """Folder of the host of the SuperLink."""
+        return self.root / "server"
+
+    @property
+    def user(self) -> Path:
+        """Folder that ``FLWR_HOME`` names for whoever starts runs."""
+        return self.root / "flwr"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what the processes of this machine print."""
+        return self.root / "logs"
+
+    def public_key(self, number: int) -> Path:
+        """Give the public key of a node, as the host of the SuperLink keeps it."""
+        return self.server / "nodes" / f"{number}.pub"
+
+    def node(self, number: int) -> Path:
+        """Give the folder of a node; it is all that its host needs."""
+        return self.root / "nodes" / str(number)
+
+
+def is_host(text: str) -> bool:
+    """Say whether a text may be a host name or an IP address."""
+    try:
+        ipaddress.ip_address(text)
+        return True
+    except ValueError:
+        labels = text.split(".")
+        return len(text) <= 253 and all(
+            0 < len(label) <= 63
+            and label.isascii()
+            and label.replace("-", "a").isalnum()
+            and label[0] != "-" != label[-1]
+            for label in labels
+        )
+
+
+def at(host: str, port: int) -> str:
+    """Join a host and a port."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def superlink_command(federation: Federation) -> list[str]:
+    """Give the command of the SuperLink, run in the folder of the server."""
+    host = federation.address if federation.insecure else "127.0.0.1"
+    command = ["flower-superlink", "--host", host, "--port", str(federation.own_port)]
+    if federation.insecure:
+        return [*command, "--insecure"]
+    return [
+        *command,
+        *("--ssl-ca-certfile", "ca.crt"),
+        *("--ssl-certfile", "server.crt"),
+        *("--ssl-keyfile", "server.key"),
+        "--enable-supernode-auth",
+    ]
+
+
+def supernode_command(federation: Federation, node: int) -> list[str]:
+    """Give the command of a SuperNode, run in the folder of the node."""
+    command = [
+        *("flower-supernode", "--superlink", at(federation.address, federation.port)),
+        *("--node-config", "node.toml", "--port", str(federation.port_of(node))),
+    ]
+    if federation.insecure:
+        return [*command, "--insecure"]
+    return [
+        *command,
+        *("--root-certificates", "ca.crt", "--auth-supernode-private-key", "node.key"),
+    ]
+
+
+def register_command(node: int, key: str) -> list[str]:
+    """Give the command that registers the public key of a node for its partition."""
+    return ["flwr", "supernode", "register", key, CONNECTION, "--name", f"partition-{node}"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Give the environment of Flower's commands, which keep what they need in a folder."""
+    # Flower starts its other commands by their names.
+    commands = Path(sys.executable).parent
+    return {
+        **os.environ,
+        **dict(VARIABLES),
+        "PATH": f"{commands}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_HOME": str(home),
+    }
+
+
+VARIABLES = (
+    ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+)
+"""With these Flower installs nothing for a run, and tells nobody of it."""

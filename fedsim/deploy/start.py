@@ -1,0 +1,232 @@
+"""Starting a federation on this machine, and ending all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+
+from fedsim.core.errors import InputError, RunFailedError
+from fedsim.deploy.federation import (
+    CONNECTION,
+    Federation,
+    Places,
+    environment,
+    register_command,
+    superlink_command,
+    supernode_command,
+)
+
+_POLL, _AGAIN = 0.2, 3.0
+"""Seconds between looks at the processes, and until a SuperNode that ended is started again."""
+_STARTING, _ENDING = 90.0, 10.0
+"""Seconds that a server has to come up, and that all have to end before they are killed."""
+_USED = "[code: 23]"
+"""How Flower says that a key is registered already."""
+
+
+def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> None:
+    """Run the SuperLink, its gateway and all SuperNodes on this machine until told to stop.
+
+    Keys are registered at the start, for the SuperLink keeps nothing. A SuperNode that ends is
+    started again.
+
+    Parameters
+    ----------
+    folder : Path
+        What `fedsim deploy init` made.
+    tell : callable
+        Told a line for whatever happens.
+    stop : threading.Event
+        Set by whoever wants it to end.
+
+    Raises
+    ------
+    InputError
+        When there is no federation, or a port is taken.
+    RunFailedError
+        When a server ended.
+    """
+    places = Places(folder.absolute())
+    federation = Federation.read(places.root)
+    for port in _ports(federation):
+        _check_free(port, folder)
+    places.logs.mkdir(mode=0o700, exist_ok=True)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    homes: set[str] = set()
+
+    def run(name: str, command: Sequence[str], where: Path) -> None:
+        homes.add(str(where / "flwr"))
+        with (places.logs / f"{name}.log").open("ab") as log:
+            processes[name] = subprocess.Popen(  # noqa: S603 - Flower's commands and ours
+                command,
+                cwd=where,
+                env=environment(where / "flwr"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A Ctrl-C in the terminal reaches us alone: nodes end before their SuperLink.
+                start_new_session=True,
+            )
+
+    def check() -> None:
+        for name in ("superlink", "gateway"):
+            if name in processes and processes[name].poll() is not None:
+                raise RunFailedError(f"the {name} ended; {places.logs / name}.log says why")
+
+    try:
+        run("superlink", superlink_command(federation), places.server)
+        if not federation.insecure:
+            gateway = [sys.executable, "-m", "fedsim", "deploy", "gateway", str(places.root)]
+            run("gateway", gateway, places.server)
+        if not _wait_for_servers(places, federation, check, stop):
+            return
+        if not federation.insecure:
+            register(folder, lambda line: None)
+        for number in range(federation.supernodes):
+            run(f"supernode-{number}", supernode_command(federation, number), places.node(number))
+        tell(
+            f"{federation.supernodes} SuperNodes at {federation.address}:{federation.port}; "
+            f"their logs are in {places.logs}"
+        )
+        tell(f"FLWR_HOME={places.user} flwr run . {CONNECTION} --stream   (Ctrl-C here ends all)")
+        ended: dict[int, float] = {}
+        while not stop.wait(_POLL):
+            check()
+            for number in range(federation.supernodes):
+                name = f"supernode-{number}"
+                if processes[name].poll() is None:
+                    continue
+                if number not in ended:
+                    ended[number] = time.monotonic()
+                    tell(f"{name} ended; it is started again until it is let in")
+                elif time.monotonic() - ended[number] > _AGAIN:
+                    del ended[number]
+                    run(name, supernode_command(federation, number), places.node(number))
+    finally:
+        nodes = [p for name, p in processes.items() if name.startswith("supernode-")]
+        _end(nodes)
+        _end([p for p in processes.values() if p not in nodes])
+        _kill_what_is_left(homes)
+
+
+def register(folder: Path, tell: Callable[[str], None]) -> None:
+    """Register the public keys of all nodes at the SuperLink, each for its partition.
+
+    Parameters
+    ----------
+    folder : Path
+        What `fedsim deploy init` made.
+    tell : callable
+        Told a line for each node.
+
+    Raises
+    ------
+    InputError
+        When there is no federation, or its nodes have no keys.
+    RunFailedError
+        When the SuperLink does not take a key.
+    """
+    places = Places(folder.absolute())
+    federation = Federation.read(places.root)
+    if federation.insecure:
+        raise InputError(f"{folder} is insecure: its nodes have no keys and register themselves")
+
+    def one(number: int) -> tuple[int, str]:
+        command = register_command(number, str(places.public_key(number)))
+        done = subprocess.run(  # noqa: S603 - Flower's command
+            command, env=environment(places.user), capture_output=True, text=True, check=False
+        )
+        return done.returncode, " ".join(done.stdout.split() + done.stderr.split())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, (code, said) in enumerate(pool.map(one, range(federation.supernodes))):
+            if code and _USED not in said:
+                raise RunFailedError(f"the key of partition {number} was not registered: {said}")
+            tell(f"partition {number}: {'registered before' if code else 'registered'}")
+
+
+def _ports(federation: Federation) -> list[int]:
+    nodes = [federation.port_of(number) for number in range(federation.supernodes)]
+    return list(dict.fromkeys([federation.port, federation.own_port, *nodes]))
+
+
+def _check_free(port: int, folder: Path) -> None:
+    with socket.socket() as probe:
+        # As servers do: a port whose last connections are dying is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} of {folder} cannot be used: {error.strerror}; allowed is one that "
+                "is free, as --port of `fedsim deploy init` chooses"
+            ) from None
+
+
+def _wait_for_servers(
+    places: Places, federation: Federation, check: Callable[[], None], stop: threading.Event
+) -> bool:
+    """Wait until both answer; say whether they do, and not that they were told to stop."""
+    hosts = {federation.own_port: "127.0.0.1", federation.port: federation.address}
+    if federation.insecure:
+        hosts = {federation.port: federation.address}
+    deadline = time.monotonic() + _STARTING
+    for port, host in hosts.items():
+        while not _answers(host, port, None if federation.insecure else places.authority):
+            check()
+            if time.monotonic() > deadline:
+                raise RunFailedError(
+                    f"nothing answers at {host}:{port} after {_STARTING:.0f} s; {places.logs} "
+                    "says why"
+                )
+            if stop.wait(_POLL):
+                return False
+    return True
+
+
+def _answers(host: str, port: int, authority: Path | None) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 5.0) as connection:
+        if authority is None:
+            return True
+        context = ssl.create_default_context(cafile=authority)
+        try:
+            with context.wrap_socket(connection, server_hostname=host):
+                return True
+        except ssl.SSLCertVerificationError as error:
+            raise RunFailedError(
+                f"the certificate of {host}:{port} is not trusted: {error.verify_message}"
+            ) from None
+    return False
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _ENDING
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _kill_what_is_left(homes: Collection[str]) -> None:
+    """Kill what Flower's commands started, some of it out of the reach of signals to a group."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("FLWR_HOME") in homes:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=_ENDING)

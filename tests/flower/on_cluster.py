@@ -1,0 +1,68 @@
+"""A driver of a cluster, told what to do by its arguments; what it sees goes to stdout as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedsim.core.config import RunConfig
+from fedsim.core.plan import RunPlan
+from fedsim.flower import cluster
+from fedsim.flower.simulation import fit_pool, simulate
+from tests.observers import Memory
+
+
+class Killer(Memory):
+    """Kills a process when the first client of a round is done and others are not."""
+
+    def __init__(self, victim: int, round_number: int) -> None:
+        super().__init__()
+        self._victim = psutil.Process(victim)
+        self._round = round_number
+        self.killed_workers = 0
+
+    def client_finished(self, row: Mapping[str, Any]) -> None:
+        super().client_finished(row)
+        if row["round"] == self._round and self._victim.is_running():
+            children = self._victim.children(recursive=True)
+            self.killed_workers = sum(c.name().startswith("ray::ClientApp") for c in children)
+            self._victim.kill()
+
+
+def run(config: RunConfig, output: Path, victim: int) -> dict[str, Any]:
+    """Run, killing a raylet in the middle of round 2."""
+    observer = Killer(victim, 2)
+    pool = fit_pool(config)
+    simulate(RunPlan.prepare(config), output, pool, observer=observer, stop=threading.Event())
+    return {"workers": pool.workers, "killed": observer.killed_workers}
+
+
+def prepare(config: RunConfig, output: Path) -> dict[str, Any]:
+    """Prepare the nodes, twice."""
+    assert config.cluster is not None
+    with cluster.joined(config.cluster):
+        nodes = cluster.present_nodes()
+        plan = RunPlan.prepare(config)
+        seen = []
+        for _ in range(2):
+            with cluster.prepared(plan, output, nodes) as duty:
+                checked = duty.checked == {node.id for node in nodes}
+                seen.append([checked, len(duty.sharing), duty.data is not None])
+        return {"cpus": [node.cpus for node in nodes], "seen": seen}
+
+
+if __name__ == "__main__":
+    # The actors find this module's package by its name, not as __main__.
+    asked = RunConfig.from_json(sys.argv[2])
+    what = {"run": run, "prepare": prepare}[sys.argv[1]]
+    told = what(asked, Path(sys.argv[3]), *map(int, sys.argv[4:]))  # type: ignore[operator]
+    sys.stdout.write(json.dumps(told))
+    sys.stdout.flush()
+    os._exit(0)
