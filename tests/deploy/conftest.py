@@ -5,8 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,17 +16,14 @@ from fedsim.deploy.federation import Places, environment
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
 # Flower has no setting for it: a killed node is missed after twice these seconds, not 60.
-HEARTBEAT = "import flwr.common.constant as c\nc.HEARTBEAT_DEFAULT_INTERVAL = 10\n"
-
-
-def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.05)
-
-
+HEARTBEAT = """\
+import sys
+if any(a.endswith("/flower-supernode") for a in sys.orig_argv):
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
+    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+"""
 _candidates = iter(range(20_000 + os.getpid() % 1000 * 10, 60_000, 16))
 
 
