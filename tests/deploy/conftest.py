@@ -24,6 +24,16 @@ if any(a.endswith("/flower-supernode") for a in sys.orig_argv):
     heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
     fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
 """
+
+
+def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.05)
+
+
 _candidates = iter(range(20_000 + os.getpid() % 1000 * 10, 60_000, 16))
 
 
