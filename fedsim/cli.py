@@ -89,6 +89,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_collect(commands)
     _add_export(commands)
     _add_report(commands)
+    _add_push(commands)
+    _add_fetch(commands)
     _add_deploy(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -152,7 +154,8 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         help="continue a run after its last whole round",
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
-        "data-root, max-failures, capture-budget) may change; any other change is refused.",
+        "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
+        "change is refused.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -393,6 +396,63 @@ def _add_report(commands: Any) -> None:
         "(default: %(default)s)",
     )
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+
+
+def _add_push(commands: Any) -> None:
+    command = commands.add_parser(
+        "push",
+        help="copy a run to a URL, or bring a copy up to date",
+        description="Copy a run to a URL or path, in an order that leaves a run there wherever it "
+        "is cut off; the same command goes on. A run with `mirror` does this by itself.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_push)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    command.add_argument(
+        "url", nargs="?", metavar="URL", help="like s3://bucket/run (default: the run's mirror)"
+    )
+
+
+def _add_fetch(commands: Any) -> None:
+    command = commands.add_parser(
+        "fetch",
+        help="copy a run from a URL and check every byte",
+        description="Copy a run from a URL or path into a folder that does not exist, and check "
+        "every file against its checksum. The same command goes on where one was cut off.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_fetch)
+    command.add_argument("url", metavar="URL", help="like s3://bucket/run")
+    command.add_argument("folder", type=Path, metavar="RUN", help="the run directory to make")
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from fedsim.core.units import format_bytes
+    from fedsim.recording.mirror import push
+    from fedsim.recording.reader import load_run
+    from fedsim.recording.urls import RemoteFolder
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    url = parsed.url or load_run(parsed.run).config.mirror
+    if not url:
+        raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
+    console = make_console()
+    with ByteProgress(console, f"copying {parsed.run}") as progress:
+        size = push(parsed.run, RemoteFolder(url), progress=progress)
+    text = f"copied: {format_bytes(size)} to {url}, which is up to date"
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _fetch(parsed: argparse.Namespace) -> None:
+    from fedsim.recording.mirror import fetch
+    from fedsim.report.terminal import ByteProgress, make_console
+
+    console = make_console()
+    with ByteProgress(console, f"fetching {parsed.url}") as progress:
+        rounds = fetch(parsed.url, parsed.folder, progress)
+    # The untrained model is not counted, as everywhere.
+    text = f"fetched: {max(rounds - 1, 0)} rounds into {parsed.folder}"
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _add_deploy(commands: Any) -> None:

@@ -448,6 +448,9 @@ class ProcessLauncher:
 
     def _arguments(self, work: Work) -> list[str]:
         config = work.cell.config.to_mapping()
+        if config["mirror"]:
+            # A copy of its own for each cell.
+            config["mirror"] = f"{config['mirror'].rstrip('/')}/{work.cell.name}"
         if work.action == "resume":
             changed = {k: config[k] for k in MAY_CHANGE if config[k] is not None and k != "output"}
             texts = {
@@ -458,7 +461,10 @@ class ProcessLauncher:
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"config": config})
-        return ["run", str(file), f"--output={work.path}"]
+        places = [f"--output={work.path}"]
+        if config["mirror"]:
+            places.append(f"--mirror={config['mirror']}")
+        return ["run", str(file), *places]
 
 
 def _reason(code: int, log: Path, before: int) -> str:

@@ -50,3 +50,8 @@ def check_paths(run_config: Mapping[str, Any]) -> None:
     for key in ("config", "output", "data-root", "resume"):
         if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
             raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
+    mirror = str(run_config.get("mirror") or "")
+    if mirror and "://" not in mirror and not Path(mirror).is_absolute():
+        raise ConfigError(
+            "mirror", mirror, "a URL or an absolute path: Flower runs a copy of the app"
+        )

@@ -12,7 +12,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,12 @@ from typing import Any
 
 from fedsim.core.errors import ConfigError, FedsimError, InputError, RunFailedError
 from fedsim.core.inputs import parse_json
-from fedsim.recording.checksums import ChecksumLine, checksum_line, read_checksums
+from fedsim.recording.checksums import (
+    ChecksumLine,
+    checksum_line,
+    files_elsewhere,
+    read_checksums,
+)
 from fedsim.recording.files import Checksum
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import load_run
@@ -245,7 +250,7 @@ class _Push:
         self._stop = stop
         self._progress = progress
         self._common = _common_rounds(ours, theirs)
-        self._left = [_files_of([line]) for line in ours.closed[self._common :]]
+        self._left = [self._at_hand([line]) for line in ours.closed[self._common :]]
         self._total = sum(checksum.size for files in self._left for checksum in files.values())
         self._done = self._since = 0
 
@@ -258,6 +263,7 @@ class _Push:
             self._remote.write(ROUNDS, rounds)
         if not theirs.manifest:
             self._put_files(_files_of(line for line in ours.lines if line.rows is None))
+        self._put_files(self._collected_since())
         if ours.entry("status") == "running" or (not theirs.rounds and not ours.closed):
             self._put_lists(there)
             self._put_manifest()
@@ -270,6 +276,22 @@ class _Push:
             self._put_lists(len(ours.closed))
             self._put_manifest()
         return self._done
+
+    def _at_hand(self, lines: Iterable[ChecksumLine]) -> dict[str, Checksum]:
+        """Give the files of some lines, without those that are on the disks of clients."""
+        lines = list(lines)
+        away = files_elsewhere(self._layout.root, lines)
+        return {name: checksum for name, checksum in _files_of(lines).items() if name not in away}
+
+    def _collected_since(self) -> dict[str, Checksum]:
+        """Give the files that came from clients after their round was copied."""
+        lines = self._ours.closed[: self._common]
+        late = {name for line in lines for name in line.elsewhere}
+        return {
+            name: checksum
+            for name, checksum in self._at_hand(lines).items()
+            if name in late and self._remote.size(name) != checksum.size
+        }
 
     def _put_files(self, files: Mapping[str, Checksum]) -> None:
         for name, checksum in files.items():
@@ -314,7 +336,7 @@ def _common_rounds(ours: _Lists, theirs: _Lists) -> int:
     return count
 
 
-def _files_of(lines: Any) -> dict[str, Checksum]:
+def _files_of(lines: Iterable[ChecksumLine]) -> dict[str, Checksum]:
     """Give the files of some lines, without the lists, which are copied on their own."""
     listed: dict[str, Checksum] = {}
     for line in lines:
@@ -361,11 +383,14 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}") from None
     there = {line.number for line in lists.closed}
-    files = _files_of(n for n in lists.lines if n.rows is None or n.number in there)
+    kept = [n for n in lists.lines if n.rows is None or n.number in there]
+    files = _files_of(kept)
+    away = {name for line in kept for name in line.elsewhere}
     total, done = sum(checksum.size for checksum in files.values()), 0
     layout = RunLayout(unfinished)
     for name, checksum in files.items():
-        _get(remote, name, layout.inside(name), checksum)
+        if name not in away or remote.size(name) is not None:
+            _get(remote, name, layout.inside(name), checksum)
         done += checksum.size
         if progress is not None:
             progress(done, total)
@@ -513,7 +538,7 @@ def mirrored(
     callable
         To be called whenever the run has something new.
     """
-    if url is None:
+    if not url:
         yield lambda: None
         return
     mirror = Mirror(root, RemoteFolder(url), tell=tell, stop=stop)

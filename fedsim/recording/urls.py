@@ -153,13 +153,19 @@ class RemoteFolder:
             raise RemoteError(f"{self.url}/{name} cannot be {done}: {reason_of(error)}") from error
 
     def check_writable(self) -> None:
-        """Put a small file and remove it again.
+        """Put a small file and remove it again; of a path, look whether that could be done.
 
         Raises
         ------
         RemoteError
-            When that fails.
+            When it cannot.
         """
+        if self._is_local:
+            path = Path(self._path(""))
+            above = next(p for p in (path, *path.parents) if os.path.lexists(p))
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise RemoteError(f"{self.url} cannot be written: {above} is no folder to write to")
+            return
         name = f"probe-{secrets.token_hex(8)}"
         self.write(name, b"")
         self.remove(name)

@@ -119,7 +119,7 @@ BAD_VALUES = [
     ("strategy", ["fedavg"], "one of 'delta-fedavg', "),
     ("strategy", {"eta": 0.1}, "a name, or a table with one, like name = 'fedadam'"),
     ("workers", 0, "a value of at least 1"),
-    ("workers", 65, "a value of at most 64"),
+    ("workers", 1025, "a value of at most 1024"),
     ("workers", "x", "a whole number"),
     ("client-cpus", 0, "a value of at least 1"),
     ("client-cpus", 1.5, "a whole number"),
@@ -144,6 +144,8 @@ BAD_VALUES = [
     ("allow-divergence", 1, "true or false"),
     ("deterministic", "yes", "true or false"),
     ("output", 3, "a text"),
+    ("mirror", 3, "a text"),
+    ("ray-address", 3, "a text"),
     ("output", "\udcff", "a path in UTF-8 without a zero byte"),
     ("output", "a\0b", "a path in UTF-8 without a zero byte"),
 ]
@@ -339,7 +341,7 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("capture-dtype", "capture-encoding", "capture-budget", "gradient-statistics"),
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
         *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
-        *("node-timeout", "allow-divergence", "output"),
+        *("node-timeout", "allow-divergence", "output", "ray-address", "mirror"),
     }
 
 
@@ -394,7 +396,7 @@ def test_drawn_participants_follow_from_seed_and_round():
 def test_flowers_run_config_has_every_key_but_the_tables_and_all_are_empty():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     flat = project["tool"]["flwr"]["app"]["config"]
-    assert set(flat) == (set(KEYS) - {"client"}) | {"config"}
+    assert set(flat) == (set(KEYS) - {"client"}) | {"config", "resume"}
     assert set(flat.values()) == {""}
 
 
@@ -483,6 +485,8 @@ FULL = {
     "client-gpus": 0.25,
     "data-root": "some/folder",
     "output": "some/run",
+    "ray-address": "10.0.0.1:6379",
+    "mirror": "s3://bucket/run",
 }
 
 
@@ -518,12 +522,13 @@ def test_json_keeps_every_number_to_the_last_bit(values):
     assert RunConfig.from_json(made.to_json()) == made
 
 
-def test_the_configuration_of_a_run_is_taken_without_its_output(tmp_path):
+def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
     made = RunConfig.from_mapping(FULL)
     stored = {"format": 1, "status": "finished", "config": made.to_mapping(), "seed": 42}
     values = read_config_file(write(tmp_path, json.dumps(stored), "run.json"))
-    assert "output" not in values
-    assert RunConfig.from_mapping(values) == made.model_copy(update={"output": None})
+    assert {"output", "mirror"}.isdisjoint(values)
+    elsewhere = made.model_copy(update={"output": None, "mirror": None})
+    assert RunConfig.from_mapping(values) == elsewhere
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def can_hide() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def wait_for_nodes(head: str, count: int, timeout: float = 90) -> None:
+def wait_for_nodes(head: str, count: int, timeout: float = 180) -> None:
     """Wait until a cluster has as many nodes that are alive."""
     from ray._raylet import GcsClient
 

@@ -127,6 +127,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "node-timeout": st.sampled_from([600, 1e300]),
     "allow-divergence": st.booleans(),
     "output": st.sampled_from(["run", "a/b/run", "r\u00fcn", "with\nlines", ""]),
+    "ray-address": st.sampled_from(["local", "auto", "10.0.0.1:6379", "[::1]:6379"]),
+    "mirror": st.sampled_from(["", "c\u00f6py"]),
 }
 
 NUMBERS = [-1, 0, 1, 2, 7, 61, 2**31, 2**32, 2**63, 10**30, 10**400, -(10**400)]
@@ -186,13 +188,15 @@ ODD: dict[str, list[Any]] = {
     "device": ["cuda", "mps", "cuda:0"],
     "compile": [1],
     "rounds": [100_000, 100_001],
+    "ray-address": ["ray://a:1", "a:0", "a:65536", ":1", "a:\u0663", "a" * 5000 + ":1", "[:1"],
+    "mirror": ["nowhere://a", "file/copy", "a?b", "s3://a:b@c/d", "x" * 300, "a\0b", "\udcff"],
     "output": [".", "..", "file", "file/run", "x" * 300, "a\0b", "/proc/nowhere", "\udcff"],
 }
 
 
 def odd_values(key: str) -> st.SearchStrategy[Any]:
     named = st.sampled_from([*ODD.get(key, []), *NUMBERS, *TEXTS, *OTHERS])
-    if key == "output":
+    if key in ("output", "mirror"):
         # Free text could name a folder outside of the test's.
         return named
     return st.one_of(

@@ -968,7 +968,7 @@ def test_another_format_is_refused(found: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"format": found, "status": "finished"})
     with pytest.raises(InputError) as caught:
         load_run(tmp_path)
-    assert str(caught.value) == f"{tmp_path} has format {found!r}; this version reads 1"
+    assert str(caught.value) == f"{tmp_path} has format {found!r}; this version reads 1 and 2"
 
 
 @pytest.mark.parametrize("bad", [b"{\n", b"\n", b"\xff\xfe\n", b'{"round":0}{"round":1}\n'])

@@ -1,0 +1,128 @@
+"""Copies in an object store: a real server that speaks S3, on this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import ConfigError, InputError, RunFailedError
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import execute
+from fedsim.recording.mirror import fetch, open_mirror, push
+from fedsim.recording.reader import load_run
+from fedsim.recording.urls import RemoteFolder
+from fedsim.recording.verify import verify
+from tests.local_grid import LocalGrid
+from tests.observers import Memory
+from tests.recording.test_mirror import files_of
+
+# In an environment of its own: it wants older versions of what fedsim uses.
+SERVER = "moto[server]==5.1.22"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Start the server; give what kills it and starts it anew."""
+    if not (find_spec("obstore") or find_spec("s3fs")):
+        pytest.skip("neither obstore nor s3fs is installed")
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [str(uv), "tool", "run", "--from", SERVER, "moto_server", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path_factory.mktemp("store"),
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()  # noqa: S310
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip(f"{SERVER} could not be installed or started")
+                time.sleep(0.2)
+        urllib.request.urlopen(  # noqa: S310
+            urllib.request.Request(f"{url}/bucket", method="PUT")  # noqa: S310
+        ).close()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+            }.items():
+                patch.setenv(name, value)
+            yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def run(plan, path, memory, **values):
+    asked = RunConfig.from_mapping({**plan.config.to_mapping(), **values})
+    execute(
+        LocalGrid(app, asked.clients, recordings=path.parent),
+        RunPlan.prepare(asked),
+        path,
+        observer=memory,
+        workers=2,
+        stop=threading.Event(),
+    )
+
+
+def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_path):
+    memory = Memory()
+    open_mirror("s3://bucket/of/run")
+    run(plan, tmp_path / "run", memory, mirror="s3://bucket/of/run")
+    assert memory.of("warned") == []
+    assert fetch("s3://bucket/of/run", tmp_path / "back") == 3
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "run")
+    assert verify(tmp_path / "back").violations == []
+    assert load_run(tmp_path / "back").status == "finished"
+    assert push(tmp_path / "run", RemoteFolder("s3://bucket/of/run")) == 0
+    with pytest.raises(ConfigError, match="allowed is a URL that holds no run"):
+        open_mirror("s3://bucket/of/run")
+
+
+def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):
+    with pytest.raises(InputError, match=r"^s3://bucket/none holds no run: it has no run\.json$"):
+        fetch("s3://bucket/none", tmp_path / "back")
+    with pytest.raises(
+        RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be written: "
+    ) as caught:
+        push(recorded.path, RemoteFolder("s3://nowhere/run"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^mirror = 's3://nowhere/run' cannot be used"):
+        open_mirror("s3://nowhere/run")
+
+
+def test_a_store_that_is_gone_harms_no_run(store, plan, tmp_path):
+    store.terminate()
+    store.wait(30)
+    memory = Memory()
+    run(plan, tmp_path / "run", memory, mirror="s3://bucket/late")
+    assert load_run(tmp_path / "run").status == "finished"
+    assert verify(tmp_path / "run").violations == []
+    told = [text for _, text in memory.of("warned")]
+    assert told[-1].startswith("the copy is behind: s3://bucket/late/")
+    assert told[-1].endswith(
+        f"; `fedsim push {tmp_path / 'run'} s3://bucket/late` brings it up to date"
+    )
