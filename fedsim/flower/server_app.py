@@ -54,9 +54,14 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
         )
-    if plan.config.own_data:
-        # What clients will write is not known before they have told what they hold.
-        return
+    # What clients with data of their own will write is not known before they have been asked.
+    if not plan.config.own_data:
+        _check_room(path, plan)
+    if plan.config.mirror:
+        open_mirror(plan.config.mirror)
+
+
+def _check_room(path: Path, plan: RunPlan) -> None:
     plan.check_budget()
     needed, free = plan.run_bytes, free_bytes(path)
     if needed > free:
@@ -66,8 +71,6 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"{format_bytes(free)} free; "
             + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
-    if plan.config.mirror:
-        open_mirror(plan.config.mirror)
 
 
 MAY_CHANGE = (
