@@ -30,6 +30,10 @@ RUN = "run"
 """Key of what the run directory is called on the server's disk: a name, never a path."""
 RUN_ID = "run-id"
 """Key of the run's id, with which a client records the run; without it nothing is recorded."""
+DATA_SHA256 = "data-sha256"
+"""Key of the hash of a node's own data."""
+CLASSES = "classes"
+"""Key of the names of the classes of a node's own data."""
 PARTITION_SHA256 = "partition-sha256"
 """Key of the hash of the whole partition, by which clients know that they deal it likewise."""
 NUM_EXAMPLES = "num-examples"
@@ -89,13 +93,17 @@ def train_config(
     partition_sha256: str,
     run: str,
     run_id: str,
+    data_sha256: str | None = None,
 ) -> dict[str, str | int]:
     """Give the keys of one client's training message."""
+    about_data = {PARTITION_SHA256: partition_sha256}
+    if data_sha256 is not None:
+        about_data = {DATA_SHA256: data_sha256}
     return {
+        **about_data,
         RUN_CONFIG: run_config,
         ROUND: round_number,
         PARTITION: partition,
-        PARTITION_SHA256: partition_sha256,
         RUN: run,
         RUN_ID: run_id,
     }

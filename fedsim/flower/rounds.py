@@ -281,6 +281,7 @@ class RoundLoop:
                 partition_sha256=self._plan.partition_sha256,
                 run=self._run_name,
                 run_id=self._writer.run_id,
+                data_sha256=self._plan.nodes[partition]["sha256"] if self._plan.nodes else None,
             )
         )
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})

@@ -17,12 +17,13 @@ from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputE
 from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.flower.inventory import ask_data
 from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
-from fedsim.recording.reader import Run
+from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
 from strategies.registry import build_strategy, check_strategy
@@ -53,6 +54,9 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
         )
+    if plan.config.own_data:
+        # What clients will write is not known before they have told what they hold.
+        return
     plan.check_budget()
     needed, free = plan.run_bytes, free_bytes(path)
     if needed > free:
@@ -102,7 +106,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     check_strategy(plan.config.strategy)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if plan.partition_sha256 != run.entry("partition")["sha256"]:
+    if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     if is_being_written(run.path):
         raise InputError(
@@ -116,6 +120,8 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+    if plan.config.own_data:
+        return recovery
     plan.check_budget()
     needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
     if needed > (free := free_bytes(run.path)):
@@ -167,7 +173,11 @@ def execute(
         As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
         says ``failed``.
     """
+    if plan.config.own_data:
+        plan = ask_data(grid, plan, window=2 * workers, stop=stop, tell=observer.warned)
     if recovery is not None:
+        if plan.nodes and plan.nodes != load_run(output).entry("partition").get("nodes"):
+            raise InputError(f"{output} was recorded with other data at the nodes")
         writer = RunWriter.reopen(
             output, plan.config.to_mapping(), plan.partition, recovery, versions()
         )
@@ -249,5 +259,9 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
             "test_size": data.spec.test_size,
             "sha256": data.sha256(),
         },
-        "partition": {"sha256": plan.partition_sha256, "sizes": plan.sizes},
+        "partition": {
+            "sha256": plan.partition_sha256,
+            "sizes": plan.sizes,
+            **({"nodes": plan.nodes} if plan.nodes else {}),
+        },
     }

@@ -99,6 +99,12 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
     ConfigError
         When the machine does not have what is asked for.
     """
+    if config.own_data:
+        raise ConfigError(
+            "partition",
+            config.partition,
+            "a split of the dataset: data of their own is for clients on nodes of their own",
+        )
     if config.client_cpus > machine_cpus:
         raise ConfigError(
             "client-cpus", config.client_cpus, f"1 to the {machine_cpus} CPU cores of this machine"
@@ -184,7 +190,6 @@ def fit_pool(config: RunConfig) -> WorkerPool:
         return size_pool(
             config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config)
         )
-    _quieten(verbose=False)
     with joined(config.cluster):
         return size_cluster_pool(config, present_nodes())
 

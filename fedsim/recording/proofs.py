@@ -76,7 +76,10 @@ def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> No
     samples = run.entry("dataset")["train_size"]
     wrong = []
     dealt = np.sort(np.concatenate(ordered))
-    if len(dealt) != samples or not np.array_equal(dealt, np.arange(samples)):
+    if run.config.own_data:
+        if any(not np.array_equal(indices, np.arange(len(indices))) for indices in ordered):
+            wrong.append("partition.safetensors has other positions than those of each node's data")
+    elif len(dealt) != samples or not np.array_equal(dealt, np.arange(samples)):
         wrong.append(f"partition.safetensors does not deal each of {samples} samples once")
     if [len(p) for p in ordered] != manifest["sizes"]:
         wrong.append("partition.safetensors has other sizes than run.json")

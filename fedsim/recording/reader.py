@@ -945,10 +945,13 @@ class Run:
         """
         spec = parse_name(self.config.dataset)
         held = sum(len(indices) for indices in self.partition.values())
-        if (held, len(self.partition)) != (spec.train_size, self.config.clients):
+        samples = spec.train_size
+        if self.config.own_data:
+            samples = sum(self.entry("partition")["sizes"])
+        if (held, len(self.partition)) != (samples, self.config.clients):
             raise InputError(
                 f"{self.layout.partition} deals {held} samples to {len(self.partition)} clients; "
-                f"allowed is as config says, {spec.train_size} to {self.config.clients}"
+                f"allowed is as config says, {samples} to {self.config.clients}"
             )
         for indices in self.partition.values():
             if len(indices) and not 0 <= indices.min() <= indices.max() < held:

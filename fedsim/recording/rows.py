@@ -47,9 +47,15 @@ class _Dataset(_Row):
     sha256: _Sha256
 
 
+class _NodeData(_Row):
+    sha256: _Sha256
+    classes: list[str]
+
+
 class _Partition(_Row):
     sha256: _Sha256
     sizes: Annotated[list[_Count], Field(min_length=1)]
+    nodes: list[_NodeData] = []
 
 
 class _Versions(_Row):

@@ -56,15 +56,6 @@ def restart(lab, number):
 
 def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     """With one node that first claims another's partition, and the server app killed."""
-    simulation = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "fedsim", "run", "--output", str(tmp_path / "simulated")),
-            *(f"--{key.replace('_', '-')}={value}" for key, value in VALUES.items()),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-    )
     node = lab.places.node(3) / "node.toml"
     honest = node.read_text()
     node.write_text(honest.replace("partition-id = 3", "partition-id = 2"))
@@ -94,7 +85,8 @@ def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     told, _ = resumed.communicate(timeout=240)
     assert "continuing after round 1" in told, told + lab.logs()
     assert load_run(path).status == "finished", told + lab.logs()
-    assert simulation.wait(240) == 0
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in VALUES.items()]
+    lab.fedsim("run", "--output", tmp_path / "simulated", *flags)
     assert hashes(path) == hashes(tmp_path / "simulated")
     assert verify(path).violations == []
     recordings = [lab.places.node(number) / "recordings" for number in range(4)]
