@@ -154,7 +154,8 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         help="continue a run after its last whole round",
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
-        "data-root, max-failures, capture-budget) may change; any other change is refused.",
+        "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
+        "change is refused.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -148,7 +149,9 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
         done = subprocess.run(  # noqa: S603 - Flower's command
             command, env=environment(places.user), capture_output=True, text=True, check=False
         )
-        return done.returncode, " ".join(done.stdout.split() + done.stderr.split())
+        # Flower draws a frame around what went wrong.
+        said = re.sub("[\u2500-\u257f]", " ", done.stdout + done.stderr)
+        return done.returncode, " ".join(said.split())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, (code, said) in enumerate(pool.map(one, range(federation.supernodes))):

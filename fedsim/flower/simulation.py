@@ -190,7 +190,6 @@ def fit_pool(config: RunConfig) -> WorkerPool:
         return size_pool(
             config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config)
         )
-    _quieten(verbose=False)
     with joined(config.cluster):
         return size_cluster_pool(config, present_nodes())
 

@@ -292,9 +292,9 @@ class RunWriter:
         if Checksum.of(content).to_json() != told:
             raise RunFailedError(f"{path} was changed by another program")
         path.unlink()
-        for left in (folder, folder.parent):
-            with contextlib.suppress(OSError):
-                left.rmdir()
+        # Gradients stay there. The folder above is not touched: other clients are making theirs.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         return content
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
@@ -344,6 +344,8 @@ class RunWriter:
         """
         if self._shared is not None:
             self._list(self._shared.close())
+            with contextlib.suppress(OSError):
+                self.layout.client(row["round"], 0).parent.rmdir()
         for name, checksum in self._round_files.items():
             if name in self._elsewhere:
                 continue

@@ -17,7 +17,14 @@ from fedsim.deploy.federation import Places, environment
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
 # Flower has no setting for it: a killed node is missed after twice these seconds, not 60.
-HEARTBEAT = "import flwr.common.constant as c\nc.HEARTBEAT_DEFAULT_INTERVAL = 10\n"
+HEARTBEAT = """\
+import sys
+if any(a.endswith("/flower-supernode") for a in sys.orig_argv):
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
+    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+"""
 
 
 def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> None:

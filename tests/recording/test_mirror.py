@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from fedsim import cli
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
@@ -164,8 +165,8 @@ def test_rounds_that_were_made_again_take_the_place_of_those_of_before(
             push(root, Counting(str(cut), most))
         counts.append(is_whole(cut, tmp_path / f"back-{most}"))
     # The round that was made again is gone first of all, and back with its last list.
-    last = len(whole.names) - whole.names[::-1].index("rounds.jsonl")
-    assert counts == [3, *[2] * (last - 1), *[3] * (len(whole.names) - last)]
+    closed = whole.names.index("rounds.jsonl", 1) + 1
+    assert counts == [3, *[2] * (closed - 1), *[3] * (len(whole.names) - closed)]
 
 
 def resume(root, plan):
@@ -337,3 +338,21 @@ def test_a_url_with_a_secret_is_refused(url):
     with pytest.raises(ConfigError, match="a URL or path without a password or"):
         RunConfig.from_mapping({"mirror": url})
     assert RunConfig.from_mapping({"mirror": "abfs://box@account/run"}).mirror is not None
+
+
+def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
+    run, url, back = str(recorded.path), str(tmp_path / "copy"), str(tmp_path / "back")
+    assert cli.run(["push", run, url]) == 0
+    assert cli.run(["fetch", url, back]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("copied: ")
+    assert out[0].endswith(f" to {url}, which is up to date")
+    assert out[1] == f"fetched: 2 rounds into {back}"
+    assert cli.run(["fetch", url, back]) == 2
+    assert cli.run(["push", run]) == 2
+    assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"fedsim: {back} exists already; allowed is a folder that does not",
+        f"fedsim: {run} was recorded without mirror; allowed is a URL after it",
+        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no run.json",
+    ]
