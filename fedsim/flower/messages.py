@@ -13,8 +13,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
-from strategies.folding import view_of
-
 ARRAYS = "arrays"
 CORRECTION = "correction"
 """Record of what a client adds to its gradients; only where its strategy asks for it."""
@@ -82,6 +80,9 @@ def _header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
 
 def state_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     """Decode a state into fresh, writable arrays."""
+    # With it comes torch, which no query needs.
+    from strategies.folding import view_of
+
     return {name: view_of(array).copy() for name, array in record.items()}
 
 
