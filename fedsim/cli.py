@@ -486,9 +486,6 @@ def _add_deploy(commands: Any) -> None:
         help="port for the nodes; those after it are used too (default: %(default)s)",
     )
     init.add_argument(
-        "--days", type=int, default=365, help="validity of certificates (default: %(default)s)"
-    )
-    init.add_argument(
         "--data-root", type=Path, metavar="FOLDER", help="where the nodes have the shared dataset"
     )
     init.add_argument(
@@ -521,7 +518,22 @@ def _add_deploy(commands: Any) -> None:
         allow_abbrev=False,
     )
     gateway.set_defaults(command=_deploy_gateway)
-    for step in (init, start, register, gateway):
+    renew = steps.add_parser(
+        "renew",
+        help="make another certificate for the server, before the old one expires",
+        description="Make another certificate for the server, with the key of the authority. The "
+        "SuperLink and the gateway take it when they are started again.",
+        allow_abbrev=False,
+    )
+    renew.set_defaults(command=_deploy_renew)
+    for step in (init, renew):
+        step.add_argument(
+            "--days",
+            type=int,
+            default=365,
+            help="validity of the server's certificate (default: %(default)s)",
+        )
+    for step in (init, start, register, gateway, renew):
         step.add_argument("folder", type=Path, metavar="DIR", help="the folder of the federation")
 
 
@@ -563,6 +575,13 @@ def _deploy_register(parsed: argparse.Namespace) -> None:
     from fedsim.deploy.start import register
 
     register(parsed.folder, _tell)
+
+
+def _deploy_renew(parsed: argparse.Namespace) -> None:
+    from fedsim.deploy.init import renew
+
+    renew(parsed.folder, days=parsed.days)
+    _tell(f"written: {parsed.folder}/server/server.crt, server.key")
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -145,13 +146,23 @@ def view_of(array: Array) -> NDArray[np.generic]:
     """
     if array.stype != "numpy.ndarray":
         return array.numpy()
-    stream = io.BytesIO(array.data)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
+    header, data = array.data[:10], array.data
+    if header[:8] != _NPY_1_0:
         return array.numpy()
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    flat: NDArray[np.generic] = np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
+    start = 10 + int.from_bytes(header[8:], "little")
+    shape, fortran, dtype = _described(data[:start])
+    flat: NDArray[np.generic] = np.frombuffer(data, dtype=dtype, offset=start)
     return flat.reshape(shape, order="F" if fortran else "C")
+
+
+_NPY_1_0 = np.lib.format.magic(1, 0)
+
+
+# A model has few shapes, and every reply the same ones: to parse one takes longer than its bytes.
+@functools.lru_cache(maxsize=1024)
+def _described(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    stream = io.BytesIO(header[len(_NPY_1_0) :])
+    return np.lib.format.read_array_header_1_0(stream)
 
 
 def _fold_key(reply: Message) -> tuple[float, int]:

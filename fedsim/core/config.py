@@ -157,7 +157,8 @@ class RunConfig(StrictModel):
     clients_per_round: Count = Field(4, description="participants drawn for each round")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
     partition: Annotated[str, _parsed_by(PartitionScheme.parse)] = Field(
-        "dirichlet", description="dirichlet, iid or shards[:K] (K shards a client)"
+        "dirichlet",
+        description="dirichlet, iid, shards[:K] (K shards a client), or nodes (each its own data)",
     )
     alpha: Rate = Field(0.5, description="concentration of the Dirichlet split")
     min_samples: Count = Field(10, description="every client has at least this many samples")
@@ -412,6 +413,8 @@ class RunConfig(StrictModel):
             raise ConfigError("min-samples", self.min_samples, why)
 
     def _check_samples(self) -> None:
+        if self.own_data:
+            return
         available = datasets.parse_name(self.dataset).train_size
         least = 2 if models.needs_two_samples(self.model, self.norm) else 1
         if self.clients * least > available:
@@ -434,6 +437,11 @@ class RunConfig(StrictModel):
                 self.partition,
                 f"at most {available // self.clients} shards a client with {available} samples",
             )
+
+    @property
+    def own_data(self) -> bool:
+        """Whether each node trains on data of its own, and not on a part of the dataset."""
+        return self.partition == "nodes"
 
     @property
     def cluster(self) -> str | None:

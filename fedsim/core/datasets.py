@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedsim.core.cache import IMAGE_SHAPE, cache_root
 from fedsim.core.errors import InputError
+from fedsim.core.own_data import OwnData, check_classes
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.units import parse_count
 
-IMAGE_SHAPE = (3, 32, 32)
 _CACHE_VERSION = 1
 
 
@@ -145,16 +147,6 @@ def parse_name(text: str) -> DatasetSpec:
     )
 
 
-def cache_root() -> Path:
-    """Give the folder of converted and downloaded datasets.
-
-    ``FEDSIM_CACHE`` names it; otherwise ``fedsim`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    if named := os.environ.get("FEDSIM_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
-
-
 def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool = True) -> Dataset:
     """Load a dataset, converting it into the cache on first use.
 
@@ -226,6 +218,21 @@ def store_dataset(name: str, tensors: Mapping[str, Tensor], *, seed: int) -> Dat
     if mapped is None:
         raise InputError(f"the dataset cache {path} cannot be read back; remove it and try again")
     return mapped
+
+
+def with_own_data(dataset: Dataset, own: OwnData) -> Dataset:
+    """Put a node's own samples in place of the training split, mapped from the cache.
+
+    Raises
+    ------
+    InputError
+        When they have another number of classes than the dataset.
+    """
+    check_classes(len(own.classes), dataset.spec.classes, dataset.spec.name)
+    with safe_open(own.file, framework="pt") as file:
+        images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    spec = dataclasses.replace(dataset.spec, train_size=own.samples)
+    return dataclasses.replace(dataset, spec=spec, train_images=images, train_labels=labels)
 
 
 def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:

@@ -176,5 +176,14 @@ def written(value: Any) -> str:
     return f"{plain[: _MOST_OF_VALUE - 9]}~{_digest(text)}"
 
 
+def shown(value: Any) -> str:
+    """Write one value for people: a strategy's table as ``fedadam(eta=0.01)``."""
+    if not (isinstance(value, dict) and "name" in value):
+        return written(value)
+    settings = (f"{key}={json.dumps(v)}" for key, v in value.items() if key != "name")
+    text = f"{value['name']}({','.join(settings)})"
+    return text if len(text) <= _MOST_OF_VALUE else written(value)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -23,32 +23,32 @@ class PartitionScheme:
 
     Parameters
     ----------
-    name : {"dirichlet", "iid", "shards"}
-        The rule.
+    name : {"dirichlet", "iid", "shards", "nodes"}
+        The rule; with ``nodes`` nothing is dealt, since each node has data of its own.
     shards_per_client : int
         Shards of label-sorted samples that each client gets under ``shards``.
     """
 
-    name: Literal["dirichlet", "iid", "shards"]
+    name: Literal["dirichlet", "iid", "shards", "nodes"]
     shards_per_client: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``dirichlet``, ``iid``, ``shards`` (2 a client) or ``shards:K``.
+        """Read ``dirichlet``, ``iid``, ``shards`` (2 a client), ``shards:K`` or ``nodes``.
 
         Raises
         ------
         ValueError
             With the allowed forms, when `text` is none of them.
         """
-        if text in ("dirichlet", "iid"):
+        if text in ("dirichlet", "iid", "nodes"):
             return cls(name=text)  # type: ignore[arg-type]
         name, colon, count = text.partition(":")
         if name == "shards" and not colon:
             return cls(name="shards", shards_per_client=2)
         if name == "shards" and (shards := parse_count(count)):
             return cls(name="shards", shards_per_client=shards)
-        raise ValueError("dirichlet, iid, shards or shards:K with a whole K of 1 or more")
+        raise ValueError("dirichlet, iid, shards, shards:K with a whole K of 1 or more, or nodes")
 
 
 def make_partition(
@@ -88,6 +88,8 @@ def make_partition(
         case "iid":
             order = generator(seed, Purpose.PARTITION).permutation(len(labels))
             dealt = np.array_split(order, clients)
+        case "nodes":
+            raise ValueError("with partition = 'nodes' there is nothing to deal")
         case "shards":
             dealt = _shards(labels, clients, scheme.shards_per_client, seed)
     filled = _raise_to_minimum([list(d) for d in dealt], min_samples, seed)

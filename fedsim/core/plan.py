@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,11 +40,14 @@ class RunPlan:
     dataset : Dataset
         Mapped, not copied.
     partition : list of ndarray of int64
-        Indices into the training split, by partition id.
+        Indices into the training split, by partition id; into the data of each node where those
+        have their own, and empty until they have been asked.
     parameters : dict of str to tuple of int
         Shapes of the model's parameters, in ``model.parameters()`` order; all float32.
     initial_state : dict of str to ndarray
         The untrained model, ``state_dict`` names.
+    nodes : list of dict
+        ``sha256`` and ``classes`` of each node's own data, by partition id.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class RunPlan:
     partition: list[NDArray[np.int64]]
     parameters: dict[str, tuple[int, ...]]
     initial_state: Arrays
+    nodes: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, config: RunConfig, *, download: bool = True) -> Self:
@@ -72,14 +76,16 @@ class RunPlan:
         dataset = load_dataset(
             config.dataset, data_root=config.data_root, seed=config.seed, download=download
         )
-        partition = make_partition(
-            dataset.train_labels.numpy(),
-            PartitionScheme.parse(config.partition),
-            clients=config.clients,
-            alpha=config.alpha,
-            min_samples=config.min_samples,
-            seed=config.seed,
-        )
+        partition: list[NDArray[np.int64]] = []
+        if not config.own_data:
+            partition = make_partition(
+                dataset.train_labels.numpy(),
+                PartitionScheme.parse(config.partition),
+                clients=config.clients,
+                alpha=config.alpha,
+                min_samples=config.min_samples,
+                seed=config.seed,
+            )
         model = build_model(
             config.model, classes=dataset.spec.classes, norm=config.norm, seed=config.seed
         )
@@ -97,6 +103,11 @@ class RunPlan:
             parameters=parameters,
             initial_state=state_arrays(model),
         )
+
+    def of_nodes(self, samples: Sequence[int], nodes: Sequence[dict[str, Any]]) -> Self:
+        """Take what nodes with data of their own have told, by partition id."""
+        partition = [np.arange(count, dtype=np.int64) for count in samples]
+        return replace(self, partition=partition, nodes=list(nodes))
 
     @cached_property
     def sizes(self) -> list[int]:

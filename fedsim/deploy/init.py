@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.deploy import texts
-from fedsim.deploy.certificates import make_authority, make_node_key, make_server
+from fedsim.deploy.certificates import Certified, make_authority, make_node_key, make_server
 from fedsim.deploy.federation import Federation, Places
 
 _MOST_DAYS = 36_500
@@ -51,8 +51,7 @@ def init(
     InputError
         When the folder exists or cannot be made.
     """
-    if not 1 <= days <= _MOST_DAYS:
-        raise ConfigError("days", days, f"1 to {_MOST_DAYS}")
+    _check_days(days)
     folder = folder.absolute()
     if os.path.lexists(folder):
         raise InputError(
@@ -72,6 +71,48 @@ def init(
             raise
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}") from None
+
+
+def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None) -> None:
+    """Make another certificate for the server of a federation, in place of the one it has.
+
+    Parameters
+    ----------
+    folder : Path
+        What `init` made, with the key of its authority.
+    days : int
+        For how long it is valid.
+    now : datetime, optional
+        From when.
+
+    Raises
+    ------
+    InputError
+        When there is no federation, or the key of its authority is elsewhere.
+    """
+    _check_days(days)
+    places = Places(folder.absolute())
+    federation = Federation.read(places.root)
+    if federation.insecure:
+        raise InputError(f"{folder} is insecure: it has no certificate")
+    try:
+        authority = Certified(places.authority.read_bytes(), places.authority_key.read_bytes())
+        now = now or datetime.datetime.now(datetime.UTC)
+        server = make_server(authority, federation.hosts, now, days)
+        # A server reads both when it starts: each is whole at any moment.
+        for name, content in (("crt", server.certificate), ("key", server.private_key)):
+            beside = places.server / f".server.{name}"
+            beside.unlink(missing_ok=True)
+            _write(beside, content)
+        for name in ("crt", "key"):
+            (places.server / f".server.{name}").replace(places.server / f"server.{name}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot be given another certificate: {error}") from None
+
+
+def _check_days(days: int) -> None:
+    if not 1 <= days <= _MOST_DAYS:
+        raise ConfigError("days", days, f"1 to {_MOST_DAYS}")
 
 
 def _write_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.deploy.federation import (
@@ -62,8 +65,10 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
         _check_free(port, folder)
     places.logs.mkdir(mode=0o700, exist_ok=True)
     processes: dict[str, subprocess.Popen[bytes]] = {}
+    homes: set[str] = set()
 
     def run(name: str, command: Sequence[str], where: Path) -> None:
+        homes.add(str(where / "flwr"))
         with (places.logs / f"{name}.log").open("ab") as log:
             processes[name] = subprocess.Popen(  # noqa: S603 - Flower's commands and ours
                 command,
@@ -114,6 +119,7 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
         nodes = [p for name, p in processes.items() if name.startswith("supernode-")]
         _end(nodes)
         _end([p for p in processes.values() if p not in nodes])
+        _kill_what_is_left(homes)
 
 
 def register(folder: Path, tell: Callable[[str], None]) -> None:
@@ -143,7 +149,9 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
         done = subprocess.run(  # noqa: S603 - Flower's command
             command, env=environment(places.user), capture_output=True, text=True, check=False
         )
-        return done.returncode, " ".join(done.stdout.split() + done.stderr.split())
+        # Flower draws a frame around what went wrong.
+        said = re.sub("[\u2500-\u257f]", " ", done.stdout + done.stderr)
+        return done.returncode, " ".join(said.split())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, (code, said) in enumerate(pool.map(one, range(federation.supernodes))):
@@ -214,8 +222,14 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        # Each leads a group of its own, with the processes that it started.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+
+def _kill_what_is_left(homes: Collection[str]) -> None:
+    """Kill what Flower's commands started, some of it out of the reach of signals to a group."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("FLWR_HOME") in homes:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=_ENDING)

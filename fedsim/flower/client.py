@@ -30,12 +30,15 @@ from torch import nn
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.capture import CapturePolicy
 from fedsim.core.config import MOST_TOML_BYTES, RunConfig
+from fedsim.core.datasets import with_own_data
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model, resolve_device
+from fedsim.core.own_data import OwnData, find_own_data
 from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
+from fedsim.core.startup import leave_compiler_out
 from fedsim.core.training import Arrays, Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.node import NodeSettings
@@ -57,28 +60,43 @@ class _Workplace:
     device: torch.device
     model: nn.Module
     sketcher: Sketcher | None
+    own: OwnData | None
 
 
 @functools.lru_cache(maxsize=1)
-def _workplace(run_config: str, data_root: str | None) -> _Workplace:
+def _workplace(run_config: str, data_root: str | None, data: str | None) -> _Workplace:
     # Where data is on this host is nothing that a server could know, or may choose.
     config = RunConfig.from_json(run_config).model_copy(update={"data_root": data_root})
     keep_freed_memory()
     torch.set_num_threads(config.client_cpus)
     use_deterministic(config.deterministic)
     plan = RunPlan.prepare(config)
+    own: OwnData | None = None
+    if config.own_data:
+        if data is None:
+            raise InputError(
+                "partition = 'nodes' asks for data of this node's own; its configuration has no "
+                "data"
+            )
+        own = find_own_data(Path(data))
+        mapped = with_own_data(plan.dataset, own)
+        # Of the others' data this node knows nothing, nor does it need to.
+        everyone = plan.of_nodes([own.samples] * config.clients, [])
+        plan = dataclasses.replace(everyone, dataset=mapped)
     device = resolve_device(config.device)
     model = build_model(
         config.model, classes=plan.dataset.spec.classes, norm=config.norm, seed=config.seed
     ).to(device)
-    if config.compile:
+    if not config.compile:
+        leave_compiler_out()
+    else:
         # In place: names of parameters stay as they are.
         model.compile()
     sketcher = None
     if config.policy.steps == "sketch":
         positions = {name: position for position, name in enumerate(plan.parameters)}
         sketcher = Sketcher(config.seed, config.policy.count, positions)
-    return _Workplace(plan=plan, device=device, model=model, sketcher=sketcher)
+    return _Workplace(plan=plan, device=device, model=model, sketcher=sketcher, own=own)
 
 
 class FedSimClient(NumPyClient):
@@ -181,7 +199,7 @@ class FedSimClient(NumPyClient):
             raise InputError(f"a message for client {addressed} reached client {self.partition}")
         workplace = self._workplace(config)
         plan, round_number = workplace.plan, int(config.get(messages.ROUND, 1))
-        self._check_data(plan, config)
+        self._check_data(workplace, config)
         indices = plan.partition[self.partition]
         settings = plan.config.training_of(self.partition)
         place = self._place(config)
@@ -291,15 +309,20 @@ class FedSimClient(NumPyClient):
                 f"the message brings a configuration of {len(run_config):,} bytes; allowed are "
                 f"{MOST_TOML_BYTES:,}"
             )
-        return _workplace(run_config, self._node.data_root)
+        return _workplace(run_config, self._node.data_root, self._node.data)
 
-    def _check_data(self, plan: RunPlan, config: Mapping[str, Scalar]) -> None:
+    def _check_data(self, workplace: _Workplace, config: Mapping[str, Scalar]) -> None:
         """Refuse to train on other samples than those that the server speaks of."""
+        plan, own = workplace.plan, workplace.own
         if self.partition >= plan.config.clients:
             raise InputError(
                 f"this node holds partition {self.partition}; the run has 0 to "
                 f"{plan.config.clients - 1}"
             )
+        if own is not None:
+            if config.get(messages.DATA_SHA256, own.sha256) != own.sha256:
+                raise InputError("the data of this node has changed since the run began")
+            return
         told = config.get(messages.PARTITION_SHA256)
         if told is not None and told != plan.partition_sha256:
             raise InputError(

@@ -7,6 +7,7 @@ tell what is asked for, and torch and the rest only where there is training to d
 from __future__ import annotations
 
 from logging import ERROR
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -71,9 +72,16 @@ def _scalars(record: ConfigRecord) -> dict[str, Scalar]:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which partition this node holds."""
-    partition = NodeSettings.of(context.node_config).partition_id
-    content = RecordDict({messages.METRICS: MetricRecord({messages.PARTITION: partition})})
+    """Say which partition this node holds, and what data of its own."""
+    node = NodeSettings.of(context.node_config)
+    numbers, texts = {messages.PARTITION: node.partition_id}, ConfigRecord()
+    if node.data is not None:
+        from fedsim.core.own_data import find_own_data
+
+        own = find_own_data(Path(node.data))
+        numbers[messages.NUM_EXAMPLES] = own.samples
+        texts = ConfigRecord({messages.DATA_SHA256: own.sha256, messages.CLASSES: [*own.classes]})
+    content = RecordDict({messages.METRICS: MetricRecord({**numbers}), messages.CONFIG: texts})
     return Message(content, reply_to=message)
 
 
@@ -85,9 +93,9 @@ def train(message: Message, context: Context) -> Message:
     client.check_sizes(message.content.array_records, config)
     record = message.content.array_records[messages.ARRAYS]
     added = message.content.array_records.get(messages.CORRECTION)
-    correction = None if added is None else {n: array.numpy() for n, array in added.items()}
+    correction = None if added is None else messages.state_of(added)
     arrays, num_examples, metrics = client.train(
-        record.to_numpy_ndarrays(keep_input=True), config, correction
+        list(messages.state_of(record).values()), config, correction
     )
     local = messages.array_record(dict(zip(record, arrays, strict=True)))
     return Message(messages.reply_content(local, num_examples, metrics), reply_to=message)
@@ -100,6 +108,6 @@ def evaluate_message(message: Message, context: Context) -> Message:
     config = _scalars(message.content.config_records[messages.CONFIG])
     client.check_sizes(message.content.array_records, config)
     record = message.content.array_records[messages.ARRAYS]
-    loss, num_examples, metrics = client.evaluate(record.to_numpy_ndarrays(keep_input=True), config)
+    loss, num_examples, metrics = client.evaluate(list(messages.state_of(record).values()), config)
     content = messages.reply_content(None, num_examples, {"loss": loss, **metrics})
     return Message(content, reply_to=message)

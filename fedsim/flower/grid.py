@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -85,24 +86,25 @@ def stream_replies(
         last = time.monotonic()
 
 
-class ChosenNodes(Grid):
-    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
+class GridBehind(Grid):
+    """A grid that leaves everything to another one.
 
     Parameters
     ----------
     grid : Grid
         The grid behind it.
-    node_ids : sequence of int
-        The nodes to show.
     """
 
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Give the chosen nodes."""
-        return list(self._node_ids)
+        """Give the nodes of the grid behind."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Give what the grid behind knows of its nodes."""
+        return self._grid.get_nodes()
 
     def set_run(self, run: Run) -> None:
         """Do nothing: the grid behind has its run."""
@@ -136,3 +138,23 @@ class ChosenNodes(Grid):
     ) -> Iterable[Message]:
         """Send and receive with the grid behind."""
         return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+class ChosenNodes(GridBehind):
+    """A grid on which a strategy sees the chosen nodes only, so that its sampling takes all.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid behind it.
+    node_ids : sequence of int
+        The nodes to show.
+    """
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        super().__init__(grid)
+        self._node_ids = list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Give the chosen nodes."""
+        return list(self._node_ids)

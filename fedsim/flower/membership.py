@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.flower import messages as wire
+from fedsim.flower.grid import stream_replies
 from fedsim.flower.replies import traceback_of
 
 _SHORTEST_POLL = 0.005
@@ -32,6 +34,71 @@ class _Member:
 
     node_id: int
     since: str
+
+
+@runtime_checkable
+class KnowsPartitions(Protocol):
+    """A grid that knows which node holds which partition, and whose nodes neither come nor go."""
+
+    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
+        """Wait until there are nodes; give them by the partition that each holds."""
+
+
+def membership_of(
+    grid: Grid, *, clients: int, stop: threading.Event, tell: Callable[[str], None]
+) -> Membership | KnownMembership:
+    """Give the membership of a grid; parameters as of `Membership`."""
+    if isinstance(grid, KnowsPartitions):
+        return KnownMembership(grid, grid, clients=clients, stop=stop)
+    return Membership(grid, clients=clients, stop=stop, tell=tell)
+
+
+class KnownMembership:
+    """The map from partitions to nodes where it is known, however many there are.
+
+    A question to each node takes as long as a message to each. Here one is asked, which waits for
+    the first worker; every client compares whom a message is for with what it holds.
+
+    Parameters
+    ----------
+    grid, known : Grid, KnowsPartitions
+        The same one.
+    clients, stop : int, threading.Event
+        As of `Membership`.
+    """
+
+    def __init__(
+        self, grid: Grid, known: KnowsPartitions, *, clients: int, stop: threading.Event
+    ) -> None:
+        self._grid = grid
+        self._known = known
+        self._clients = clients
+        self._stop = stop
+        self._nodes: Mapping[int, int] = {}
+
+    def wait_for_all(self, patience: float) -> None:
+        """Wait for the engine and its first worker, as long as that takes.
+
+        Raises
+        ------
+        RunFailedError
+            When a partition is held by no node, or a node cannot say which one it holds.
+        RunInterruptedError
+            Once the stop event is set.
+        """
+        self._nodes = self._known.nodes_by_partition(self._stop)
+        if missing := sorted(set(range(self._clients)) - set(self._nodes)):
+            raise RunFailedError(_unheld(missing, self._clients))
+        query = Message(_empty_query(), self._nodes[0], MessageType.QUERY)
+        (reply,) = stream_replies(self._grid, [query], window=1, stop=self._stop)
+        if reply.has_error():
+            raise RunFailedError(_speechless(reply))
+
+    def nodes_of(
+        self, partitions: Sequence[int], *, spare: int, patience: float
+    ) -> Mapping[int, int]:
+        """Give the node of each partition."""
+        return {partition: self._nodes[partition] for partition in partitions}
 
 
 class Membership:
@@ -187,8 +254,7 @@ class Membership:
             return int(reply.content.metric_records[wire.METRICS][wire.PARTITION])  # type: ignore[arg-type]
         # One that left before it could answer is asked again when it is back.
         if member in self._here:
-            cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
-            self._failures.append(f"a node could not say which partition it holds: {cause}")
+            self._failures.append(_speechless(reply))
         return None
 
     def _problem(self, patience: float) -> str:
@@ -202,7 +268,7 @@ class Membership:
         if max(held) > 1:
             return f"two nodes hold partition {held.index(max(held))}; each needs its own"
         missing = [p for p, nodes in enumerate(held) if not nodes]
-        return f"no node holds {_named(missing)}; clients = {self._clients}"
+        return _unheld(missing, self._clients)
 
     def _tell_once(self, line: str) -> None:
         if line not in self._told:
@@ -214,6 +280,15 @@ def _named(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     return f"partition{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _unheld(missing: Sequence[int], clients: int) -> str:
+    return f"no node holds {_named(missing)}; clients = {clients}"
+
+
+def _speechless(reply: Message) -> str:
+    cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
+    return f"a node could not say which partition it holds: {cause}"
 
 
 def _empty_query() -> RecordDict:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 ARRAYS = "arrays"
@@ -25,6 +28,10 @@ RUN = "run"
 """Key of what the run directory is called on the server's disk: a name, never a path."""
 RUN_ID = "run-id"
 """Key of the run's id, with which a client records the run; without it nothing is recorded."""
+DATA_SHA256 = "data-sha256"
+"""Key of the hash of a node's own data."""
+CLASSES = "classes"
+"""Key of the names of the classes of a node's own data."""
 PARTITION_SHA256 = "partition-sha256"
 """Key of the hash of the whole partition, by which clients know that they deal it likewise."""
 NUM_EXAMPLES = "num-examples"
@@ -50,12 +57,33 @@ def is_legacy(content: RecordDict) -> bool:
 
 def array_record(state: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
     """Encode a state; names and order are kept."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in state.items()})
+    record = ArrayRecord()
+    for name, array in state.items():
+        record[name] = _encoded(np.asarray(array))
+    return record
+
+
+def _encoded(array: NDArray[np.generic]) -> Array:
+    """Do as Flower does: ``numpy.save``. It makes the header anew each time, and two copies."""
+    dtype, shape = array.dtype, array.shape
+    data = b"".join((_header(dtype, shape), np.ascontiguousarray(array).data))
+    return Array(dtype=dtype.name, shape=shape, stype=SType.NUMPY, data=data)
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(stream, {**described, "shape": shape})
+    return stream.getvalue()
 
 
 def state_of(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     """Decode a state into fresh, writable arrays."""
-    return {name: array.numpy() for name, array in record.items()}
+    # With it comes torch, which no query needs.
+    from strategies.folding import view_of
+
+    return {name: view_of(array).copy() for name, array in record.items()}
 
 
 def train_config(
@@ -66,13 +94,17 @@ def train_config(
     partition_sha256: str,
     run: str,
     run_id: str,
+    data_sha256: str | None = None,
 ) -> dict[str, str | int]:
     """Give the keys of one client's training message."""
+    about_data = {PARTITION_SHA256: partition_sha256}
+    if data_sha256 is not None:
+        about_data = {DATA_SHA256: data_sha256}
     return {
+        **about_data,
         RUN_CONFIG: run_config,
         ROUND: round_number,
         PARTITION: partition,
-        PARTITION_SHA256: partition_sha256,
         RUN: run,
         RUN_ID: run_id,
     }

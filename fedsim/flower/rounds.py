@@ -31,7 +31,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
-from fedsim.flower.membership import Membership
+from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
@@ -137,7 +137,7 @@ class RoundLoop:
         RunInterruptedError
             Once the stop event is set.
         """
-        membership = Membership(
+        membership = membership_of(
             self._grid,
             clients=self._config.clients,
             stop=self._stop,
@@ -155,6 +155,7 @@ class RoundLoop:
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
+            self._writer.begin_round(number, len(participants))
             self._observer.round_started(number, participants)
             nodes = membership.nodes_of(
                 participants,
@@ -280,6 +281,7 @@ class RoundLoop:
                 partition_sha256=self._plan.partition_sha256,
                 run=self._run_name,
                 run_id=self._writer.run_id,
+                data_sha256=self._plan.nodes[partition]["sha256"] if self._plan.nodes else None,
             )
         )
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})

@@ -17,11 +17,13 @@ from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputE
 from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.flower.inventory import ask_data
 from fedsim.flower.machines import versions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
+from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
-from fedsim.recording.reader import Run
+from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
 from strategies.registry import build_strategy, check_strategy
@@ -52,6 +54,14 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
         )
+    # What clients with data of their own will write is not known before they have been asked.
+    if not plan.config.own_data:
+        _check_room(path, plan)
+    if plan.config.mirror:
+        open_mirror(plan.config.mirror)
+
+
+def _check_room(path: Path, plan: RunPlan) -> None:
     plan.check_budget()
     needed, free = plan.run_bytes, free_bytes(path)
     if needed > free:
@@ -61,8 +71,6 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"{format_bytes(free)} free; "
             + (f"{change} would fit" if change else "its states and deltas alone do not fit")
         )
-    if plan.config.mirror:
-        open_mirror(plan.config.mirror)
 
 
 MAY_CHANGE = (
@@ -101,7 +109,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     check_strategy(plan.config.strategy)
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
-    if plan.partition_sha256 != run.entry("partition")["sha256"]:
+    if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     if is_being_written(run.path):
         raise InputError(
@@ -115,6 +123,8 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+    if plan.config.own_data:
+        return recovery
     plan.check_budget()
     needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
     if needed > (free := free_bytes(run.path)):
@@ -166,7 +176,11 @@ def execute(
         As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
         says ``failed``.
     """
+    if plan.config.own_data:
+        plan = ask_data(grid, plan, window=2 * workers, stop=stop, tell=observer.warned)
     if recovery is not None:
+        if plan.nodes and plan.nodes != load_run(output).entry("partition").get("nodes"):
+            raise InputError(f"{output} was recorded with other data at the nodes")
         writer = RunWriter.reopen(
             output, plan.config.to_mapping(), plan.partition, recovery, versions()
         )
@@ -213,10 +227,12 @@ def execute(
 
 
 def manifest_of(plan: RunPlan) -> dict[str, Any]:
-    """Describe a run for ``run.json``: everything but its format and status."""
+    """Describe a run for ``run.json``: everything but its status."""
     data = plan.dataset
+    rounds = range(1, plan.config.rounds + 1)
     buffers = {n: a for n, a in plan.initial_state.items() if n not in plan.parameters}
     return {
+        "format": format_of(max(map(plan.config.num_participants, rounds))),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,
@@ -246,5 +262,9 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
             "test_size": data.spec.test_size,
             "sha256": data.sha256(),
         },
-        "partition": {"sha256": plan.partition_sha256, "sizes": plan.sizes},
+        "partition": {
+            "sha256": plan.partition_sha256,
+            "sizes": plan.sizes,
+            **({"nodes": plan.nodes} if plan.nodes else {}),
+        },
     }

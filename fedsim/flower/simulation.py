@@ -46,6 +46,7 @@ from fedsim.flower.cluster import (
     present_nodes,
     slots_of,
 )
+from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
@@ -98,6 +99,12 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
     ConfigError
         When the machine does not have what is asked for.
     """
+    if config.own_data:
+        raise ConfigError(
+            "partition",
+            config.partition,
+            "a split of the dataset: data of their own is for clients on nodes of their own",
+        )
     if config.client_cpus > machine_cpus:
         raise ConfigError(
             "client-cpus", config.client_cpus, f"1 to the {machine_cpus} CPU cores of this machine"
@@ -253,7 +260,9 @@ def simulate(
     hand_out_to(pool.workers)
     SupervisedPool.client_timeout = plan.config.client_timeout
     SupervisedPool.most = pool.workers
+    deliveries = Deliveries()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(deliveries.installed())
         broken: Callable[[], str | None]
         if plan.config.cluster is None:
             scratch = stack.enter_context(Scratch())
@@ -270,7 +279,7 @@ def simulate(
         engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
         failure = engine.run(
             lambda grid: execute(
-                grid,
+                EngineGrid(grid, deliveries),
                 plan,
                 output,
                 observer=observer,

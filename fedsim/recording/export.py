@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core.datasets import IMAGE_SHAPE, load_dataset
+from fedsim.core.cache import IMAGE_SHAPE
+from fedsim.core.datasets import load_dataset
 from fedsim.core.errors import InputError
 from fedsim.core.plan import batches_of_round
 from fedsim.core.training import Batch, OptimizerSettings
@@ -191,6 +192,8 @@ def rebuild_batches(
         ``steps.jsonl``.
     """
     config = run.config
+    if config.own_data:
+        raise InputError(f"{run.path} has no images: its nodes trained on data of their own")
     run.check_sizes()
     dataset = load_dataset(
         config.dataset,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import threading
 import time
@@ -45,6 +44,8 @@ MOST_KEYS = 2**16
 """Gradients in a shard, or those of one step: a header is read whole before any of them."""
 SHARD_BYTES = 256 * 2**20
 """Shards close at the step that fills them to about this size."""
+AT_ONCE_BYTES = 2**20
+"""Steps of which fewer bytes are kept are written faster than handed over to another thread."""
 
 _STORED = {
     "float32": ("F32", torch.float32, np.float32),
@@ -90,13 +91,21 @@ class _Measured:
     taps: dict[str, Taps | None]
     sketch: NDArray[np.float32] | None
 
+    @property
+    def is_light(self) -> bool:
+        """Whether it is to be written at once."""
+        if self.sketch is not None:
+            return True
+        return sum(tensor.nbytes for tensor in self.gradients.values()) < AT_ONCE_BYTES
+
 
 class StepRecorder:
     """An observer of local training that writes ``steps.jsonl`` and what the policy keeps.
 
     A thread writes while training computes the next step. It holds what is kept of one step; with
     the gradients that training is making, two steps are in memory at most. A slower disk makes
-    training wait: `seconds_waited` in its steps, `seconds_closing` after the last.
+    training wait: `seconds_waited` in its steps, `seconds_closing` after the last. Steps of small
+    models are written at once, without a thread, until one is large.
 
     On a CPU the very tensors of the backward pass are written, without a copy. What they are
     packed and measured for takes no waiting but computing, for which a worker's cores are busy
@@ -158,7 +167,7 @@ class StepRecorder:
         self._queue: queue.SimpleQueue[_Measured | _Unmeasured | None] = queue.SimpleQueue()
         self._free = threading.Semaphore(1)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="step-recorder", daemon=True)
+        self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
         self._pinned: Tensor | None = None
         self.bytes_captured = 0
@@ -168,7 +177,7 @@ class StepRecorder:
         self.seconds_closing = 0.0
 
     def __enter__(self) -> Self:
-        """Clear the folder and start the writer."""
+        """Clear the folder and open the first file."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.iterdir():
             leftover.unlink()
@@ -177,7 +186,6 @@ class StepRecorder:
         self._shard_taps: dict[str, Taps | None] = {}
         self._shard_steps_left = 0
         self._keys: dict[str, str] = {}
-        self._thread.start()
         return self
 
     def __call__(self, step: Step) -> None:
@@ -200,8 +208,17 @@ class StepRecorder:
             item = self._measure(step, gradients)
         del gradients
         started = time.perf_counter()
-        self._free.acquire()
+        if self._thread is None and isinstance(item, _Measured) and item.is_light:
+            self._write(item)
+        else:
+            self._hand_over(item)
         self.seconds_waited += time.perf_counter() - started
+
+    def _hand_over(self, item: _Measured | _Unmeasured) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="step-recorder", daemon=True)
+            self._thread.start()
+        self._free.acquire()
         if self._error is not None:
             raise self._error
         self._queue.put(item)
@@ -214,8 +231,9 @@ class StepRecorder:
     ) -> None:
         """Wait for the writer; put the files in place, or remove them after an error."""
         started = time.perf_counter()
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
         self.seconds_closing = time.perf_counter() - started
         failure = error or self._error
         if failure is None and self.num_steps_captured != len(self._kept):
@@ -299,7 +317,7 @@ class StepRecorder:
         packed, nonzero = (gradients, 0) if as_they_are else self._pack(gradients)
         if self._statistics is not None:
             figures = self._statistics.add(packed, self._taps, self._shapes, nonzero=nonzero)
-            row.update(_named(dataclasses.asdict(figures)))
+            row.update(_named({**vars(figures)}))
         if step.index in self._kept:
             source = gradients if dense else packed
             measured.gradients = {name: source[name] for name in self._names}

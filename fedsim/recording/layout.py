@@ -1,4 +1,4 @@
-"""Names and places of the files of a run directory, format 1."""
+"""Names and places of the files of a run directory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from pathlib import Path, PurePosixPath
 from fedsim.core.errors import InputError
 
 FORMAT = 1
+SHARED_FORMAT = 2
+"""Of a run with a round whose clients share files; otherwise as format 1."""
+SHARED_FROM = 64
+"""Clients of a round from which on their deltas and lines of steps go to shared files."""
+
+
+def format_of(most_clients: int) -> int:
+    """Give the format of a run whose largest round has so many clients."""
+    return SHARED_FORMAT if most_clients >= SHARED_FROM else FORMAT
 
 
 class RunLayout:
@@ -64,6 +73,14 @@ class RunLayout:
         """Lines about the local steps of one client in a round."""
         return self.client(number, partition) / STEPS
 
+    def shared_deltas(self, number: int, shard: int) -> Path:
+        """Deltas of many clients of a round, by `delta_key`."""
+        return self.round(number) / f"deltas-{shard:05d}.safetensors"
+
+    def shared_steps(self, number: int, shard: int) -> Path:
+        """Lines about the local steps of many clients of a round, each with its partition."""
+        return self.round(number) / f"steps-{shard:05d}.jsonl"
+
     def inside(self, name: str) -> Path:
         """Give the path of a name with slashes, as ``checksums.jsonl`` lists them.
 
@@ -110,6 +127,11 @@ def is_of_client(name: str) -> bool:
 
 
 _SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
+
+
+def delta_key(partition: int, name: str) -> str:
+    """Key of an array of one client's delta inside a file of many clients."""
+    return f"{partition}/{name}"
 
 
 def gradient_key(step: int, parameter: str) -> str:

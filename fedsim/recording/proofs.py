@@ -76,7 +76,10 @@ def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> No
     samples = run.entry("dataset")["train_size"]
     wrong = []
     dealt = np.sort(np.concatenate(ordered))
-    if len(dealt) != samples or not np.array_equal(dealt, np.arange(samples)):
+    if run.config.own_data:
+        if any(not np.array_equal(indices, np.arange(len(indices))) for indices in ordered):
+            wrong.append("partition.safetensors has other positions than those of each node's data")
+    elif len(dealt) != samples or not np.array_equal(dealt, np.arange(samples)):
         wrong.append(f"partition.safetensors does not deal each of {samples} samples once")
     if [len(p) for p in ordered] != manifest["sizes"]:
         wrong.append("partition.safetensors has other sizes than run.json")
@@ -236,7 +239,7 @@ def _work_of(client: Client, settings: OptimizerSettings) -> float:
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     """Check that batches are those drawn from the seed, and losses and sizes as in telemetry."""
     telemetry, rows = client.telemetry, client.steps
-    path = run.layout.steps(client.round, client.partition)
+    path = client.steps_path
     settings = run.config.training_of(client.partition)
     indices = run.partition[client.partition]
     draw = generator(run.config.seed, Purpose.BATCHES, client.round, client.partition)
@@ -305,7 +308,7 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
         Told what was found.
     """
     start, delta = run.round(client.round - 1).state, client.delta
-    path = run.layout.delta(client.round, client.partition)
+    path = client.delta_path
     settings = run.config.training_of(client.partition).optimizer
     lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run)
     courses = []

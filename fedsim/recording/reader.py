@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fedsim.recording import rows
 from fedsim.recording.files import DTYPES, ITEM_BYTES
 from fedsim.recording.layout import (
     FORMAT,
+    SHARED_FORMAT,
     SKETCH,
     SKETCH_KEY,
     STEPS,
@@ -125,6 +127,41 @@ class TensorFile(Mapping[str, Tensor]):
         return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
 
+class TensorPart(Mapping[str, Tensor]):
+    """Some of the tensors of a file, by shorter names.
+
+    Parameters
+    ----------
+    file : TensorFile
+        The file.
+    keys : mapping of str to str
+        Name to key in the file.
+    """
+
+    def __init__(self, file: TensorFile, keys: Mapping[str, str]) -> None:
+        self.path = file.path
+        self._file = file
+        self._keys = keys
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[self._keys[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return f"<{self.path.name}: {len(self)} tensors of a client>"
+
+    @property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As of a `TensorFile`."""
+        described = self._file.described
+        return {name: described[key] for name, key in self._keys.items()}
+
+
 def _entries_of(file: IO[bytes], size: int) -> dict[str, _Entry]:
     """Read a header and check it against the size of the file: all data, no gap, nothing twice."""
     (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
@@ -158,6 +195,10 @@ def _entry_of(entry: Any, start: int) -> _Entry:
     if end - begin != math.prod(shape) * item_bytes:
         raise ValueError("an entry of the header has offsets that do not fit its shape")
     return _Entry(dtype, tuple(shape), start + begin, start + end)
+
+
+T = TypeVar("T")
+F = TypeVar("F", TensorFile, TensorPart)
 
 
 class Gradient(Mapping[str, Tensor]):
@@ -289,6 +330,8 @@ def _are_taps(tensor: Tensor, kernel: tuple[int, ...]) -> bool:
 
 # A number has one name: "0000001" would be the step of "000001" once more.
 _STEP = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")
+_PARTITION = re.compile(r"0|[1-9][0-9]{0,9}")
+_SHARED_OPEN = 4
 
 
 class Client:
@@ -313,12 +356,44 @@ class Client:
     @cached_property
     def delta(self) -> Mapping[str, Tensor]:
         """Local minus global state, ``state_dict`` names."""
-        return self._run.state_file(self._run.layout.delta(self.round, self.partition))
+        if (shard := self._shard) is None:
+            return self._run.state_file(self.delta_path)
+        part = self._run.shared_deltas(self.round, shard).get(self.partition)
+        return self._run.as_described(self._found(part, self.delta_path))
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of ``steps.jsonl``: one for each local step."""
-        return rows.read_rows(self._run.layout.steps(self.round, self.partition), rows.StepRow)
+        """The lines about its steps: one for each local step."""
+        if (shard := self._shard) is None or STEPS in self.telemetry["files"]:
+            return rows.read_rows(self.steps_path, rows.StepRow)
+        return self._found(
+            self._run.shared_steps(self.round, shard).get(self.partition), self.steps_path
+        )
+
+    @property
+    def delta_path(self) -> Path:
+        """The file that holds the delta, alone or with those of other clients."""
+        layout, shard = self._run.layout, self._shard
+        if shard is None:
+            return layout.delta(self.round, self.partition)
+        return layout.shared_deltas(self.round, shard)
+
+    @property
+    def steps_path(self) -> Path:
+        """The file that holds the lines about the steps, alone or with those of other clients."""
+        layout, shard = self._run.layout, self._shard
+        if shard is None or STEPS in self.telemetry["files"]:
+            return layout.steps(self.round, self.partition)
+        return layout.shared_steps(self.round, shard)
+
+    @property
+    def _shard(self) -> int | None:
+        return self.telemetry.get("shard")
+
+    def _found(self, part: T | None, path: Path) -> T:
+        if part is None:
+            raise InputError(f"{path} holds nothing of client {self.partition}")
+        return part
 
     @cached_property
     def captured_steps(self) -> list[int]:
@@ -730,9 +805,10 @@ class Run:
             found = self.manifest["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{self.path} is no run directory: it has no whole run.json") from None
-        if type(found) is not int or found != FORMAT:
+        if type(found) is not int or found not in (FORMAT, SHARED_FORMAT):
             raise InputError(
-                f"{self.path} has format {shorten(found)}; this version reads {FORMAT}"
+                f"{self.path} has format {shorten(found)}; this version reads {FORMAT} and "
+                f"{SHARED_FORMAT}"
             )
         rows.check(rows.Manifest, self.manifest, str(self.layout.manifest))
 
@@ -818,11 +894,43 @@ class Run:
         InputError
             When it does not hold the arrays that ``run.json`` describes.
         """
-        file = TensorFile(path)
+        return self.as_described(TensorFile(path))
+
+    def as_described(self, file: F) -> F:
+        """Check what `state_file` opens."""
         if odd := set(file.described.items()).symmetric_difference(self.described.items()):
             name = min(name for name, _ in odd)
-            raise InputError(f"{path}: {name} is not there as run.json describes it")
+            raise InputError(f"{file.path}: {name} is not there as run.json describes it")
         return file
+
+    def shared_deltas(self, round_number: int, shard: int) -> Mapping[int, TensorPart]:
+        """Open a file with the deltas of many clients, by partition id.
+
+        Raises
+        ------
+        InputError
+            When it is no such file.
+        """
+        return self._open_deltas(self.layout.shared_deltas(round_number, shard))
+
+    def shared_steps(self, round_number: int, shard: int) -> Mapping[int, list[dict[str, Any]]]:
+        """Read a file with the lines of many clients' steps, by partition id.
+
+        Raises
+        ------
+        InputError
+            When it is no such file.
+        """
+        return self._read_steps(self.layout.shared_steps(round_number, shard))
+
+    # Whoever goes through the clients of a round comes back to the same file, and to few others.
+    @cached_property
+    def _open_deltas(self) -> Callable[[Path], dict[int, TensorPart]]:
+        return functools.lru_cache(maxsize=_SHARED_OPEN)(_deltas_in)
+
+    @cached_property
+    def _read_steps(self) -> Callable[[Path], dict[int, list[dict[str, Any]]]]:
+        return functools.lru_cache(maxsize=_SHARED_OPEN)(_steps_in)
 
     def check_sizes(self) -> None:
         """Check that the files hold as many samples and classes as the configuration asks for.
@@ -837,10 +945,13 @@ class Run:
         """
         spec = parse_name(self.config.dataset)
         held = sum(len(indices) for indices in self.partition.values())
-        if (held, len(self.partition)) != (spec.train_size, self.config.clients):
+        samples = spec.train_size
+        if self.config.own_data:
+            samples = sum(self.entry("partition")["sizes"])
+        if (held, len(self.partition)) != (samples, self.config.clients):
             raise InputError(
                 f"{self.layout.partition} deals {held} samples to {len(self.partition)} clients; "
-                f"allowed is as config says, {spec.train_size} to {self.config.clients}"
+                f"allowed is as config says, {samples} to {self.config.clients}"
             )
         for indices in self.partition.values():
             if len(indices) and not 0 <= indices.min() <= indices.max() < held:
@@ -925,6 +1036,24 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<run {self.path.name}: {self.status}, {len(self.round_rows)} rounds with round 0>"
+
+
+def _deltas_in(path: Path) -> dict[int, TensorPart]:
+    file = TensorFile(path)
+    keys: dict[int, dict[str, str]] = {}
+    for key in file:
+        partition, _, name = key.partition("/")
+        if not _PARTITION.fullmatch(partition):
+            raise InputError(f"{path}: {shorten(key)} is no array of a client's delta")
+        keys.setdefault(int(partition), {})[name] = key
+    return {partition: TensorPart(file, names) for partition, names in keys.items()}
+
+
+def _steps_in(path: Path) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows.read_rows(path, rows.SharedStepRow):
+        found.setdefault(row.pop("partition"), []).append(row)
+    return found
 
 
 def _has_no_gap(numbers: list[int]) -> bool:

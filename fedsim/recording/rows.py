@@ -47,9 +47,15 @@ class _Dataset(_Row):
     sha256: _Sha256
 
 
+class _NodeData(_Row):
+    sha256: _Sha256
+    classes: list[str]
+
+
 class _Partition(_Row):
     sha256: _Sha256
     sizes: Annotated[list[_Count], Field(min_length=1)]
+    nodes: list[_NodeData] = []
 
 
 class _Versions(_Row):
@@ -155,6 +161,7 @@ class TrainedClientRow(_ClientRow):
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
     place: Literal["run", "node", "none"] = "run"
     not_captured: str = ""
+    shard: _Id | None = None
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -177,6 +184,12 @@ class StepRow(_Row):
     objective_norm: _Number | None = None
     gradient_norm: _Number | None = None
     per_layer_norms: dict[str, _Number | None] = {}
+
+
+class SharedStepRow(StepRow):
+    """A line of ``steps-SSSSS.jsonl``."""
+
+    partition: _Id
 
 
 def check(model: type[BaseModel], value: Any, where: str) -> None:

@@ -299,6 +299,12 @@ class _Verifier:
         self, run: Run, data_root: str | None, *, asked_to_recompute: bool
     ) -> Dataset | None:
         config = run.config
+        if config.own_data:
+            reason = "the data is at the nodes, which tell its hash and keep it"
+            self.findings.leave(PARTITION, f"class counts: {reason}")
+            if asked_to_recompute:
+                self.findings.leave(RECOMPUTED, reason)
+            return None
         try:
             run.check_sizes()
             dataset = load_dataset(
@@ -392,7 +398,9 @@ class _Verifier:
         with findings.guarded(PARTICIPANTS, f"round {number}"):
             proofs.prove_participants(run, number, findings)
         aggregate = self._name(layout.aggregate(number))
-        deltas = [self._name(layout.delta(number, p)) for p in run.round(number).clients]
+        deltas = [
+            *dict.fromkeys(self._name(c.delta_path) for c in run.round(number).clients.values())
+        ]
         if self._whole(AGGREGATE, [aggregate, "partition.safetensors", *deltas]):
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
@@ -426,7 +434,7 @@ class _Verifier:
             if client.telemetry.get("place") == "none":
                 self.findings.leave(STEPS, "some clients keep no record on their nodes")
                 return
-            steps = f"{folder}/steps.jsonl"
+            steps = self._name(client.steps_path)
             if self._whole(STEPS, [steps, "partition.safetensors"]):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
@@ -478,7 +486,7 @@ class _Verifier:
 
     def _check_replay(self, run: Run, client: Client, shards: Sequence[str]) -> None:
         start = self._name(run.layout.state(client.round - 1))
-        delta = self._name(run.layout.delta(client.round, client.partition))
+        delta = self._name(client.delta_path)
         if not self._whole(REPLAY, [start, delta]) or not self._holds_what_is_kept(run, client):
             return
         try:

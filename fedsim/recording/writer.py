@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -28,10 +29,11 @@ from fedsim.recording.files import (
     temporary,
     write_tensors,
 )
-from fedsim.recording.layout import FORMAT, RunLayout
+from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
 from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import TensorFile, load_run
 from fedsim.recording.recovery import Recovery, check_places
+from fedsim.recording.shared import SharedFiles
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -79,6 +81,7 @@ class RunWriter:
         self.on_change: Callable[[], None] = lambda: None
         self._manifest = dict(manifest)
         self._round_files: dict[str, Checksum] = {}
+        self._shared: SharedFiles | None = None
         self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
         self._sealed = _size_of(self.layout.checksums)
@@ -246,6 +249,12 @@ class RunWriter:
         if self._lock_file is not None:
             self._lock_file.close()
 
+    def begin_round(self, round_number: int, clients: int) -> None:
+        """Prepare for the clients of a round: where there are many, they share files."""
+        # A run that was begun without goes on without.
+        shared = format_of(clients) == self._manifest["format"] == SHARED_FORMAT
+        self._shared = SharedFiles(self.layout, round_number) if shared else None
+
     def add_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Keep one client's delta and telemetry of a round.
 
@@ -257,14 +266,36 @@ class RunWriter:
         delta : mapping of str to ndarray
             Local minus global state.
         """
-        path = self.layout.delta(row["round"], row["partition"])
-        self._write_tensors(path, delta)
+        folder = self.layout.client(row["round"], row["partition"])
+        row = {key: value for key, value in row.items() if key != "shard"}
+        if self._shared is None:
+            self._write_tensors(self.layout.delta(row["round"], row["partition"]), delta)
+        else:
+            row |= {"shard": self._shared.shard, "files": {**row.get("files", {})}}
+            here = row.get("place", "run") == "run"
+            steps = self._taken_steps(folder, row["files"]) if here else b""
+            self._list(self._shared.add(row["partition"], delta, steps))
         for name, file in row.get("files", {}).items():
-            listed = self._name(path.parent / name)
+            listed = self._name(folder / name)
             self._round_files[listed] = Checksum(file["bytes"], file["xxh3_128"])
             if row.get("place") == "node":
                 self._elsewhere.add(listed)
         self._append(self.layout.clients, json_line(row))
+
+    def _taken_steps(self, folder: Path, files: dict[str, Any]) -> bytes:
+        """Take the lines of a client's steps out of its folder and out of its list of files."""
+        path, told = folder / STEPS, files.pop(STEPS, None)
+        if told is None:
+            return b""
+        with os.fdopen(open_regular(path), "rb") as file:
+            content = file.read()
+        if Checksum.of(content).to_json() != told:
+            raise RunFailedError(f"{path} was changed by another program")
+        path.unlink()
+        # Gradients stay there. The folder above is not touched: other clients are making theirs.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return content
 
     def add_failure(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a client that failed, and nothing else that it left."""
@@ -311,6 +342,10 @@ class RunWriter:
         RunFailedError
             When a file of the round is not there any more, or has another size.
         """
+        if self._shared is not None:
+            self._list(self._shared.close())
+            with contextlib.suppress(OSError):
+                self.layout.client(row["round"], 0).parent.rmdir()
         for name, checksum in self._round_files.items():
             if name in self._elsewhere:
                 continue
@@ -354,7 +389,10 @@ class RunWriter:
 
     def _write_tensors(self, path: Path, arrays: State) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._round_files[self._name(path)] = write_tensors(path, arrays)
+        self._list({path: write_tensors(path, arrays)})
+
+    def _list(self, files: Mapping[Path, Checksum]) -> None:
+        self._round_files.update((self._name(path), c) for path, c in files.items())
 
     def _append(self, path: Path, line: bytes) -> None:
         append_line(path, line, at=self._grown[path].size)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsim.recording.layout import STEPS
 from fedsim.report.figures import (
     Absent,
     Axis,
@@ -594,10 +595,14 @@ def _bytes(studies: Studies) -> _Drawn:
             number = row["round"]
             clients = [r for r in study.run.client_rows_of(number) if r["status"] == "ok"]
             gradients = sum(r["bytes_captured"] for r in clients)
+            trained = study.run.round(number).clients.values()
+            deltas = {client.delta_path for client in trained}
+            shared = {c.steps_path for c in trained if STEPS not in c.telemetry["files"]}
             listed = sum(file["bytes"] for r in clients for file in r["files"].values())
+            listed += sum(map(_size, shared))
             rounds[number] = {
                 "captured gradients": gradients / 1e6,
-                "deltas": sum(_size(layout.delta(number, r["partition"])) for r in clients) / 1e6,
+                "deltas": sum(map(_size, deltas)) / 1e6,
                 "state, aggregate, strategy": (
                     _size(layout.state(number))
                     + _size(layout.aggregate(number))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.core.grid import Cell, written
+from fedsim.core.grid import Cell, shown
 from fedsim.core.units import format_bytes
 from fedsim.recording.files import ITEM_BYTES
 from fedsim.recording.reader import Run
@@ -220,7 +220,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     for row in rows:
         writer.writerow(
-            {k: written(v) if isinstance(v, list | dict | bool) else v for k, v in row.items()}
+            {k: shown(v) if isinstance(v, list | dict | bool) else v for k, v in row.items()}
         )
     return text.getvalue()
 
@@ -240,7 +240,7 @@ def print_comparison(
     for name in (*columns, "up", "down", "time"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [*(printable(written(row[axis])) for axis in axes)]
+        cells = [*(printable(shown(row[axis])) for axis in axes)]
         cells.append(f"{row['finished']} of {row['cells']}")
         cells += [str(row[name] or "") for name in troubles]
         cells += [_spread(row, name, ".4f") for name in ("final_accuracy", "best_accuracy")]

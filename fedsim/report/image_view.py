@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from fedsim.recording.files import temporary
 from fedsim.report.figures import Axis, Band, Bars, Figure, Line, Matrix, Number, Points, View
-from fedsim.report.palette import DIVERGING, LEVELS, SEQUENTIAL, SERIES
+from fedsim.report.palette import DIVERGING, LEVELS, SEQUENTIAL, SERIES, style_of
 from fedsim.report.terminal import printable
 
 _MARKERS = ("o", "s", "D", "P", "^", "X")
+_MOST_INSIDE = 6
+"""Names of series for which there is room among them."""
 _STYLES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 3, 2, 3)))
 _INCHES = (5.0, 3.4)
 _DPI = 300
@@ -80,8 +82,16 @@ def _draw(figure: Figure, view: View) -> Canvas:
         _scale(axes, figure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(view.marks) > 1:
-            axes.legend()
+            _explain(canvas, axes, len(view.marks))
     return canvas
+
+
+def _explain(canvas: Canvas, axes: Axes, count: int) -> None:
+    if count <= _MOST_INSIDE:
+        axes.legend()
+    else:
+        # Beside the figure, which they would cover.
+        canvas.legend(loc="outside right upper", fontsize=6)
 
 
 def _floats(values: Sequence[Number] | Sequence[Sequence[Number]]) -> NDArray[np.float64]:
@@ -89,8 +99,8 @@ def _floats(values: Sequence[Number] | Sequence[Sequence[Number]]) -> NDArray[np
 
 
 def _draw_series(axes: Axes, mark: Line | Points | Band) -> None:
-    series, label = mark.series % len(SERIES), printable(mark.name)
-    colour = SERIES[series]
+    colour, style = SERIES[mark.series % len(SERIES)], style_of(mark.series)
+    label = printable(mark.name)
     if isinstance(mark, Band):
         axes.fill_between(
             _floats(mark.x),
@@ -104,10 +114,10 @@ def _draw_series(axes: Axes, mark: Line | Points | Band) -> None:
         return
     x, y = _floats(mark.x), _floats(mark.y)
     if isinstance(mark, Points):
-        axes.plot(x, y, _MARKERS[series], color=colour, alpha=0.5, ms=3, mew=0, label=label)
+        axes.plot(x, y, _MARKERS[style], color=colour, alpha=0.5, ms=3, mew=0, label=label)
     else:
-        marker = _MARKERS[series] if len(x) <= _MOST_TICKS else ""
-        axes.plot(x, y, marker, color=colour, ls=_STYLES[series], ms=4, label=label)
+        marker = _MARKERS[style] if len(x) <= _MOST_TICKS else ""
+        axes.plot(x, y, marker, color=colour, ls=_STYLES[style], ms=4, label=label)
 
 
 def _draw_bars(axes: Axes, mark: Bars, tops: dict[float, float]) -> None:

@@ -13,3 +13,8 @@ DIVERGING = ("#b35806", "#f1a340", "#f7f7f7", "#67a9cf", "#2166ac")
 
 LEVELS = ("#3b83c0", "#d0620f")
 """Of values that are names."""
+
+
+def style_of(series: int) -> int:
+    """Say which symbol and dashes a series has, so that no two of 36 look the same."""
+    return (series + series // len(SERIES)) % len(SERIES)

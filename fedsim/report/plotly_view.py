@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsim.report.figures import Axis, Band, Bars, Figure, Mark, Matrix, Number, Points, View
-from fedsim.report.palette import DIVERGING, LEVELS, SEQUENTIAL, SERIES
+from fedsim.report.palette import DIVERGING, LEVELS, SEQUENTIAL, SERIES, style_of
 from fedsim.report.terminal import printable
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def _traces_of(figure: Figure, mark: Mark) -> list[dict[str, Any]]:
     }
     if isinstance(mark, Bars):
         return [trace | {"type": "bar", "marker": {"color": colour}}]
-    # The seventh run has the colour of the first and the symbol of the second.
-    symbol = _SYMBOLS[(mark.series + mark.series // len(SERIES)) % len(_SYMBOLS)]
+    style = style_of(mark.series)
+    symbol = _SYMBOLS[style]
     trace |= {"type": "scatter", "legendgroup": str(mark.series)}
     if isinstance(mark, Points):
         return [
@@ -61,7 +61,7 @@ def _traces_of(figure: Figure, mark: Mark) -> list[dict[str, Any]]:
         | {
             "mode": "lines+markers" if len(mark.x) <= _MOST_MARKERS else "lines",
             "marker": {"color": colour, "symbol": symbol, "size": 7},
-            "line": {"color": colour, "width": 2, "dash": _DASHES[mark.series % len(_DASHES)]},
+            "line": {"color": colour, "width": 2, "dash": _DASHES[style]},
         }
     ]
 

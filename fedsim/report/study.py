@@ -184,6 +184,8 @@ class Study:
         if not unknown.any():
             return counts, ""
         config = self.run.config
+        if config.own_data:
+            return counts, f"{unknown.sum()} clients have not trained yet and are blank."
         try:
             dataset = load_dataset(
                 config.dataset,

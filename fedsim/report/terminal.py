@@ -212,7 +212,9 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
     table.add_row("to write", f"{format_bytes(plan.run_bytes)} into {path}")
     table.add_row("workers", f"{workers} with {config.client_cpus} CPU each")
     console.print(table)
-    console.print(partition_table(plan.partition, plan.dataset.train_labels.numpy(), spec.classes))
+    if not config.own_data:
+        labels = plan.dataset.train_labels.numpy()
+        console.print(partition_table(plan.partition, labels, spec.classes))
 
 
 def _capture_line(plan: RunPlan) -> str:

@@ -45,11 +45,23 @@ BAD_VALUES = [
     ("clients-per-round", "all", "a whole number"),
     ("rounds", 0, "a value of at least 1"),
     ("rounds", 1.5, "a whole number"),
-    ("partition", "label", "dirichlet, iid, shards or shards:K"),
-    ("partition", "shards:0", "dirichlet, iid, shards or shards:K"),
+    (
+        "partition",
+        "label",
+        "dirichlet, iid, shards, shards:K with a whole K of 1 or more, or nodes",
+    ),
+    (
+        "partition",
+        "shards:0",
+        "dirichlet, iid, shards, shards:K with a whole K of 1 or more, or nodes",
+    ),
     ("partition", "shards:144", "at most 143 shards a client with 1438 samples"),
     ("partition", 1, "a text"),
-    ("partition", "shards:\u0663", "dirichlet, iid, shards or shards:K"),
+    (
+        "partition",
+        "shards:\u0663",
+        "dirichlet, iid, shards, shards:K with a whole K of 1 or more, or nodes",
+    ),
     ("alpha", 0.0, "a value above 0.0"),
     ("alpha", -1, "a value above 0.0"),
     ("alpha", "x", "a number"),
@@ -396,7 +408,7 @@ def test_drawn_participants_follow_from_seed_and_round():
 def test_flowers_run_config_has_every_key_but_the_tables_and_all_are_empty():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     flat = project["tool"]["flwr"]["app"]["config"]
-    assert set(flat) == (set(KEYS) - {"client"}) | {"config"}
+    assert set(flat) == (set(KEYS) - {"client"}) | {"config", "resume"}
     assert set(flat.values()) == {""}
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from fedsim.core.errors import InputError
-from fedsim.core.grid import Axis, cell_name, make_cells, parse_axis, written
+from fedsim.core.grid import Axis, cell_name, make_cells, parse_axis, shown, written
 
 STRATEGIES = Axis("strategy", ("fedavgm", "delta-fedavg"))
 SEEDS = Axis("seed", (2, 1))
@@ -144,3 +144,9 @@ def test_long_names_are_cut_and_stay_apart():
     assert {len(name) for name in names} == {200}
     assert len({written("x" * 70 + end) for end in "ab"}) == 2
     assert len(written("x" * 70)) == 60
+
+
+def test_a_strategy_with_settings_is_shown_with_them():
+    assert shown({"name": "fedadam", "eta": 0.01, "tau": 1e-3}) == "fedadam(eta=0.01,tau=0.001)"
+    assert shown("fedadam") == "fedadam"
+    assert shown([1, 2]) == "1+2"

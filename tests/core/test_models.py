@@ -8,6 +8,7 @@ from torchvision.models import resnet18
 from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import LiveTapConv2d, build_model, needs_two_samples, resolve_device
+from fedsim.core.resnet import ResNet18
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +61,24 @@ def test_resnet18_of_seed_42_is_torchvisions_with_a_new_head_drawn_after_it():
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(32, channels)])
+def test_our_resnet18_is_torchvisions_to_the_last_bit(norm):
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 64, 64, generator=draw)
+    seen = []
+    for make in (ResNet18, lambda classes, n: resnet18(num_classes=classes, norm_layer=n)):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(7)
+            model = make(10, norm)
+        output = model(images)
+        output.square().sum().backward()
+        gradients = {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        seen.append({"output": output, **gradients, **model.state_dict()})
+    assert list(seen[0]) == list(seen[1])
+    for name, tensor in seen[0].items():
+        assert torch.equal(tensor, seen[1][name]), name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,14 @@ from fedsim.deploy.federation import Places, environment
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
 # Flower has no setting for it: a killed node is missed after twice these seconds, not 60.
-HEARTBEAT = "import flwr.common.constant as c\nc.HEARTBEAT_DEFAULT_INTERVAL = 10\n"
+HEARTBEAT = """\
+import sys
+if any(a.endswith("/flower-supernode") for a in sys.orig_argv):
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
+    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+"""
 
 
 def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> None:
@@ -28,9 +35,12 @@ def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> No
         time.sleep(0.05)
 
 
+_candidates = iter(range(20_000 + os.getpid() % 1000 * 10, 60_000, 16))
+
+
 def free_ports(count: int) -> int:
-    """Find a port after which others are free too."""
-    for first in range(20_000 + os.getpid() % 1000 * 10, 60_000, 16):
+    """Find a port after which others are free too; the same ones are given once only."""
+    for first in _candidates:
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
@@ -58,7 +68,6 @@ class Lab:
         self.fedsim(
             *("deploy", "init", self.places.root, "--port", self.port, "--capture"),
             *("--supernodes", supernodes),
-            *(("--data-root", root) if (root := os.environ.get("FEDSIM_DATA_ROOT")) else ()),
         )
         self.told = folder / "start.log"
         with self.told.open("wb") as log:

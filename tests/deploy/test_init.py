@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
@@ -134,17 +135,34 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, flags, said):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["start", "register", "gateway"])
+def test_a_certificate_is_renewed_by_the_same_authority(made, capsys):
+    folder, _ = made("--supernodes", "1", "--days", "1")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    assert cli.run(["deploy", "renew", str(folder), "--days", "30"]) == 0
+    after = {name: (folder / name).read_bytes() for name in files(folder)}
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"server/server.crt", "server/server.key"}
+    assert stat.S_IMODE((folder / "server" / "server.key").stat().st_mode) == 0o600
+    certificate = x509.load_pem_x509_certificate(after["server/server.crt"])
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(after["ca/ca.crt"]))
+    valid = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    assert valid.days == 30
+    (folder / "ca" / "ca.key").unlink()
+    assert "cannot be given another certificate" in refusal(capsys, "renew", folder)
+
+
+@pytest.mark.parametrize("step", ["start", "register", "gateway", "renew"])
 def test_what_is_no_federation_is_refused(tmp_path, capsys, step):
     assert "is no federation" in refusal(capsys, step, tmp_path)
     (tmp_path / "federation.toml").write_text("port = 'x'\n")
     assert "federation.toml cannot be read" in refusal(capsys, step, tmp_path)
 
 
-@pytest.mark.parametrize("step", ["register", "gateway"])
+@pytest.mark.parametrize("step", ["register", "gateway", "renew"])
 def test_an_insecure_federation_has_no_keys_and_no_gateway(made, capsys, step):
     folder, _ = made("--insecure")
-    assert "is insecure: its nodes" in refusal(capsys, step, folder)
+    assert "is insecure: it" in refusal(capsys, step, folder)
 
 
 @pytest.mark.parametrize(

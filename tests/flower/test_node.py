@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -11,6 +15,7 @@ from fedsim.flower.node import NodeSettings
 from tests.flower.conftest import SMALL
 from tests.flower.test_client_app import RUN_ID, ask, told, train_content
 
+ROOT = Path(__file__).parents[2]
 REFUSED = "capture is not allowed by this node (its configuration says capture = false)"
 
 
@@ -200,3 +205,46 @@ def test_a_server_cannot_say_where_data_is(plan, tmp_path, monkeypatch):
         reply = ask(train_content(plan, config=config), "train", **own)
         assert f"was not found in {tmp_path / used}/cifar-10-batches-py" in reply.error.reason
     assert not (tmp_path / "of the server").exists()
+
+
+LEAN = """
+import sys
+from flwr.app import ConfigRecord, RecordDict
+from fedsim.flower.client_app import app
+from tests.local_grid import LocalGrid
+from flwr.app import Message
+
+def ask(content, kind):
+    grid = LocalGrid(app, 6)
+    (number,) = grid.push_messages([Message(content, next(iter(grid.partitions)), kind)])
+    (reply,) = grid.pull_messages([number])
+    assert not reply.has_error(), reply.error
+
+ask(RecordDict({"config": ConfigRecord()}), "query")
+print(sorted({"torch", "pandas", "ray"} & set(sys.modules)))
+
+from fedsim.core.config import RunConfig
+from fedsim.core.plan import RunPlan
+from fedsim.flower import messages as wire
+
+plan = RunPlan.prepare(RunConfig.from_json(sys.argv[1]))
+config = {"config": sys.argv[1], "server-round": 1, "partition": 0}
+ask(RecordDict({
+    "arrays": wire.array_record(plan.initial_state), "config": ConfigRecord(config)
+}), "train")
+print(sorted({"torchvision", "torch._dynamo", "sklearn", "pandas", "ray"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+def test_a_message_imports_what_it_needs_and_nothing_else(plan, model):
+    values = {**SMALL, "model": model, "local-steps": 1, "capture": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAN, RunConfig.from_mapping(values).to_json()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.splitlines()[:1] + done.stdout.splitlines()[-1:] == ["[]", "[]"], done.stderr

@@ -337,3 +337,24 @@ def test_the_pool_fits_the_machine(values, cpus, gpus, expected):
 def test_what_the_machine_does_not_have_is_refused(values, cpus, gpus, said):
     with pytest.raises(ConfigError, match=said):
         size_pool(config(**values), machine_cpus=cpus, machine_gpus=gpus)
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_of_whom_those_of_a_round_share_files(folder):
+    flags = (
+        "--model cnn --dataset synthetic:4000:4 --partition iid --min-samples 1 --clients 1000 "
+        "--clients-per-round 70 --rounds 2 --batch-size 4 --capture none --workers 2 --output run"
+    )
+    code, _, err = finish(start(flags.split(), folder))
+    assert (code, err) == (0, "")
+    run = load_run(folder / "run")
+    assert run.manifest["format"] == 2
+    assert [len(run.round(number).clients) for number in (1, 2)] == [70, 70]
+    files = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    # Those of the run, the state of round 0, and of each round state, aggregate, deltas, steps.
+    assert len(files) == 6 + 1 + 2 * 4
+    found = verify(folder / "run")
+    assert found.violations == []
+    assert found.checks["steps"].proven == 2 * 70
+    assert found.checks["aggregate"].proven == 2
+    assert leftovers(folder) == ([], [])

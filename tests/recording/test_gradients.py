@@ -33,6 +33,7 @@ from fedsim.core.training import (
     load_batches,
     local_train,
 )
+from fedsim.recording import gradients
 from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.reader import Shard
@@ -238,6 +239,18 @@ def test_a_loss_that_is_not_finite_is_null_in_its_line(plan: RunPlan, tmp_path: 
     )
 
 
+@pytest.fixture
+def by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have steps of the small model handed over like those of large ones."""
+    monkeypatch.setattr(gradients, "AT_ONCE_BYTES", 0)
+
+
+@pytest.fixture(params=[0, gradients.AT_ONCE_BYTES], ids=["by a thread", "at once"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have steps of the small model written in either way."""
+    monkeypatch.setattr(gradients, "AT_ONCE_BYTES", request.param)
+
+
 @pytest.mark.parametrize(
     ("capture", "kept"),
     [
@@ -331,6 +344,7 @@ def count_alive(refs: Sequence[StorageWeakRef]) -> int:
     return sum(not ref.expired() for ref in refs)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "form", [{}, {"encoding": "dense"}, {"dtype": "bfloat16"}, {"capture": "sketch:9"}]
 )
@@ -366,6 +380,7 @@ def test_a_step_is_on_the_disk_and_out_of_memory_when_the_next_was_taken(
     assert sum(count_alive(refs) for refs in held) == 0
 
 
+@pytest.mark.usefixtures("by_a_thread")
 def test_a_disk_that_stands_still_makes_training_wait_with_two_steps_in_memory(
     plan: RunPlan, tmp_path: Path
 ) -> None:
@@ -411,6 +426,7 @@ def test_a_disk_that_stands_still_makes_training_wait_with_two_steps_in_memory(
             assert same_bits(recorded[f"{step.index:06d}/{name}"], tensor)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("at", [0, 2, 3])
 def test_an_exception_in_training_leaves_no_file_and_no_thread(
     at: int, plan: RunPlan, tmp_path: Path
@@ -418,7 +434,7 @@ def test_an_exception_in_training_leaves_no_file_and_no_thread(
     error = ZeroDivisionError("in training")
 
     def fail(step: Step) -> None:
-        assert len(recorder_threads()) == 1
+        assert len(recorder_threads()) == (gradients.AT_ONCE_BYTES == 0)
         if step.index == at:
             raise error
 
@@ -441,6 +457,7 @@ def test_a_training_of_fewer_steps_than_promised_is_an_error(
     assert recorder_threads() == []
 
 
+@pytest.mark.usefixtures("by_a_thread")
 @pytest.mark.parametrize(
     ("shard_bytes", "taken"),
     [
@@ -465,6 +482,24 @@ def test_an_error_of_the_writer_surfaces_in_training(
     assert recorder_threads() == []
 
 
+def test_an_error_of_a_step_that_is_written_at_once_ends_that_step(
+    plan: RunPlan, eight: list[Step], tmp_path: Path
+) -> None:
+    taken: list[int] = []
+
+    def work(recorder: StepRecorder) -> None:
+        for step in eight:
+            recorder(step)
+            assert recorder_threads() == []
+            taken.append(step.index)
+
+    with pytest.raises(OSError, match="too large"), file_size_limit(3 * STEP_BYTES):
+        record(recorder_in(tmp_path, plan, num_steps=8), work)
+    assert taken == [0, 1]
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("way")
 def test_a_full_disk_surfaces_as_what_the_system_calls_it(
     plan: RunPlan, eight: list[Step], tmp_path: Path
 ) -> None:
@@ -481,6 +516,7 @@ def test_a_full_disk_surfaces_as_what_the_system_calls_it(
     assert recorder_threads() == []
 
 
+@pytest.mark.usefixtures("by_a_thread")
 def test_a_disk_that_fills_up_stops_training_at_the_next_step_and_nothing_is_left(
     plan: RunPlan, eight: list[Step], tmp_path: Path
 ) -> None:

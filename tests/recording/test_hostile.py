@@ -201,7 +201,11 @@ def nested(depth: int) -> bytes:
     ("name", "change", "sentence"),
     [
         ("run.json", lambda m: m.update(status=7), "status = 7 cannot be used: "),
-        ("run.json", lambda m: m.update(format=1.0), "{run} has format 1.0; this version reads 1"),
+        (
+            "run.json",
+            lambda m: m.update(format=1.0),
+            "{run} has format 1.0; this version reads 1 and 2",
+        ),
         ("run.json", lambda m: m.update(format=10**4000), "has format 1000000"),
         ("run.json", lambda m: m.pop("dataset"), "run.json has no dataset"),
         ("run.json", lambda m: m["model"].pop("buffers"), "run.json has no model.buffers"),

@@ -963,12 +963,12 @@ def test_a_path_that_is_no_folder_is_no_run(tmp_path: Path) -> None:
         assert str(caught.value) == f"{path} is no run directory: it has no whole run.json"
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 3, "1", None])
 def test_another_format_is_refused(found: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"format": found, "status": "finished"})
     with pytest.raises(InputError) as caught:
         load_run(tmp_path)
-    assert str(caught.value) == f"{tmp_path} has format {found!r}; this version reads 1"
+    assert str(caught.value) == f"{tmp_path} has format {found!r}; this version reads 1 and 2"
 
 
 @pytest.mark.parametrize("bad", [b"{\n", b"\n", b"\xff\xfe\n", b'{"round":0}{"round":1}\n'])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedsim.core.errors import InputError, RunFailedError
 from fedsim.recording.checksums import read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
+from fedsim.recording.places import RUN_ID
 from fedsim.recording.writer import RunWriter, mark_failed
 from tests.recording.conftest import Recorded
 
@@ -21,6 +23,13 @@ STATE = {"w": np.array([1, -2], np.float32), "n": np.array(3)}
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def manifest_in(root: Path) -> dict[str, Any]:
+    """Give ``run.json`` without the id, which is another for every run."""
+    manifest: dict[str, Any] = json.loads((root / "run.json").read_text())
+    assert re.fullmatch(RUN_ID, manifest.pop("id"))
+    return manifest
 
 
 def make(root: Path, **manifest: Any) -> RunWriter:
@@ -69,7 +78,7 @@ def test_a_new_run_says_that_it_runs_and_holds_its_partition_and_no_rows(tmp_pat
         "checksums.jsonl",
         "lock",
     }
-    assert json.loads((root / "run.json").read_text()) == {
+    assert manifest_in(root) == {
         "format": 1,
         "status": "running",
         "seed": 42,
@@ -118,12 +127,12 @@ def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> None:
 def test_the_last_status_and_the_error_are_in_the_manifest(tmp_path: Path) -> None:
     make(tmp_path / "good", seed=3).finish("finished")
     make(tmp_path / "bad", seed=3).finish("failed", "client 4 failed\nin round 2")
-    assert json.loads((tmp_path / "good" / "run.json").read_text()) == {
+    assert manifest_in(tmp_path / "good") == {
         "format": 1,
         "status": "finished",
         "seed": 3,
     }
-    assert json.loads((tmp_path / "bad" / "run.json").read_text()) == {
+    assert manifest_in(tmp_path / "bad") == {
         "format": 1,
         "status": "failed",
         "seed": 3,

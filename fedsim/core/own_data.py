@@ -1,0 +1,204 @@
+"""A node's own data: images in folders of classes, or arrays in one safetensors file.
+
+Without torch, so that a node can say what it holds at the cost of a look at its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedsim.core.cache import IMAGE_SHAPE, cache_root
+from fedsim.core.errors import InputError, shorten
+from fedsim.core.inputs import open_regular, parse_json
+
+_VERSION = 1
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_MOST_IMAGE_BYTES = 2**20
+"""Of the file of one image of 32x32 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What a node holds.
+
+    Parameters
+    ----------
+    file : Path
+        ``images`` (uint8, shape (samples, 3, 32, 32)) and ``labels`` (int64), in the cache.
+    samples : int
+        How many.
+    classes : tuple of str
+        Names of the classes, by label.
+    sha256 : str
+        Hash of names, images and labels.
+    """
+
+    file: Path
+    samples: int
+    classes: tuple[str, ...]
+    sha256: str
+
+
+def find_own_data(folder: Path) -> OwnData:
+    """Find the data of a node, converting it into the cache when it is new or has changed.
+
+    Parameters
+    ----------
+    folder : Path
+        It has ``train/<class>/*.png`` (or ``.jpg``, ``.jpeg``), one folder for each class of the
+        federation, empty where the node has no sample of it; or ``train.safetensors`` with
+        ``images``, ``labels`` and, in its metadata, ``classes``: the names as a JSON list.
+
+    Raises
+    ------
+    InputError
+        When there is neither, or something in it cannot be used.
+    """
+    file, classes = folder / "train.safetensors", folder / "train"
+    if file.exists() == classes.exists():
+        raise _error(folder, "it must have either a folder train or a file train.safetensors")
+    try:
+        names, paths = ([], [file]) if file.exists() else _listed(classes)
+        prepared = cache_root() / f"own-{_key(folder, names, paths)}-v{_VERSION}.safetensors"
+        found = _described(prepared)
+        if found is None:
+            images, labels, names = (
+                _arrays_of(file) if file.exists() else _images_of(classes, names, paths)
+            )
+            _save(prepared, images, labels, names)
+            found = _described(prepared)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        name = getattr(error, "filename", None)
+        raise _error(folder, f"{name}: {reason}" if name else reason) from None
+    if found is None:
+        raise _error(folder, f"{prepared} cannot be read back; remove it and try again")
+    return found
+
+
+def _error(folder: Path, why: str) -> InputError:
+    return InputError(f"data = {str(folder)!r} cannot be used: {why}")
+
+
+def _listed(root: Path) -> tuple[list[str], list[Path]]:
+    names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+    paths = []
+    for name in names:
+        for path in sorted((root / name).iterdir()):
+            if path.suffix.lower() not in _SUFFIXES:
+                raise ValueError(f"{path} is no image; allowed are {', '.join(_SUFFIXES)}")
+            paths.append(path)
+    return names, paths
+
+
+def _key(folder: Path, names: list[str], paths: list[Path]) -> str:
+    """Name what is there by sizes and times, which change when the content does."""
+    digest = hashlib.sha256(json.dumps([str(folder.resolve()), names]).encode())
+    for path in paths:
+        status = path.lstat()
+        row = [str(path.relative_to(folder)), status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()[:32]
+
+
+def _images_of(
+    root: Path, names: list[str], paths: list[Path]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+    images = np.empty((len(paths), *IMAGE_SHAPE), np.uint8)
+    for position, path in enumerate(paths):
+        images[position] = _image(path)
+    labels = [names.index(path.parent.name) for path in paths]
+    return images, np.array(labels, np.int64), names
+
+
+def _image(path: Path) -> NDArray[np.uint8]:
+    with os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(_MOST_IMAGE_BYTES)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.size != IMAGE_SHAPE[:0:-1]:
+                width, height = image.size
+                raise ValueError(f"{path} has {width}x{height} pixels; allowed is 32x32")
+            return np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        raise ValueError(f"{path} is no image that can be read") from None
+
+
+def _arrays_of(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+    os.close(open_regular(path))
+    with safe_open(path, framework="np") as file:
+        names = parse_json((file.metadata() or {}).get("classes", "null").encode())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} has no classes in its metadata, a JSON list of names")
+        if {*file.keys()} != {"images", "labels"}:
+            raise ValueError(f"{path} has {sorted(file.keys())}; allowed is images and labels")
+        images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE:
+        raise ValueError(
+            f"{path}: images are {images.dtype} {images.shape}; allowed is uint8 (N, 3, 32, 32)"
+        )
+    if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; allowed is int64 (N,)")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(f"{path}: labels go beyond 0 to {len(names) - 1}, the classes")
+    return images, labels, names
+
+
+def _save(
+    path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], names: list[str]
+) -> None:
+    if not len(labels):
+        raise ValueError("it holds no sample")
+    classes = json.dumps(names)
+    digest = hashlib.sha256(classes.encode())
+    digest.update(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(labels).data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    about = {"classes": classes, "sha256": digest.hexdigest()}
+    try:
+        save_file({"images": images, "labels": labels}, partial, metadata=about)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _described(path: Path) -> OwnData | None:
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata()
+            (samples,) = file.get_slice("labels").get_shape()
+    except (OSError, SafetensorError):
+        return None
+    return OwnData(
+        file=path,
+        samples=samples,
+        classes=tuple(json.loads(about["classes"])),
+        sha256=about["sha256"],
+    )
+
+
+def check_classes(found: int, allowed: int, dataset: str) -> None:
+    """Refuse own data with another number of classes than the dataset of the federation.
+
+    Raises
+    ------
+    InputError
+        With both numbers.
+    """
+    if found != allowed:
+        raise InputError(
+            f"the data of this node has {found} classes; allowed is {allowed}, those of "
+            f"dataset = {shorten(dataset)}"
+        )

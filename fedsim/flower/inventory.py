@@ -1,0 +1,94 @@
+"""Asking nodes with data of their own what they have."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.core.errors import InputError, RunFailedError, shorten
+from fedsim.core.fields import MOST
+from fedsim.core.own_data import check_classes
+from fedsim.core.plan import RunPlan
+from fedsim.flower import messages as wire
+from fedsim.flower.grid import stream_replies
+from fedsim.flower.membership import membership_of
+
+
+def ask_data(
+    grid: Grid,
+    plan: RunPlan,
+    *,
+    window: int,
+    stop: threading.Event,
+    tell: Callable[[str], None],
+) -> RunPlan:
+    """Learn the samples, classes and hash of each node's own data, once all nodes are there.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any of Flower's grids.
+    plan : RunPlan
+        Without a partition.
+    window, stop
+        As in `stream_replies`.
+    tell : callable
+        Told whom the run waits for.
+
+    Returns
+    -------
+    RunPlan
+        With the samples of each client.
+
+    Raises
+    ------
+    RunFailedError
+        When nodes are missing, or one has no data, or that of other classes.
+    """
+    clients, patience = range(plan.config.clients), plan.config.node_timeout
+    membership = membership_of(grid, clients=len(clients), stop=stop, tell=tell)
+    membership.wait_for_all(patience)
+    nodes = membership.nodes_of(clients, spare=0, patience=patience)
+    queries = [Message(_query(), nodes[partition], MessageType.QUERY) for partition in clients]
+    replies = stream_replies(grid, queries, window=window, stop=stop)
+    samples: list[int] = []
+    told: list[dict[str, Any]] = []
+    for partition, reply in zip(clients, replies, strict=True):
+        count, about = _told_by(reply, partition)
+        try:
+            check_classes(len(about["classes"]), plan.dataset.spec.classes, plan.config.dataset)
+        except InputError as error:
+            raise RunFailedError(f"partition {partition}: {error}") from None
+        samples.append(count)
+        told.append(about)
+        first = told[0]["classes"]
+        for label, (here, there) in enumerate(zip(about["classes"], first, strict=True)):
+            if here != there:
+                raise RunFailedError(
+                    f"class {label} is {shorten(here)} at the node of partition {partition} and "
+                    f"{shorten(there)} at that of partition 0; allowed are the same names at all"
+                )
+    return plan.of_nodes(samples, told)
+
+
+def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
+    try:
+        count = reply.content.metric_records[wire.METRICS][wire.NUM_EXAMPLES]
+        about = reply.content.config_records[wire.CONFIG]
+        classes, sha256 = about[wire.CLASSES], about[wire.DATA_SHA256]
+    except (KeyError, ValueError):
+        raise RunFailedError(
+            f"partition = 'nodes' asks for data of each node's own, and that of partition "
+            f"{partition} tells of none"
+        ) from None
+    if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
+        raise RunFailedError(f"the node of partition {partition} tells no number of samples")
+    return count, {"sha256": str(sha256), "classes": [str(name) for name in classes]}
+
+
+def _query() -> RecordDict:
+    return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from fedsim.core.errors import InputError
+from fedsim.core.own_data import find_own_data
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pixels(seed: int, *shape: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_images(folder: Path) -> None:
+    """Three classes: two images, none, one."""
+    for name, seeds in (("cat", [1, 2]), ("dog", []), ("owl", [3])):
+        (folder / "train" / name).mkdir(parents=True)
+        for seed in seeds:
+            Image.fromarray(pixels(seed, 32, 32, 3)).save(folder / "train" / name / f"{seed}.png")
+
+
+def write_arrays(folder: Path, **changes: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    arrays = {"images": pixels(5, 4, 3, 32, 32), "labels": np.array([0, 2, 2, 1])}
+    metadata = {"classes": changes.pop("classes", '["a", "b", "c"]')}
+    save_file({**arrays, **changes}, folder / "train.safetensors", metadata=metadata)
+
+
+def test_a_folder_of_images_is_read_class_by_class(tmp_path: Path) -> None:
+    write_images(tmp_path / "own")
+    own = find_own_data(tmp_path / "own")
+    assert (own.samples, own.classes) == (3, ("cat", "dog", "owl"))
+    found = load_file(own.file)
+    assert found["labels"].tolist() == [0, 0, 2]
+    for image, seed in zip(found["images"], (1, 2, 3), strict=True):
+        np.testing.assert_array_equal(image, pixels(seed, 32, 32, 3).transpose(2, 0, 1))
+    digest = hashlib.sha256(b'["cat", "dog", "owl"]')
+    digest.update(found["images"].tobytes() + found["labels"].tobytes())
+    assert own.sha256 == digest.hexdigest()
+
+
+def test_arrays_are_taken_as_they_are(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "own")
+    own = find_own_data(tmp_path / "own")
+    assert (own.samples, own.classes) == (4, ("a", "b", "c"))
+    found = load_file(own.file)
+    np.testing.assert_array_equal(found["images"], pixels(5, 4, 3, 32, 32))
+    assert found["labels"].tolist() == [0, 2, 2, 1]
+
+
+def test_it_is_converted_once_and_again_when_it_changed(tmp_path: Path, cache: Path) -> None:
+    write_images(tmp_path / "own")
+    first = find_own_data(tmp_path / "own")
+    made = first.file.stat().st_mtime_ns
+    assert find_own_data(tmp_path / "own") == first
+    assert first.file.stat().st_mtime_ns == made
+    Image.fromarray(pixels(9, 32, 32, 3)).save(tmp_path / "own/train/dog/9.png")
+    second = find_own_data(tmp_path / "own")
+    assert (second.samples, second.sha256 == first.sha256) == (4, False)
+    assert sorted(os.listdir(cache)) == sorted([first.file.name, second.file.name])  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda own: None, "it must have either a folder train or a file train.safetensors"),
+        (lambda own: (write_images(own), write_arrays(own)), "it must have either a folder train"),
+        (
+            lambda own: (write_images(own), (own / "train/cat/notes.txt").write_text("")),
+            "train/cat/notes.txt is no image; allowed are .png, .jpg, .jpeg",
+        ),
+        (
+            lambda own: (write_images(own), (own / "train/cat/x.png").write_text("no")),
+            "train/cat/x.png is no image that can be read",
+        ),
+        (
+            lambda own: (
+                write_images(own),
+                Image.fromarray(pixels(1, 28, 30, 3)).save(own / "train/dog/x.png"),
+            ),
+            "train/dog/x.png has 30x28 pixels; allowed is 32x32",
+        ),
+        (
+            lambda own: (write_images(own), (own / "train/dog/x.png").symlink_to("/etc/passwd")),
+            "it is a symbolic link",
+        ),
+        (lambda own: (own / "train/cat").mkdir(parents=True), "it holds no sample"),
+        (
+            lambda own: write_arrays(own, images=np.zeros((4, 3, 28, 28), np.uint8)),
+            "images are uint8 (4, 3, 28, 28); allowed is uint8 (N, 3, 32, 32)",
+        ),
+        (
+            lambda own: write_arrays(own, labels=np.array([0, 1], np.int64)),
+            "labels are int64 (2,); allowed is int64 (N,)",
+        ),
+        (
+            lambda own: write_arrays(own, labels=np.array([0, 1, 2, 3])),
+            "labels go beyond 0 to 2, the classes",
+        ),
+        (lambda own: write_arrays(own, classes="3"), "has no classes in its metadata"),
+        (
+            lambda own: write_arrays(own, more=np.zeros(1)),
+            "has ['images', 'labels', 'more']; allowed is images and labels",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, change: Any, told: str) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    change(own)
+    with pytest.raises(InputError) as caught:
+        find_own_data(own)
+    assert str(caught.value).startswith(f"data = '{own}' cannot be used: ")
+    assert told in str(caught.value)
+
+
+def test_names_of_classes_may_be_any_text(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "own", classes=json.dumps(["ä", "", "x/y"]))
+    assert find_own_data(tmp_path / "own").classes == ("ä", "", "x/y")
