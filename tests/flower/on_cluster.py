@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,28 +22,39 @@ from tests.observers import Memory
 
 
 class Killer(Memory):
-    """Kills a process when the first client of a round is done and others are not."""
+    """Kills a raylet while a worker of it trains a client."""
 
-    def __init__(self, victim: int, round_number: int) -> None:
+    def __init__(self, victim: int) -> None:
         super().__init__()
         self._victim = psutil.Process(victim)
-        self._round = round_number
-        self.killed_workers = 0
+        self.killed_in_round = 0
+
+    def _workers(self) -> list[str]:
+        titles = []
+        for child in self._victim.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                titles += [t for t in child.cmdline()[:1] if t.startswith("ray::ClientAppWorker")]
+        return titles
+
+    def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
+        deadline = time.monotonic() + 120
+        while not self._workers() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def client_finished(self, row: Mapping[str, Any]) -> None:
-        super().client_finished(row)
-        if row["round"] == self._round and self._victim.is_running():
-            children = self._victim.children(recursive=True)
-            self.killed_workers = sum(c.name().startswith("ray::ClientApp") for c in children)
+        if self.killed_in_round or row["round"] < 2:
+            return
+        if any(title.strip().endswith(".run") for title in self._workers()):
+            self.killed_in_round = row["round"]
             self._victim.kill()
 
 
 def run(config: RunConfig, output: Path, victim: int) -> dict[str, Any]:
-    """Run, killing a raylet in the middle of round 2."""
-    observer = Killer(victim, 2)
+    """Run, killing a raylet in the middle of a round."""
+    observer = Killer(victim)
     pool = fit_pool(config)
     simulate(RunPlan.prepare(config), output, pool, observer=observer, stop=threading.Event())
-    return {"workers": pool.workers, "killed": observer.killed_workers}
+    return {"workers": pool.workers, "killed": observer.killed_in_round}
 
 
 def prepare(config: RunConfig, output: Path) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def ray_node(folder: Path, head: str | None, *, hidden: Path | None = None) -> I
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(folder),
+            "RAY_raylet_start_wait_time_s": "180",
             "FEDSIM_CACHE": str(cache),
         },
         stdout=subprocess.DEVNULL,

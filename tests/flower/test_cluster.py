@@ -33,7 +33,7 @@ SMALL = {
     "model": "cnn",
     "clients": 6,
     "clients-per-round": 4,
-    "rounds": 4,
+    "rounds": 12,
     "capture": "all",
     "device": "cpu",
 }
@@ -76,7 +76,7 @@ def drive(home, *arguments, module="tests.flower.on_cluster", **variables):
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
 
 
@@ -142,15 +142,17 @@ def test_a_node_lost_in_mid_round_changes_no_bit(home, ray_cluster, run_locally)
     asked = config(ray_address=address)
     done = drive(home, "run", asked.to_json(), "run", second.raylet.pid)
     assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
     # Both nodes had a worker, and only one is left.
-    assert json.loads(done.stdout) == {"workers": 2, "killed": 1}
+    assert seen["workers"] == 2
+    assert 2 <= seen["killed"] < SMALL["rounds"]
     assert not psutil.pid_exists(second.process.pid) or second.process.wait(30)
     run = home / "runs" / "run"
     assert hashes(run) == hashes(alone)
     shards = "rounds/*/clients/*/*.safetensors"
     theirs = {p.relative_to(alone): p.read_bytes() for p in alone.glob(shards)}
     assert {p.relative_to(run): p.read_bytes() for p in run.glob(shards)} == theirs
-    assert len(theirs) == 2 * 4 * 4
+    assert len(theirs) == SMALL["rounds"] * 4 * 2
     assert verify(run).violations == []
     assert not list(run.rglob("*.partial"))
 
