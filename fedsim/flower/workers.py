@@ -183,7 +183,7 @@ class SupervisedPool(BasicActorPool):
             else:
                 self._drop(worker)
                 self._failed_starts += 1
-                self._refusal = _last_line(error)
+                self._refusal = _reason_of(error)
                 if self._failed_starts <= RETRIES:
                     self._ask()
             self._changed.notify_all()
@@ -223,18 +223,26 @@ class SupervisedPool(BasicActorPool):
             cls._latest.terminate_all_actors()
 
 
-def _last_line(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
+    """Say in a line why a worker did not start."""
+    if isinstance(error, OutOfMemoryError):
+        return f"the last was {_want_of_memory(error)}"
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _cause_of_death(error: RayError) -> str:
-    text = " ".join(str(error).split())
     if isinstance(error, OutOfMemoryError):
-        usage = re.search(r"was ([\d.]+)GB / ([\d.]+)GB .*? threshold of ([\d.]+)", text)
-        used = (
-            f" with {usage[1]} of {usage[2]} GB in use, at most {float(usage[3]):.0%} allowed"
-            if usage
-            else ""
-        )
-        return f"its worker was killed for want of memory{used}; fewer workers need less"
+        return f"its worker was {_want_of_memory(error)}"
+    text = " ".join(str(error).split())
     return f"its worker process died {RETRIES + 1} times, the last time at this client: {text}"
+
+
+def _want_of_memory(error: OutOfMemoryError) -> str:
+    text = " ".join(str(error).split())
+    usage = re.search(r"was ([\d.]+)GB / ([\d.]+)GB .*? threshold of ([\d.]+)", text)
+    used = (
+        f" with {usage[1]} of {usage[2]} GB in use, at most {float(usage[3]):.0%} allowed"
+        if usage
+        else ""
+    )
+    return f"killed for want of memory{used}; fewer workers need less"
