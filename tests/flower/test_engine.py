@@ -79,8 +79,8 @@ def test_workers_that_need_more_memory_than_there_is_end_the_run_with_that_cause
     code, _, err = finish(process, timeout=120)
     assert code == 1
     assert re.search(
-        r"^fedsim: .*: (its worker|the last) was killed for want of memory with [\d.]+ of [\d.]+ GB "
-        r"in use, at most 1% allowed; fewer workers need less$",
+        r"^fedsim: .*: (its worker|the last) was killed for want of memory with [\d.]+ of [\d.]+ "
+        r"GB in use, at most 1% allowed; fewer workers need less$",
         err,
         re.MULTILINE,
     )
