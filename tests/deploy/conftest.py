@@ -146,7 +146,7 @@ def _arguments(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     made = Lab(tmp_path_factory.mktemp("lab"), 4)
     try:

@@ -148,7 +148,7 @@ def test_a_client_that_fails_ends_the_run_with_exit_1_and_its_traceback(folder):
     assert "NotADirectoryError: [Errno 20]" in err
     assert re.search(r"round 1: client \d failed:\n", out)
     # The client's own frames, not those of the engine around it.
-    assert "in fit" in out
+    assert "in train" in out
     assert "ray::" not in out
     assert "ray_actor.py" not in out
     assert leftovers(folder) == ([], [])
