@@ -252,9 +252,7 @@ def test_another_run_is_never_overwritten(recorded, copied, tmp_path):
 def test_a_place_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     url = f"{tmp_path}/file/copy"
-    with pytest.raises(
-        ConfigError, match=f"^mirror = '{url}' cannot be used; allowed is a URL that"
-    ):
+    with pytest.raises(ConfigError, match=r"^mirror = '.* cannot be used; allowed is a URL that"):
         open_mirror(url)
     open_mirror(str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
