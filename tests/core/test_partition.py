@@ -219,7 +219,7 @@ def test_enough_samples_everywhere_moves_none():
     ["", "Dirichlet", "iid:2", "shards:", "shards:0", "shards:-1", "shards:x", "shards:1.5", "x"],
 )
 def test_an_unknown_scheme_is_refused_with_the_allowed_ones(text):
-    with pytest.raises(ValueError, match=r"^dirichlet, iid, shards or shards:K with a whole K"):
+    with pytest.raises(ValueError, match=r"^dirichlet, iid, shards, shards:K with a whole K of 1 or more, or nodes$"):
         PartitionScheme.parse(text)
 
 
