@@ -35,6 +35,8 @@ _SECTIONS = {
 }
 _MOST_LINES = 50
 _HEIGHT, _ROW_HEIGHT, _MOST_HEIGHT = 340, 15, 1100
+_MOST_BESIDE = 6
+"""Names of series that fit above a figure of the usual height."""
 
 
 def make_page(
@@ -142,6 +144,10 @@ def _height(figure: Figure) -> int:
     if figure.colour is not None and figure.x == figure.y:
         # A square of clients.
         return 460
+    named = max(sum(not isinstance(m, Matrix) for m in view.marks) for view in figure.views)
+    if named > _MOST_BESIDE:
+        # Above the axes, names get half of the height.
+        return min(_MOST_HEIGHT, max(_HEIGHT, 60 + 38 * named))
     return min(_MOST_HEIGHT, max(_HEIGHT, 110 + _ROW_HEIGHT * min(max(rows, default=0), 64)))
 
 
@@ -203,7 +209,7 @@ def _facts(study: Study) -> dict[str, str]:
     facts |= {
         "data": f"{config.dataset}, {config.partition} over {config.clients} clients of "
         f"{min(sizes)} to {max(sizes)} samples",
-        "model": f"{config.model}, {config.norm} norm, {config.strategy}",
+        "model": f"{config.model}, {config.norm} norm, {config.strategy.name}",
         "clients": f"{len(study.ok_rows)} trained, {failed} failed",
         "captured": f"{config.capture}, "
         f"{format_bytes(sum(row['bytes_captured'] for row in study.ok_rows))}",
