@@ -73,7 +73,7 @@ def family_of(server: psutil.Process) -> dict[str, list[psutil.Process]]:
     groups: dict[str, list[psutil.Process]] = {"server": [server]}
     engine: list[psutil.Process] = []
     for process in server.children(recursive=True):
-        if "ClientAppActor" in " ".join(process.cmdline()):
+        if "ray::ClientApp" in " ".join(process.cmdline()):
             groups[f"worker {len(groups)}"] = [process]
         else:
             engine.append(process)

@@ -63,7 +63,7 @@ def spent(server: psutil.Process) -> dict[str, float]:
     """Read the processor seconds of the server, its workers and Ray's own processes."""
     seconds = {"server": sum(server.cpu_times()[:2]), "workers": 0.0, "Ray": 0.0}
     for process in server.children(recursive=True):
-        kind = "workers" if "ClientApp" in " ".join(process.cmdline()) else "Ray"
+        kind = "workers" if "ray::ClientApp" in " ".join(process.cmdline()) else "Ray"
         seconds[kind] += sum(process.cpu_times()[:2])
     return seconds
 
