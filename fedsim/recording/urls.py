@@ -201,8 +201,10 @@ def _by_obstore(url: str, lacking: str) -> tuple[Any, str]:
         raise InputError(
             f"{url} needs a package that is not here ({lacking}); pip install 'fedsim[s3]'"
         ) from None
+    # Its types list every service; here the URL says which.
+    make_store: Any = FsspecStore
     try:
-        fs: Any = FsspecStore(protocol, retry_config={"retry_timeout": _GIVE_UP})
+        fs = make_store(protocol, retry_config={"retry_timeout": _GIVE_UP})
         return fs, str(fs._strip_protocol(url))
     except Exception as error:
         raise InputError(f"{url} is no place for a run: {reason_of(error)}") from None
