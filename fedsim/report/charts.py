@@ -245,15 +245,27 @@ def _cloud(
             low=[end[0] if end else None for end in ends],
             high=[end[-1] if end else None for end in ends],
             series=series,
+            listed=study.alone,
         )
     else:
-        yield Points(name=_name(study, "clients"), x=rounds, y=values, labels=labels, series=series)
+        yield Points(
+            name=_name(study, "clients"),
+            x=rounds,
+            y=values,
+            labels=labels,
+            series=series,
+            listed=study.alone,
+        )
     yield Line(
-        name=_name(study, "median"),
+        name="median" if study.alone else study.label,
         x=numbers,
         y=[statistics.median(group) if group else None for group in grouped.values()],
         series=series,
     )
+
+
+def _medians(studies: Studies) -> str:
+    return " Lines are medians." if len(studies) > 1 else ""
 
 
 def _telemetry(studies: Studies, key: str, y: Axis, caption: str) -> _Drawn:
@@ -270,7 +282,7 @@ def _telemetry(studies: Studies, key: str, y: Axis, caption: str) -> _Drawn:
         )
 
     views, missing = _together(studies, draw_one)
-    return _ROUND, y, views, caption + missing, {}
+    return _ROUND, y, views, caption + _medians(studies) + missing, {}
 
 
 def _client_loss(studies: Studies) -> _Drawn:
@@ -353,7 +365,7 @@ def _drift_cloud(
         )
 
     views, missing = _together(studies, draw_one)
-    return _ROUND, y, views, caption + _left_out(studies) + missing, {}
+    return _ROUND, y, views, caption + _medians(studies) + _left_out(studies) + missing, {}
 
 
 def _left_out(studies: Studies) -> str:
@@ -390,8 +402,10 @@ def _quantile_marks(
         low=[q[0] for q in parts],
         high=[q[2] for q in parts],
         series=series,
+        listed=study.alone,
     )
-    yield Line(name=_name(study, "median"), x=rounds, y=[q[1] for q in parts], series=series)
+    name = "median" if study.alone else study.label
+    yield Line(name=name, x=rounds, y=[q[1] for q in parts], series=series)
 
 
 def _pair_cosines(studies: Studies) -> _Drawn:
@@ -405,7 +419,7 @@ def _pair_cosines(studies: Studies) -> _Drawn:
         )
 
     views, missing = _together(studies, draw_one)
-    caption = "Cosines of the deltas of all pairs of clients of a round."
+    caption = f"Cosines of the deltas of all pairs of clients of a round.{_medians(studies)}"
     y = Axis(title="cosine of two clients' deltas")
     return _ROUND, y, views, caption + _left_out(studies) + missing, {}
 
@@ -518,7 +532,8 @@ def _noise(studies: Studies) -> _Drawn:
     )
     left = "".join(s.left_out(s.noise_rounds, s.several_step_rounds) for s in studies)
     y = Axis(title="simple noise scale", unit="samples", log=True)
-    return _ROUND, y, views, caption + _basis(studies) + hidden + left + missing, {}
+    caption += _medians(studies) + _basis(studies) + hidden + left + missing
+    return _ROUND, y, views, caption, {}
 
 
 # Time and bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 
@@ -44,6 +44,9 @@ class Axis:
 class Line:
     """Points that belong together in their order."""
 
+    listed: ClassVar[bool] = True
+    """Whether its name stands beside the figure."""
+
     name: str
     x: Sequence[float]
     y: Sequence[Number]
@@ -60,6 +63,7 @@ class Points:
     y: Sequence[Number]
     labels: Sequence[str]
     series: int
+    listed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,14 @@ class Band:
     low: Sequence[Number]
     high: Sequence[Number]
     series: int
+    listed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
     """Parts of a whole, stacked in the order that they are given."""
 
+    listed: ClassVar[bool] = True
     name: str
     x: Sequence[float]
     y: Sequence[Number]
@@ -95,6 +101,7 @@ class Matrix:
         One sequence for each row.
     """
 
+    listed: ClassVar[bool] = False
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[Number]]
@@ -109,6 +116,11 @@ class View:
 
     name: str
     marks: Sequence[Mark]
+
+    @property
+    def listed(self) -> int:
+        """How many names stand beside it."""
+        return sum(mark.listed for mark in self.marks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def _draw(figure: Figure, view: View) -> Canvas:
         _scale(axes, figure)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(view.marks) > 1:
-            _explain(canvas, axes, len(view.marks))
+            _explain(canvas, axes, view.listed)
     return canvas
 
 
@@ -100,7 +100,7 @@ def _floats(values: Sequence[Number] | Sequence[Sequence[Number]]) -> NDArray[np
 
 def _draw_series(axes: Axes, mark: Line | Points | Band) -> None:
     colour, style = SERIES[mark.series % len(SERIES)], style_of(mark.series)
-    label = printable(mark.name)
+    label = printable(mark.name) if mark.listed else "_nolegend_"
     if isinstance(mark, Band):
         axes.fill_between(
             _floats(mark.x),

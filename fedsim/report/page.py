@@ -35,6 +35,7 @@ _SECTIONS = {
 }
 _MOST_LINES = 50
 _HEIGHT, _ROW_HEIGHT, _MOST_HEIGHT = 340, 15, 1100
+_MOST_IN_TITLE = 4
 _MOST_BESIDE = 6
 """Names of series that fit above a figure of the usual height."""
 
@@ -76,6 +77,8 @@ def make_page(
     sections.append(("Verification", _verification(studies, findings, in_full=in_full)))
     sections.append(("Versions", _versions(studies)))
     title = " · ".join(study.label for study in studies)
+    if len(studies) > _MOST_IN_TITLE:
+        title = f"{len(studies)} runs"
     drawn = [_plot(figure) for figure in figures if isinstance(figure, Figure)]
     links = "".join(f'<a href="#{_slug(name)}">{name}</a>' for name, _ in sections)
     bodies = "".join(f'<h2 id="{_slug(name)}">{name}</h2>{body}' for name, body in sections)
@@ -144,7 +147,7 @@ def _height(figure: Figure) -> int:
     if figure.colour is not None and figure.x == figure.y:
         # A square of clients.
         return 460
-    named = max(sum(not isinstance(m, Matrix) for m in view.marks) for view in figure.views)
+    named = max(view.listed for view in figure.views)
     if named > _MOST_BESIDE:
         # Above the axes, names get half of the height.
         return min(_MOST_HEIGHT, max(_HEIGHT, 60 + 38 * named))

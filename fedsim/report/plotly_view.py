@@ -54,6 +54,7 @@ def _traces_of(figure: Figure, mark: Mark) -> list[dict[str, Any]]:
                 "marker": {"color": colour, "symbol": symbol, "size": 6, "opacity": 0.5},
                 "text": [safe(label) for label in mark.labels],
                 "hovertemplate": "%{text}<br>" + trace["hovertemplate"],
+                "showlegend": mark.listed,
             }
         ]
     return [
@@ -80,7 +81,7 @@ def _band(mark: Band) -> list[dict[str, Any]]:
     fill = {"fill": "tonexty", "fillcolor": _with_alpha(colour, 0.25)}
     return [
         edge | {"y": _short(mark.low), "showlegend": False},
-        edge | {"y": _short(mark.high)} | fill,
+        edge | {"y": _short(mark.high), "showlegend": mark.listed} | fill,
     ]
 
 

@@ -95,8 +95,14 @@ def write_report(
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Call runs by the names of their folders, with a number where these are the same."""
+    """Call runs by the names of their folders, with a number where these are the same.
+
+    Cells of a comparison are called by the values alone where they differ in one key.
+    """
     names = [run.path.resolve().name for run in runs]
+    parts = [name.split("=") for name in names]
+    if len(runs) > 1 and all(len(p) == 2 and p[0] == parts[0][0] for p in parts):
+        names = [value for _, value in parts]
     return [
         name if names.count(name) == 1 else f"{name} ({names[:position].count(name) + 1})"
         for position, name in enumerate(names)

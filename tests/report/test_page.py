@@ -105,6 +105,24 @@ def test_the_summary_is_that_of_the_run(page: Elements, small: Path) -> None:
         assert key in page.text
 
 
+def test_the_model_of_the_summary_names_the_strategy(page: Elements) -> None:
+    assert "cnn, batch norm, delta-fedavg" in page.text
+
+
+def test_each_run_is_in_a_legend_once_and_many_are_not_the_title(small: Path, other: Path) -> None:
+    both = Elements(page_of(small, other))
+    assert "small · other: fedsim report" in both.text
+    for figure in json.loads(both.scripts[0]):
+        if figure["matrix"] or figure["key"] in ("round_time", "client_time", "bytes"):
+            continue
+        data = figure["views"][0]["data"]
+        assert figure["layout"]["showlegend"] == (len(data) > 1)
+        names = [trace["name"] for trace in data if trace.get("showlegend", True)]
+        assert names in (["small", "other"], ["small"]), figure["key"]
+    many = Elements(page_of(*[small] * 5))
+    assert "5 runs: fedsim report" in many.text
+
+
 def test_keys_that_differ_are_marked(small: Path, other: Path) -> None:
     text = page_of(small, other)
     marked = re.findall(r'<tr class="differs"><th>([^<]*)</th>', text)

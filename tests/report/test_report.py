@@ -187,3 +187,20 @@ def test_runs_of_one_name_are_numbered(small: Path, tmp_path: Path) -> None:
     runs = [load_run(small), load_run(twin)]
     assert labels_of(runs) == ["small (1)", "small (2)"]
     assert labels_of(runs[:1]) == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["strategy=fedavg", "strategy=fedprox"], ["fedavg", "fedprox"]),
+        (["strategy=fedavg"], ["strategy=fedavg"]),
+        (["alpha=1,seed=1", "alpha=2,seed=1"], ["alpha=1,seed=1", "alpha=2,seed=1"]),
+        (["alpha=1", "seed=1"], ["alpha=1", "seed=1"]),
+        (["a=1", "b/a=1"], ["1 (1)", "1 (2)"]),
+    ],
+)
+def test_cells_of_one_axis_are_called_by_its_values(
+    small: Path, tmp_path: Path, folders: list[str], labels: list[str]
+) -> None:
+    copies = [Path(shutil.copytree(small, tmp_path / name)) for name in folders]
+    assert labels_of([load_run(copy) for copy in copies]) == labels

@@ -71,7 +71,7 @@ def test_a_band_lies_between_two_edges() -> None:
     figure = figure_of([BAND])
     low, high = traces(figure, figure.views[0])
     assert (low["y"], high["y"], high["fill"]) == ([0.1, None], [0.5, None], "tonexty")
-    assert (low["showlegend"], "showlegend" in high) == (False, False)
+    assert (low["showlegend"], high["showlegend"]) == (False, True)
 
 
 def test_levels_have_their_names() -> None:
