@@ -446,11 +446,7 @@ class Client:
     @cached_property
     def control_round(self) -> int | None:
         """The round of this client before this one, whose control variate it began with."""
-        rounds = (
-            row["round"]
-            for row in self._run.client_rows
-            if row["partition"] == self.partition and row["status"] == "ok"
-        )
+        rounds = self._run.rounds_of_client(self.partition)
         return max((r for r in rounds if r < self.round), default=None)
 
     def _control_of(self, round_number: int) -> Mapping[str, Tensor]:
@@ -1003,6 +999,18 @@ class Run:
         grouped: dict[int, list[dict[str, Any]]] = {}
         for row in self.client_rows:
             grouped.setdefault(row["round"], []).append(row)
+        return grouped
+
+    def rounds_of_client(self, partition: int) -> list[int]:
+        """Give the finished rounds in which a client trained."""
+        return self._rounds_by_client.get(partition, [])
+
+    @cached_property
+    def _rounds_by_client(self) -> dict[int, list[int]]:
+        grouped: dict[int, list[int]] = {}
+        for row in self.client_rows:
+            if row["status"] == "ok":
+                grouped.setdefault(row["partition"], []).append(row["round"])
         return grouped
 
     @cached_property
