@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
-from fedsim.core.errors import InputError
+from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
 from fedsim.recording.files import Checksum, Digest, temporary
 from fedsim.recording.reader import Run
+from fedsim.recording.urls import file_system, reason_of
 from fedsim.recording.writer import is_being_written
 
 Progress = Callable[[int, int], None]
@@ -106,13 +105,16 @@ class _Source:
     @classmethod
     def at(cls, source: str, run_id: str) -> Iterator[_Source]:
         """Give the places below a source where files of a run may be."""
+        fs, path = file_system(source)
+        path = path.rstrip("/")
         try:
-            fs, path = fsspec.core.url_to_fs(source)
             if not fs.isdir(path):
                 raise InputError(f"{source} cannot be collected from: it is no folder")
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(f"{source} cannot be collected from: {_said(error)}") from None
-        path = path.rstrip("/")
+        except FedsimError:
+            raise
+        # Each store has exceptions of its own.
+        except Exception as error:
+            raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
         yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
         yield cls(fs, path, source.rstrip("/"))
 
@@ -142,8 +144,8 @@ def _fetch(
             _copy(chunks, run.layout.inside(name), checksum)
         except _OtherBytesError:
             refused.append(f"{source.shown}/{name} is not what the client wrote")
-        except OSError as error:
-            refused.append(f"{source.shown}/{name} cannot be copied: {_said(error)}")
+        except Exception as error:
+            refused.append(f"{source.shown}/{name} cannot be copied: {reason_of(error)}")
         else:
             collected.files += 1
             collected.size += checksum.size
@@ -170,7 +172,3 @@ def _copy(chunks: Iterable[bytes], path: Path, checksum: Checksum) -> None:
                 file.write(chunk)
         if digest.checksum() != checksum:
             raise _OtherBytesError
-
-
-def _said(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -18,6 +18,7 @@ from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
+from fedsim.recording.collect import collect
 from fedsim.recording.mirror import fetch, open_mirror, push
 from fedsim.recording.reader import load_run
 from fedsim.recording.urls import RemoteFolder
@@ -100,6 +101,42 @@ def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_
     assert push(tmp_path / "run", RemoteFolder("s3://bucket/of/run")) == 0
     with pytest.raises(ConfigError, match="allowed is a URL that holds no run"):
         open_mirror("s3://bucket/of/run")
+
+
+def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
+    nodes = tmp_path / "nodes"
+    execute(
+        LocalGrid(
+            app,
+            plan.config.clients,
+            node_config=lambda p: {"recordings": str(nodes / str(p)), "capture": True},
+        ),
+        plan,
+        tmp_path / "run",
+        observer=Memory(),
+        workers=2,
+        stop=threading.Event(),
+    )
+    away = files_of(nodes)
+    bucket = RemoteFolder("s3://bucket/hospitals")
+    for name in away:
+        bucket.put(name, nodes / name)
+    sources = [f"s3://bucket/hospitals/{p.name}" for p in nodes.iterdir()]
+    run = load_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"^s3://bucket/none cannot be collected from: "):
+        collect(run, ["s3://bucket/none"])
+    last = sorted(away)[-1]
+    bucket.write(last, b"x" * len(away[last]))
+    found = collect(run, sources)
+    assert (found.files, found.missing) == (len(away) - 1, [])
+    (wrong,) = found.wrong
+    assert wrong.startswith("s3://bucket/hospitals/")
+    assert wrong.endswith("is not what the client wrote")
+    bucket.put(last, nodes / last)
+    assert collect(run, sources).files == 1
+    findings = verify(tmp_path / "run")
+    assert findings.violations == []
+    assert [c.unproven for c in findings.checks.values() if c.unproven] == []
 
 
 def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):

@@ -19,8 +19,10 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording import layout, shared
+from fedsim.recording.collect import collect
 from fedsim.recording.export import export_notebook
 from fedsim.recording.files import Checksum, json_line, read_lines, write_tensors
+from fedsim.recording.findings import Findings
 from fedsim.recording.layout import RunLayout, format_of
 from fedsim.recording.reader import Run, TensorFile, load_run
 from fedsim.recording.recovery import find_recovery
@@ -103,6 +105,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         let_four_be_many(patch)
         go(plan, folder / "together", dying=(2, 1))
     return Pair(plan, folder / "alone", folder / "together", folder / "killed")
+
+
+def go_on_own_disks(plan: RunPlan, path: Path, nodes: Path) -> None:
+    """Run with clients that keep what they capture."""
+    config = plan.config.to_mapping() | {"max-failures": 0}
+    plan = RunPlan.prepare(RunConfig.from_mapping(config))
+    keep: Any = lambda partition: {"recordings": str(nodes / str(partition)), "capture": True}  # noqa: E731
+    execute(
+        LocalGrid(app, plan.config.clients, node_config=keep),
+        plan,
+        path,
+        observer=Memory(),
+        workers=2,
+        stop=threading.Event(),
+    )
 
 
 def names(path: Path) -> list[str]:
@@ -226,6 +243,35 @@ def test_steps_that_are_not_what_the_client_wrote_end_the_run(
     told = {"steps.jsonl": Checksum.of(b'{"step":1}\n').to_json()}
     with pytest.raises(RunFailedError, match=r"steps\.jsonl was changed by another program$"):
         writer.add_client({**client_row(1, 0), "files": told}, {"w": np.zeros(2, np.float32)})
+
+
+def unproven(findings: Findings) -> dict[str, set[str]]:
+    return {n: set(c.unproven) for n, c in findings.checks.items()}
+
+
+def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Path) -> None:
+    go_on_own_disks(pair.plan, tmp_path / "run", tmp_path / "nodes")
+    run = load_run(tmp_path / "run")
+    assert run.manifest["format"] == 2
+    shards = [name for name in names(tmp_path / "run" / "rounds" / "0001") if "/" not in name]
+    assert shards == [
+        "aggregate.safetensors",
+        "deltas-00000.safetensors",
+        "deltas-00001.safetensors",
+        "global.safetensors",
+    ]
+    before = verify(tmp_path / "run")
+    assert (before.violations, before.checks["replay"].proven) == ([], 0)
+    sources = [str(p) for p in sorted((tmp_path / "nodes").iterdir())]
+    collected = collect(run, sources)
+    # Gradients and lines of steps of the 5, 4 and 2 clients of the rounds.
+    assert (collected.files, collected.missing, collected.wrong) == (22, [], [])
+    after = verify(tmp_path / "run")
+    assert after.violations == []
+    assert unproven(after) == unproven(verify(pair.together))
+    assert after.checks["steps"].proven == sum(
+        row["num_steps"] for row in load_run(tmp_path / "run").client_rows
+    )
 
 
 # --- proofs, exports, figures
