@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -27,6 +28,8 @@ def main(grid: Grid, context: Context) -> None:
 
     An error fails the run in Flower too.
     """
+    # The terminal is ours; Flower's strategies tell of every round, and warn of what we do.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     if resumed := context.run_config.get("resume"):
         plan, output, recovery = _resumed(Path(str(resumed)), context)
     else:

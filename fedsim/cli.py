@@ -520,18 +520,21 @@ def _add_deploy(commands: Any) -> None:
     gateway.set_defaults(command=_deploy_gateway)
     renew = steps.add_parser(
         "renew",
-        help="make another certificate for the server, before the old one expires",
+        help="make another certificate for the server, or another key for a node",
         description="Make another certificate for the server, with the key of the authority. The "
-        "SuperLink and the gateway take it when they are started again.",
+        "SuperLink and the gateway take it when they are started again. With --node, make another "
+        "key for a node instead, to be registered and brought to its host.",
         allow_abbrev=False,
     )
     renew.set_defaults(command=_deploy_renew)
+    renew.add_argument(
+        "--node", type=int, metavar="N", help="the node of partition N, whose key was lost or told"
+    )
     for step in (init, renew):
         step.add_argument(
             "--days",
             type=int,
-            default=365,
-            help="validity of the server's certificate (default: %(default)s)",
+            help="validity of the server's certificate (default: 365)",
         )
     for step in (init, start, register, gateway, renew):
         step.add_argument("folder", type=Path, metavar="DIR", help="the folder of the federation")
@@ -549,7 +552,7 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
             supernodes=parsed.supernodes,
             insecure=parsed.insecure,
         ),
-        days=parsed.days,
+        days=365 if parsed.days is None else parsed.days,
         data_root=parsed.data_root.absolute() if parsed.data_root else None,
         capture=parsed.capture,
     )
@@ -578,10 +581,17 @@ def _deploy_register(parsed: argparse.Namespace) -> None:
 
 
 def _deploy_renew(parsed: argparse.Namespace) -> None:
-    from fedsim.deploy.init import renew
+    from fedsim.deploy.init import renew, renew_node
 
-    renew(parsed.folder, days=parsed.days)
-    _tell(f"written: {parsed.folder}/server/server.crt, server.key")
+    if parsed.node is None:
+        renew(parsed.folder, days=365 if parsed.days is None else parsed.days)
+        _tell(f"written: {parsed.folder}/server/server.crt, server.key")
+        return
+    if parsed.days is not None:
+        raise InputError("--days is for the server's certificate; a node's key does not expire")
+    private, public = renew_node(parsed.folder, parsed.node)
+    _tell(f"written: {private}, for the host of the node")
+    _tell(f"         {public}, which `fedsim deploy register {parsed.folder}` registers")
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import datetime
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedsim.core.errors import ConfigError, InputError
@@ -99,15 +100,61 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
         authority = Certified(places.authority.read_bytes(), places.authority_key.read_bytes())
         now = now or datetime.datetime.now(datetime.UTC)
         server = make_server(authority, federation.hosts, now, days)
-        # A server reads both when it starts: each is whole at any moment.
-        for name, content in (("crt", server.certificate), ("key", server.private_key)):
-            beside = places.server / f".server.{name}"
-            beside.unlink(missing_ok=True)
-            _write(beside, content)
-        for name in ("crt", "key"):
-            (places.server / f".server.{name}").replace(places.server / f"server.{name}")
+        _replace(
+            {
+                places.server / "server.crt": server.certificate,
+                places.server / "server.key": server.private_key,
+            }
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} cannot be given another certificate: {error}") from None
+
+
+def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
+    """Make another key for a node, in place of one that was lost or told.
+
+    Parameters
+    ----------
+    folder : Path
+        What `init` made.
+    number : int
+        The node's partition.
+
+    Returns
+    -------
+    tuple of Path
+        The private and the public key.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such node.
+    InputError
+        When there is no federation, or it has no keys.
+    """
+    places = Places(folder.absolute())
+    federation = Federation.read(places.root)
+    if federation.insecure:
+        raise InputError(f"{folder} is insecure: it has no keys")
+    if not 0 <= number < federation.supernodes:
+        raise ConfigError("node", number, f"0 to {federation.supernodes - 1}")
+    key = make_node_key(f"partition-{number}")
+    private, public = places.node(number) / "node.key", places.public_key(number)
+    try:
+        _replace({private: key.private_key, public: key.public_key})
+    except OSError as error:
+        raise InputError(f"{folder} cannot be given another key: {error}") from None
+    return private, public
+
+
+def _replace(contents: Mapping[Path, bytes]) -> None:
+    # Who reads them meets each whole, at any moment.
+    for path, content in contents.items():
+        beside = path.with_name(f".{path.name}")
+        beside.unlink(missing_ok=True)
+        _write(beside, content)
+    for path in contents:
+        path.with_name(f".{path.name}").replace(path)
 
 
 def _check_days(days: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
@@ -152,6 +154,30 @@ def test_a_certificate_is_renewed_by_the_same_authority(made, capsys):
     assert "cannot be given another certificate" in refusal(capsys, "renew", folder)
 
 
+def test_a_node_is_given_another_key(made, capsys):
+    folder, _ = made("--supernodes", "2")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    # Its folder is on its host.
+    shutil.rmtree(folder / "nodes" / "1")
+    assert cli.run(["deploy", "renew", str(folder), "--node", "1"]) == 0
+    after = {name: (folder / name).read_bytes() for name in files(folder)}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"nodes/1/node.key", "server/nodes/1.pub"}
+    for name in changed:
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    private = serialization.load_ssh_private_key(after["nodes/1/node.key"], None)
+    public = private.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    assert after["server/nodes/1.pub"] == public + b" partition-1\n"
+    assert "node = 2 cannot be used; allowed is 0 to 1" in refusal(
+        capsys, "renew", folder, "--node", 2
+    )
+    assert "--days is for the server's certificate" in refusal(
+        capsys, "renew", folder, "--node", 1, "--days", 3
+    )
+
+
 @pytest.mark.parametrize("step", ["start", "register", "gateway", "renew"])
 def test_what_is_no_federation_is_refused(tmp_path, capsys, step):
     assert "is no federation" in refusal(capsys, step, tmp_path)
@@ -163,6 +189,7 @@ def test_what_is_no_federation_is_refused(tmp_path, capsys, step):
 def test_an_insecure_federation_has_no_keys_and_no_gateway(made, capsys, step):
     folder, _ = made("--insecure")
     assert "is insecure: it" in refusal(capsys, step, folder)
+    assert "is insecure: it" in refusal(capsys, "renew", folder, "--node", 0)
 
 
 @pytest.mark.parametrize(
