@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class ClientAppWorker(VirtualClientEngineActor):
 
     def __init__(self) -> None:
         self._is_away = False
+        # Of its owner alone, and of a name that nobody knows before.
+        self._folder: Path | None = None
 
     def start(self, duty: Duty) -> bool:
         """Get ready for clients, and say whether their files have to be fetched.
@@ -100,7 +103,7 @@ class ClientAppWorker(VirtualClientEngineActor):
                 duty.check()
             self._is_away = node not in duty.sharing
             os.environ["FEDSIM_CAPTURE"] = "true"
-            os.environ["FEDSIM_RECORDINGS"] = str(_folder()) if self._is_away else duty.recordings
+            os.environ["FEDSIM_RECORDINGS"] = duty.recordings
         if self._is_away:
             _sweep()
         return self._is_away
@@ -111,26 +114,35 @@ class ClientAppWorker(VirtualClientEngineActor):
         """Train a client; where the run directory is out of reach, into one of our own."""
         if self._is_away and (run := _recorded(message)) is not None:
             name, run_id = run
-            (_folder() / name).mkdir(parents=True, exist_ok=True)
+            self.forget()
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+            os.environ["FEDSIM_RECORDINGS"] = str(self._folder)
+            (self._folder / name).mkdir()
             # For the client it is the run directory: its files will be there in the end.
-            write_json(_folder() / name / _MANIFEST, {"id": run_id})
+            write_json(self._folder / name / _MANIFEST, {"id": run_id})
         return super().run(client_app_fn, message, cid, context)
 
     def files(self, run: str) -> dict[str, int]:
         """Name the files that the last client of a run left here, with slashes, and their bytes."""
-        root = _folder() / run
+        root = self._place_of(run)
         found = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
         return {p.as_posix(): (root / p).stat().st_size for p in found if p.name != _MANIFEST}
 
     def read(self, run: str, name: str, start: int) -> NDArray[np.uint8]:
         """Give some bytes of such a file."""
-        with (_folder() / run / name).open("rb") as file:
+        with (self._place_of(run) / name).open("rb") as file:
             file.seek(start)
             return np.frombuffer(file.read(_CHUNK), np.uint8)
 
     def forget(self) -> None:
         """Remove them."""
-        shutil.rmtree(_folder(), ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _place_of(self, run: str) -> Path:
+        if self._folder is None:
+            raise RuntimeError("asked for files before a client was trained")
+        return self._folder / run
 
 
 def _recorded(message: Message) -> tuple[str, str] | None:
@@ -141,16 +153,14 @@ def _recorded(message: Message) -> tuple[str, str] | None:
     return str(settings[messages.RUN]), str(settings[messages.RUN_ID])
 
 
-def _folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.geteuid()}-{os.getpid()}"
-
-
 def _sweep() -> None:
-    """Remove what workers left here that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}{os.geteuid()}-*"):
+    """Remove what workers of this user left here that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         with contextlib.suppress(OSError, ValueError):
-            owner = int(folder.name.rpartition("-")[2])
-            if owner == os.getpid() or not psutil.pid_exists(owner):
+            owner = int(folder.name.removeprefix(_PREFIX).partition("-")[0])
+            known = folder.lstat()
+            is_ours = stat.S_ISDIR(known.st_mode) and known.st_uid == os.geteuid()
+            if is_ours and (owner == os.getpid() or not psutil.pid_exists(owner)):
                 shutil.rmtree(folder)
 
 

@@ -64,6 +64,8 @@ def ray_node(folder: Path, head: str | None, *, hidden: Path | None = None) -> I
     if hidden is not None:
         mount = f'mount -t tmpfs tmpfs "{hidden}" && exec "$@"'
         words = ["unshare", "-m", "sh", "-c", mount, "sh", *words]
+    temporary = folder / "temporary"
+    temporary.mkdir(exist_ok=True)
     cache = folder / f"cache-{port if head is None else 'of-node'}"
     process = subprocess.Popen(
         words,
@@ -71,6 +73,7 @@ def ray_node(folder: Path, head: str | None, *, hidden: Path | None = None) -> I
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(folder),
+            "TMPDIR": str(temporary),
             "RAY_raylet_start_wait_time_s": "180",
             "FEDSIM_CACHE": str(cache),
         },

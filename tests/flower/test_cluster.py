@@ -155,6 +155,9 @@ def test_a_node_lost_in_mid_round_changes_no_bit(home, ray_cluster, run_locally)
     assert len(theirs) == SMALL["rounds"] * 4 * 2
     assert verify(run).violations == []
     assert not list(run.rglob("*.partial"))
+    # What the killed worker had begun stays until the next starts there, and nothing else does.
+    left = list((home / "temporary").glob("fedsim-worker-*"))
+    assert [p.stat().st_mode & 0o777 for p in left] == [0o700] * min(len(left), 1)
 
 
 def test_nobody_at_the_address_is_told_at_once():
