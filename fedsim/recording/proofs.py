@@ -46,7 +46,8 @@ from fedsim.recording.findings import (
     Findings,
 )
 from fedsim.recording.layout import strategy_key
-from fedsim.recording.reader import Client, Run, Shard
+from fedsim.recording.reader import Client, Run
+from fedsim.recording.shards import Shard
 
 REPLAY_TOLERANCE = 1e-4
 """Relative error of a replay where bit for bit cannot be asked for."""

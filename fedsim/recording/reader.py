@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
-import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +20,10 @@ from fedsim.core.aggregation import correction_of
 from fedsim.core.config import RunConfig
 from fedsim.core.datasets import parse_name
 from fedsim.core.errors import InputError, shorten
-from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json, read_text_bytes
-from fedsim.core.support import Taps, packed_shape, unpack
+from fedsim.core.inputs import parse_json, read_text_bytes
 from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
 from fedsim.recording import rows
-from fedsim.recording.files import DTYPES, ITEM_BYTES
+from fedsim.recording.files import DTYPES
 from fedsim.recording.layout import (
     FORMAT,
     SHARED_FORMAT,
@@ -37,299 +33,16 @@ from fedsim.recording.layout import (
     RunLayout,
     gradient_key,
     strategy_key,
-    support_key,
 )
+from fedsim.recording.shards import Gradient, Shard
+from fedsim.recording.tensor_files import TensorFile, TensorPart
 
 if TYPE_CHECKING:
     import pandas
 
-
-_TORCH_DTYPES = {code: getattr(torch, name) for name, code in DTYPES.items()}
-_TORCH_DTYPES["BF16"] = torch.bfloat16
-
-
-class _Entry(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping of names to tensors on the CPU.
-
-    Opening reads the header alone; a tensor's pages are mapped, not copied, and come from the
-    disk when they are looked at.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    content : memoryview, optional
-        Its bytes, where they have been read already.
-
-    Raises
-    ------
-    InputError
-        When the file is missing or not a safetensors file.
-    """
-
-    def __init__(self, path: Path, content: memoryview | None = None) -> None:
-        self.path = path
-        self._content = content
-        try:
-            if content is None:
-                with os.fdopen(open_regular(path), "rb") as file:
-                    self._size = os.fstat(file.fileno()).st_size
-                    self._entries = _entries_of(file, self._size)
-            else:
-                self._size = len(content)
-                self._entries = _entries_of(io.BytesIO(content[: 8 + MOST_JSON_BYTES]), self._size)
-        except FileNotFoundError:
-            raise InputError(f"{path} is not there") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path} is not a whole safetensors file: {reason}") from None
-
-    @cached_property
-    def _bytes(self) -> Tensor:
-        if self._content is not None:
-            return torch.frombuffer(self._content, dtype=torch.uint8)
-        try:
-            # A private mapping: who writes into a tensor of it does not write into the file.
-            return torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{self.path} cannot be mapped into memory: {reason}") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, begin, end = self._entries[name]
-        if begin == end:
-            return torch.empty(shape, dtype=_TORCH_DTYPES[dtype])
-        data = self._bytes[begin:end]
-        if begin % _TORCH_DTYPES[dtype].itemsize:
-            # After a name of odd length, or numbers of fewer bytes.
-            data = data.clone()
-        return data.view(_TORCH_DTYPES[dtype]).view(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        return f"<{self.path.name}: {len(self)} tensors>"
-
-    @property
-    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The safetensors dtype and the shape of each tensor, by name, in the order of the file."""
-        return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
-
-
-class TensorPart(Mapping[str, Tensor]):
-    """Some of the tensors of a file, by shorter names.
-
-    Parameters
-    ----------
-    file : TensorFile
-        The file.
-    keys : mapping of str to str
-        Name to key in the file.
-    """
-
-    def __init__(self, file: TensorFile, keys: Mapping[str, str]) -> None:
-        self.path = file.path
-        self._file = file
-        self._keys = keys
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file[self._keys[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __repr__(self) -> str:
-        return f"<{self.path.name}: {len(self)} tensors of a client>"
-
-    @property
-    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """As of a `TensorFile`."""
-        described = self._file.described
-        return {name: described[key] for name, key in self._keys.items()}
-
-
-def _entries_of(file: IO[bytes], size: int) -> dict[str, _Entry]:
-    """Read a header and check it against the size of the file: all data, no gap, nothing twice."""
-    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-    if length > min(size - 8, MOST_JSON_BYTES):
-        raise ValueError(f"a header of {length} bytes does not fit")
-    header = parse_json(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("the header is no object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry_of(entry, 8 + length) for name, entry in header.items()}
-    position = 8 + length
-    ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
-    for name, entry in ordered.items():
-        if entry.begin != position:
-            raise ValueError(f"the data of {name} does not follow on that before it")
-        position = entry.end
-    if position != size:
-        raise ValueError(f"the header describes {position} bytes of {size}")
-    return ordered
-
-
-def _entry_of(entry: Any, start: int) -> _Entry:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        item_bytes = ITEM_BYTES[dtype]
-        numbers = (*shape, begin, end)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("an entry of the header is none") from None
-    if len(numbers) > 10 or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-        raise ValueError("an entry of the header has numbers that are none")
-    if end - begin != math.prod(shape) * item_bytes:
-        raise ValueError("an entry of the header has offsets that do not fit its shape")
-    return _Entry(dtype, tuple(shape), start + begin, start + end)
-
-
 T = TypeVar("T")
 F = TypeVar("F", TensorFile, TensorPart)
 
-
-class Gradient(Mapping[str, Tensor]):
-    """The gradient of one local step: parameter name to float32 tensor, read when looked up.
-
-    Attributes
-    ----------
-    step : int
-        Local step of the round, from 0.
-    """
-
-    def __init__(self, shards: Mapping[str, Shard], step: int, order: list[str]) -> None:
-        self._shards = {n: s for n in order if (s := shards.get(gradient_key(step, n)))}
-        self.step = step
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._shards[name].gradient(self.step, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards)
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def numpy(self) -> dict[str, NDArray[np.float32]]:
-        """Read all of it as numpy arrays."""
-        return {name: tensor.numpy() for name, tensor in self.items()}
-
-    def __repr__(self) -> str:
-        return f"<gradient of step {self.step}: {len(self)} parameters>"
-
-
-class Shard:
-    """A file of captured gradients, whatever their encoding and dtype.
-
-    Parameters
-    ----------
-    path : Path
-        ``gradients-SSSSS.safetensors``.
-    shapes : mapping of str to tuple of int
-        Shapes of the model's parameters.
-    content : memoryview, optional
-        The bytes of the file, where they have been read already.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        content: memoryview | None = None,
-    ) -> None:
-        self.path = path
-        self.file = TensorFile(path, content)
-        self._shapes = shapes
-        self._taps: dict[str, Taps | None] = {}
-
-    @cached_property
-    def steps(self) -> list[int]:
-        """The local steps in it, ascending."""
-        return sorted({int(key.partition("/")[0]) for key in self.keys})
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """Names of the gradients in it, ``SSSSSS/<parameter>``, in the order of the file.
-
-        Raises
-        ------
-        InputError
-            When there are other names.
-        """
-        keys = [key for key in self.file if not key.startswith(support_key(""))]
-        for key in keys:
-            step, _, parameter = key.partition("/")
-            if not _STEP.fullmatch(step) or parameter not in self._shapes:
-                raise InputError(f"{self.path}: {key} is no gradient of a step of this model")
-        return keys
-
-    @property
-    def packed_parameters(self) -> list[str]:
-        """The parameters of which taps are left out."""
-        return [name for name in self._shapes if support_key(name) in self.file]
-
-    def taps(self, parameter: str) -> Taps | None:
-        """Give the taps that are in the file; None where all are.
-
-        Raises
-        ------
-        InputError
-            When they cannot be those of the parameter.
-        """
-        if parameter not in self._taps:
-            key = support_key(parameter)
-            kernel = self._shapes[parameter][2:]
-            taps = self.file.get(key)
-            if taps is not None and not _are_taps(taps, kernel):
-                raise InputError(f"{self.path}: {key} does not fit a kernel of shape {kernel}")
-            self._taps[parameter] = None if taps is None else tuple(taps.tolist())
-        return self._taps[parameter]
-
-    def packed(self, step: int, parameter: str) -> Tensor:
-        """Read a gradient as it is stored.
-
-        Raises
-        ------
-        InputError
-            When its shape is not that of the parameter and its taps.
-        """
-        key = gradient_key(step, parameter)
-        tensor, taps = self.file[key], self.taps(parameter)
-        expected = packed_shape(self._shapes[parameter], taps)
-        if tuple(tensor.shape) != expected:
-            raise InputError(f"{self.path}: {key} has shape {tuple(tensor.shape)}, not {expected}")
-        if not tensor.dtype.is_floating_point:
-            raise InputError(f"{self.path}: {key} holds no floating-point numbers")
-        return tensor
-
-    def gradient(self, step: int, parameter: str, *, out: Tensor | None = None) -> Tensor:
-        """Read a gradient in its own shape, float32; `out` as for `unpack`."""
-        packed = self.packed(step, parameter).float()
-        return unpack(packed, self._shapes[parameter], self.taps(parameter), out=out)
-
-
-def _are_taps(tensor: Tensor, kernel: tuple[int, ...]) -> bool:
-    if tensor.ndim != 1 or tensor.dtype != torch.int64 or not kernel:
-        return False
-    taps = tensor.tolist()
-    return taps == sorted(set(taps)) and all(0 <= tap < math.prod(kernel) for tap in taps)
-
-
-# A number has one name: "0000001" would be the step of "000001" once more.
-_STEP = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")
 _PARTITION = re.compile(r"0|[1-9][0-9]{0,9}")
 _SHARED_OPEN = 4
 

@@ -13,7 +13,8 @@ from fedsim.recording import rows
 from fedsim.recording.checksums import ChecksumLine, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum
 from fedsim.recording.layout import RunLayout
-from fedsim.recording.reader import Run, TensorFile
+from fedsim.recording.reader import Run
+from fedsim.recording.tensor_files import TensorFile
 
 _WRITTEN = ("run.json", "rounds.jsonl", "clients.jsonl", "checksums.jsonl", "lock")
 

@@ -36,7 +36,8 @@ from fedsim.recording.findings import (
     Findings,
 )
 from fedsim.recording.layout import RunLayout, gradient_key
-from fedsim.recording.reader import Client, Run, Shard, load_run
+from fedsim.recording.reader import Client, Run, load_run
+from fedsim.recording.shards import Shard
 
 Progress = Callable[[int, int], None]
 

@@ -31,9 +31,10 @@ from fedsim.recording.files import (
 )
 from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
 from fedsim.recording.places import new_run_id
-from fedsim.recording.reader import TensorFile, load_run
+from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, check_places
 from fedsim.recording.shared import SharedFiles
+from fedsim.recording.tensor_files import TensorFile
 
 State = Mapping[str, NDArray[np.generic]]
 

@@ -18,7 +18,8 @@ from fedsim.core.strategies import STRATEGIES
 from fedsim.recording import proofs
 from fedsim.recording.files import write_tensors
 from fedsim.recording.findings import Findings
-from fedsim.recording.reader import TensorFile, load_run
+from fedsim.recording.reader import load_run
+from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
 from tests import fuzz
 from tests.flower.test_resume import contents, fail_in, go, hashes

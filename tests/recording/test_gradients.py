@@ -36,7 +36,7 @@ from fedsim.core.training import (
 from fedsim.recording import gradients
 from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
-from fedsim.recording.reader import Shard
+from fedsim.recording.shards import Shard
 from tests.recording.test_files import file_size_limit
 
 STEP_BYTES = 78_184

@@ -34,8 +34,8 @@ from fedsim.recording import rows
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, json_line, text_lines, write_tensors
 from fedsim.recording.layout import RunLayout
-from fedsim.recording.reader import TensorFile
 from fedsim.recording.recovery import check_continuable, find_recovery
+from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from tests import fuzz

@@ -34,7 +34,9 @@ from fedsim.core.training import Step, load_batches, local_train
 from fedsim.recording.files import append_line, json_line, write_json, write_tensors
 from fedsim.recording.gradients import StepRecorder
 from fedsim.recording.layout import RunLayout
-from fedsim.recording.reader import Client, Shard, TensorFile
+from fedsim.recording.reader import Client
+from fedsim.recording.shards import Shard
+from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.writer import RunWriter
 from tests.recording.conftest import Recorded
 from tests.recording.rows import client_row, round_row

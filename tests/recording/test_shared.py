@@ -24,9 +24,10 @@ from fedsim.recording.export import export_notebook
 from fedsim.recording.files import Checksum, json_line, read_lines, write_tensors
 from fedsim.recording.findings import Findings
 from fedsim.recording.layout import RunLayout, format_of
-from fedsim.recording.reader import Run, TensorFile, load_run
+from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.shared import SharedFiles
+from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from fedsim.report.report import write_report
