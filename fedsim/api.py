@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,11 @@ from fedsim.recording.reader import Run as RecordedRun
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from rich.console import Console
+
+    from fedsim.core.plan import RunPlan
+    from fedsim.flower.simulation import WorkerPool
+    from fedsim.recording.recovery import Recovery
 
 
 class Plots:
@@ -146,6 +152,7 @@ def simulate(
     *,
     progress: bool = True,
     verbose: bool = False,
+    tracker: Sequence[str] = (),
 ) -> Run:
     """Run a simulation on this machine and record it, as ``fedsim run`` does.
 
@@ -161,6 +168,9 @@ def simulate(
         Print what ``fedsim run`` prints.
     verbose : bool
         Let Flower and Ray log.
+    tracker : sequence of str
+        Who is told of the run too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``, ``"trackio"``. One
+        that fails is left with a `RuntimeWarning`.
 
     Returns
     -------
@@ -170,7 +180,7 @@ def simulate(
     Raises
     ------
     InputError
-        When the configuration cannot be used; nothing has been written then.
+        When the configuration or a tracker cannot be used; nothing has been written then.
     RunFailedError
         When the run stopped early. Its finished rounds are kept.
     RunInterruptedError
@@ -181,25 +191,89 @@ def simulate(
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import check_output, default_output
     from fedsim.flower.simulation import fit_pool
-    from fedsim.flower.simulation import simulate as run_plan
-    from fedsim.report.terminal import TerminalObserver
 
     config = _as_config(config)
     pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
     plan = RunPlan.prepare(config)
     check_output(output, plan)
-    observer = TerminalObserver(None if progress else Console(quiet=True))
     stop = threading.Event()
-    with _stopping(stop), contextlib.closing(observer):
+    with _stopping(stop):
+        run_plan(
+            plan,
+            output,
+            pool,
+            stop=stop,
+            console=None if progress else Console(quiet=True),
+            tracker=tracker,
+            warn=_warn,
+            verbose=verbose,
+        )
+    return Run(output)
+
+
+def run_plan(
+    plan: RunPlan,
+    output: Path,
+    pool: WorkerPool,
+    *,
+    stop: threading.Event,
+    console: Console | None = None,
+    tracker: Sequence[str] = (),
+    warn: Callable[[str], None],
+    verbose: bool = False,
+    recovery: Recovery | None = None,
+) -> None:
+    """Run a plan and tell the terminal and trackers of it.
+
+    Parameters
+    ----------
+    plan, output, pool, stop, verbose, recovery
+        As of `fedsim.flower.simulation.simulate`.
+    console : Console, optional
+        Where lines go; by default to the terminal.
+    tracker : sequence of str
+        Names of trackers.
+    warn : callable
+        Told in a sentence when a tracker fails.
+
+    Raises
+    ------
+    InputError
+        When a tracker cannot be used; nothing has been written then.
+    RunFailedError
+        When the run stopped early.
+    RunInterruptedError
+        After an interrupt, with the command that goes on.
+    """
+    from fedsim.flower.simulation import simulate
+    from fedsim.report.terminal import TerminalObserver
+    from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
+
+    trackers = [TrackingObserver(name, make_tracker(name), warn) for name in tracker]
+    with contextlib.ExitStack() as stack:
+        for tracking in trackers:
+            stack.callback(tracking.close)
+        terminal = stack.enter_context(contextlib.closing(TerminalObserver(console)))
         try:
-            run_plan(plan, output, pool, observer=observer, stop=stop, verbose=verbose)
+            simulate(
+                plan,
+                output,
+                pool,
+                observer=Observers([terminal, *trackers]),
+                stop=stop,
+                verbose=verbose,
+                recovery=recovery,
+            )
         except RunInterruptedError:
             raise RunInterruptedError(
                 f"interrupted; the finished rounds are kept in {output}, and "
                 f"`fedsim resume {output}` continues"
             ) from None
-    return Run(output)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=1)
 
 
 def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

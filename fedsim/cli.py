@@ -787,33 +787,20 @@ def _simulate(
     output: Path,
     recovery: Recovery | None = None,
 ) -> None:
-    from fedsim.flower.simulation import simulate
-    from fedsim.report.terminal import TerminalObserver
-    from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
+    from fedsim.api import run_plan
 
-    trackers = [TrackingObserver(name, make_tracker(name), _say) for name in parsed.tracker]
-    observer = TerminalObserver()
     stop = threading.Event()
     _stop_on_interrupt(stop)
-    try:
-        simulate(
-            plan,
-            output,
-            pool,
-            observer=Observers([observer, *trackers]),
-            stop=stop,
-            verbose=parsed.verbose,
-            recovery=recovery,
-        )
-    except RunInterruptedError:
-        raise RunInterruptedError(
-            f"interrupted; the finished rounds are kept in {output}, and "
-            f"`fedsim resume {output}` continues"
-        ) from None
-    finally:
-        observer.close()
-        for tracker in trackers:
-            tracker.close()
+    run_plan(
+        plan,
+        output,
+        pool,
+        stop=stop,
+        tracker=parsed.tracker,
+        warn=_say,
+        verbose=parsed.verbose,
+        recovery=recovery,
+    )
 
 
 def _plan(parsed: argparse.Namespace) -> None:

@@ -110,6 +110,13 @@ def test_bad_input_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
+def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    asked = VALUES | {"output": str(tmp_path / "run")}
+    with pytest.raises(InputError, match=r"^tracker = 'board' cannot be used; allowed is one of"):
+        fedsim.simulate(asked, tracker=["board"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_first_interrupt_stops_and_the_second_raises() -> None:
     before = signal.getsignal(signal.SIGINT)
     stop = threading.Event()
@@ -168,7 +175,9 @@ VALUES = {VALUES!r}
 
 async def notebook():
     # A notebook has a running event loop.
-    first = fedsim.simulate(VALUES | {{"output": "{tmp_path}/first"}}, progress=False)
+    first = fedsim.simulate(
+        VALUES | {{"output": "{tmp_path}/first"}}, progress=False, tracker=["tensorboard"]
+    )
     second = fedsim.simulate(VALUES | {{"output": "{tmp_path}/second"}}, progress=False)
     hashes = [list(run.rounds()["state_sha256"]) for run in (first, second)]
     assert hashes[0] == hashes[1]
@@ -205,3 +214,5 @@ if __name__ == "__main__":
         "went on",
     ], done.stderr
     assert done.returncode == 0
+    assert list((tmp_path / "first" / "tensorboard").iterdir())
+    assert not (tmp_path / "second" / "tensorboard").exists()
