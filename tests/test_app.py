@@ -7,11 +7,14 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from tests.test_house import FILES, ROOT
 
 
+# Flower's use of its library.
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 def test_nodes_are_sent_our_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
     for path in [*FILES, ROOT / "pyproject.toml", ROOT / ".gitignore", ROOT / "README.md"]:
         copy = tmp_path / path.relative_to(ROOT)
