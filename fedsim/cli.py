@@ -530,10 +530,11 @@ def _add_deploy(commands: Any) -> None:
     renew.add_argument(
         "--node", type=int, metavar="N", help="the node of partition N, whose key was lost or told"
     )
-    for step in (init, renew):
+    for step, default in ((init, 365), (renew, None)):
         step.add_argument(
             "--days",
             type=int,
+            default=default,
             help="validity of the server's certificate (default: 365)",
         )
     for step in (init, start, register, gateway, renew):
@@ -552,7 +553,7 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
             supernodes=parsed.supernodes,
             insecure=parsed.insecure,
         ),
-        days=365 if parsed.days is None else parsed.days,
+        days=parsed.days,
         data_root=parsed.data_root.absolute() if parsed.data_root else None,
         capture=parsed.capture,
     )

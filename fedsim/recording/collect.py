@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fedsim.core.errors import FedsimError, InputError
+from fedsim.core.errors import InputError
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
 from fedsim.recording.files import Checksum, Digest, temporary
@@ -108,13 +108,12 @@ class _Source:
         fs, path = file_system(source)
         path = path.rstrip("/")
         try:
-            if not fs.isdir(path):
-                raise InputError(f"{source} cannot be collected from: it is no folder")
-        except FedsimError:
-            raise
+            is_folder = fs.isdir(path)
         # Each store has exceptions of its own.
         except Exception as error:
             raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
+        if not is_folder:
+            raise InputError(f"{source} cannot be collected from: it is no folder")
         yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
         yield cls(fs, path, source.rstrip("/"))
 
@@ -135,13 +134,14 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
 def _fetch(
     run: Run, name: str, checksum: Checksum, sources: Iterable[_Source], collected: Collected
 ) -> None:
+    path = run.layout.inside(name)
     refused = []
     for source in sources:
         try:
             chunks = source.chunks(name)
             if chunks is None:
                 continue
-            _copy(chunks, run.layout.inside(name), checksum)
+            _copy(chunks, path, checksum)
         except _OtherBytesError:
             refused.append(f"{source.shown}/{name} is not what the client wrote")
         except Exception as error:

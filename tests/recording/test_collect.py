@@ -164,6 +164,18 @@ def test_a_collected_run_is_proven_whole(here: Path, plan_of_all: RunPlan, tmp_p
     }  # fmt: skip
 
 
+def test_nothing_is_written_through_a_link_and_verify_names_it(here: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    clients = here / "run" / "rounds" / "0001" / "clients"
+    shutil.rmtree(clients)
+    clients.symlink_to(outside)
+    # Only what belongs to the other round.
+    assert collect(load_run(here / "run"), sources(here, 0, 1, 2, 3)).files == 4
+    assert list(outside.iterdir()) == []
+    assert f"{clients} is a symbolic link" in " ".join(verify(here / "run").violations)
+
+
 def test_owners_are_collected_from_one_by_one(here: Path) -> None:
     run = here / "run"
     first = collect(load_run(run), sources(here, 1))

@@ -25,6 +25,7 @@ from fedsim.recording.urls import RemoteFolder
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.recording.test_collect import own_folder, record
 from tests.recording.test_mirror import files_of
 
 # In an environment of its own: it wants older versions of what fedsim uses.
@@ -105,18 +106,7 @@ def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_
 
 def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
     nodes = tmp_path / "nodes"
-    execute(
-        LocalGrid(
-            app,
-            plan.config.clients,
-            node_config=lambda p: {"recordings": str(nodes / str(p)), "capture": True},
-        ),
-        plan,
-        tmp_path / "run",
-        observer=Memory(),
-        workers=2,
-        stop=threading.Event(),
-    )
+    record(plan, tmp_path / "run", own_folder(nodes))
     away = files_of(nodes)
     bucket = RemoteFolder("s3://bucket/hospitals")
     for name in away:

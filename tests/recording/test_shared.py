@@ -34,6 +34,7 @@ from fedsim.report.report import write_report
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.recording.rows import client_row
+from tests.recording.test_collect import own_folder, record
 from tests.recording.test_reader import example_reader
 
 VALUES = {
@@ -106,21 +107,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         let_four_be_many(patch)
         go(plan, folder / "together", dying=(2, 1))
     return Pair(plan, folder / "alone", folder / "together", folder / "killed")
-
-
-def go_on_own_disks(plan: RunPlan, path: Path, nodes: Path) -> None:
-    """Run with clients that keep what they capture."""
-    config = plan.config.to_mapping() | {"max-failures": 0}
-    plan = RunPlan.prepare(RunConfig.from_mapping(config))
-    keep: Any = lambda partition: {"recordings": str(nodes / str(partition)), "capture": True}  # noqa: E731
-    execute(
-        LocalGrid(app, plan.config.clients, node_config=keep),
-        plan,
-        path,
-        observer=Memory(),
-        workers=2,
-        stop=threading.Event(),
-    )
 
 
 def names(path: Path) -> list[str]:
@@ -251,7 +237,7 @@ def unproven(findings: Findings) -> dict[str, set[str]]:
 
 
 def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Path) -> None:
-    go_on_own_disks(pair.plan, tmp_path / "run", tmp_path / "nodes")
+    record(pair.plan, tmp_path / "run", own_folder(tmp_path / "nodes"))
     run = load_run(tmp_path / "run")
     assert run.manifest["format"] == 2
     shards = [name for name in names(tmp_path / "run" / "rounds" / "0001") if "/" not in name]
@@ -322,7 +308,7 @@ def test_reports_and_exports_take_shared_files(pair: Pair, tmp_path: Path) -> No
         export_notebook(load_run(path), 1, output=tmp_path / path.name)
         write_report([path], tmp_path / f"{path.name}.html")
     exported = [
-        torch.load(tmp_path / f"{name}_01_tensors.pt")["model_updates"]
+        torch.load(tmp_path / f"{name}_01_tensors.pt", weights_only=True)["model_updates"]
         for name in ("alone", "together")
     ]
     assert exported[0].keys() == exported[1].keys() == set(range(5))
