@@ -16,6 +16,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
 from fedsim.flower.membership import membership_of
+from fedsim.flower.replies import cause_of
 
 
 def ask_data(
@@ -76,11 +77,15 @@ def ask_data(
 
 
 def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
+    if reply.has_error():
+        raise RunFailedError(
+            f"the node of partition {partition} could not say which data it has: {cause_of(reply)}"
+        )
     try:
         count = reply.content.metric_records[wire.METRICS][wire.NUM_EXAMPLES]
         about = reply.content.config_records[wire.CONFIG]
         classes, sha256 = about[wire.CLASSES], about[wire.DATA_SHA256]
-    except (KeyError, ValueError):
+    except KeyError:
         raise RunFailedError(
             f"partition = 'nodes' asks for data of each node's own, and that of partition "
             f"{partition} tells of none"

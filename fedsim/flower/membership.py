@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
-from fedsim.flower.replies import traceback_of
+from fedsim.flower.replies import cause_of
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
@@ -225,11 +226,14 @@ class Membership:
             query = Message(_empty_query(), member.node_id, MessageType.QUERY)
             if message_id := next(iter(self._grid.push_messages([query])), None):
                 self._asked[message_id] = member
-        replies = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
-        for reply in replies:
+        heard = False
+        for reply in self._grid.pull_messages(list(self._asked)) if self._asked else []:
             member = self._asked.pop(reply.metadata.reply_to_message_id)
-            self._claims[member] = self._claim_of(reply, member)
-        return bool(replies)
+            # One that left before it could answer is asked again when it is back.
+            if not (reply.has_error() and self._left(reply, member)):
+                self._claims[member] = self._claim_of(reply)
+                heard = True
+        return heard
 
     def _settle(self) -> None:
         """Decide which nodes that are here hold each partition, in the order they answered."""
@@ -249,12 +253,14 @@ class Membership:
             self._holders.setdefault(claim, []).append(member.node_id)
         self._last.update({p: nodes[-1] for p, nodes in self._holders.items()})
 
-    def _claim_of(self, reply: Message, member: _Member) -> int | None:
+    def _left(self, reply: Message, member: _Member) -> bool:
+        # The list of nodes may be older than the reply.
+        return reply.error.code == ErrorCode.NODE_UNAVAILABLE or member not in self._here
+
+    def _claim_of(self, reply: Message) -> int | None:
         if not reply.has_error():
             return int(reply.content.metric_records[wire.METRICS][wire.PARTITION])  # type: ignore[arg-type]
-        # One that left before it could answer is asked again when it is back.
-        if member in self._here:
-            self._failures.append(_speechless(reply))
+        self._failures.append(_speechless(reply))
         return None
 
     def _problem(self, patience: float) -> str:
@@ -287,8 +293,7 @@ def _unheld(missing: Sequence[int], clients: int) -> str:
 
 
 def _speechless(reply: Message) -> str:
-    cause = traceback_of(reply.error.reason or "").splitlines()[-1].strip()
-    return f"a node could not say which partition it holds: {cause}"
+    return f"a node could not say which partition it holds: {cause_of(reply)}"
 
 
 def _empty_query() -> RecordDict:

@@ -116,6 +116,11 @@ def traceback_of(reason: str) -> str:
     return "\n".join(lines).partition(">:<'")[2] or "\n".join(lines) or "no reason given"
 
 
+def cause_of(reply: Message) -> str:
+    """Give the sentence that ends the client's traceback, of a reply that is an error."""
+    return traceback_of(reply.error.reason or "").splitlines()[-1].strip()
+
+
 def _size_of(path: Path) -> int | None:
     try:
         return path.lstat().st_size

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
+from fedsim.flower import membership
 from fedsim.flower.client_app import app
 from fedsim.flower.membership import Membership
 from tests.flower.conftest import SMALL
@@ -22,10 +24,10 @@ class Nodes(LocalGrid):
     ----------
     *looks
         Who is there at each look, the last one from then on: node id, name, the moment it was
-        started, and the partition that it claims.
+        started, and the partition that it claims, an error of Flower's, or None for its own.
     """
 
-    def __init__(self, *looks: list[tuple[int, str, str, int | None]]) -> None:
+    def __init__(self, *looks: list[tuple[int, str, str, int | Error | None]]) -> None:
         super().__init__(app, 0)
         self._looks = list(looks)
         self.asked: list[int] = []
@@ -38,6 +40,8 @@ class Nodes(LocalGrid):
         node = message.metadata.dst_node_id
         self.asked.append(node)
         claim = next(claim for i, _, _, claim in self._now if i == node)
+        if isinstance(claim, Error):
+            return Message(claim, reply_to=message)
         if claim is None:
             return Message(Error(code=2, reason="Traceback\nno such folder"), reply_to=message)
         content = RecordDict({"metrics": MetricRecord({"partition": claim})})
@@ -83,6 +87,13 @@ def test_a_run_waits_for_late_nodes():
     problem, _, members = wait(Nodes([], [first], [first, second]), 2, patience=30.0)
     assert problem is None
     assert nodes_of(members, [1, 0]) == {1: 3, 0: 7}
+
+
+def test_whom_a_run_waits_for_is_told_once(monkeypatch):
+    monkeypatch.setattr(membership, "_QUIET", 0.0)
+    first, second = (7, "", "a", 0), (3, "", "b", 2)
+    _, told, _ = wait(Nodes([first], [first, second]), 4, patience=1.0)
+    assert told == ["waiting for partitions 1, 2, 3 of 4", "waiting for partitions 1, 3 of 4"]
 
 
 def test_a_stop_ends_the_waiting():
@@ -136,6 +147,28 @@ def test_a_node_that_cannot_say_its_partition_ends_a_run_that_begins():
     nodes = [(7, "", "a", 0), (3, "", "b", None)]
     problem, _, _ = wait(Nodes(nodes), 2, patience=1e300)
     assert problem == "a node could not say which partition it holds: no such folder"
+
+
+def test_a_node_that_leaves_before_it_answers_is_asked_again_when_it_is_back():
+    staying, after = (7, "", "a", 0), (3, "", "c", 1)
+    gone = (3, "", "b", Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"))
+    for looks in (
+        ([staying, gone], [staying], [staying, after]),
+        # By a network that was away; the list of nodes shows nothing of it.
+        ([staying, gone], [staying, (3, "", "b", 1)]),
+    ):
+        problem, told, members = wait(Nodes(*looks), 2, patience=30.0)
+        assert (problem, told) == (None, [])
+        assert nodes_of(members, [0, 1]) == {0: 7, 1: 3}
+
+
+def test_a_node_that_never_answers_is_waited_for_as_long_as_any():
+    gone = (3, "", "b", Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"))
+    grid = Nodes([(7, "", "a", 0), gone])
+    problem, _, _ = wait(grid, 2, patience=0.3)
+    assert problem == "no node holds partition 1; clients = 2"
+    # It is not asked in a tight loop.
+    assert 2 <= grid.asked.count(3) < 20
 
 
 def test_a_node_that_comes_back_and_cannot_say_its_partition_is_told():

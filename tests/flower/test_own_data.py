@@ -109,6 +109,25 @@ def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp
         assert not (tmp_path / "run").exists()
 
 
+def test_a_node_that_left_after_it_was_found_ends_the_run_before_it_begins(nodes, tmp_path):
+    class Leaving(LocalGrid):
+        asked = 0
+
+        def push_messages(self, messages):
+            (message,) = list(messages)
+            self.asked += self.partitions[message.metadata.dst_node_id] == 1
+            return [""] if self.asked == 2 else super().push_messages([message])
+
+    def node(partition):
+        return {"data": str(tmp_path / str(partition) / "data")}
+
+    grid = Leaving(app, 3, node_config=node)
+    told = "the node of partition 1 could not say which data it has: its node is gone"
+    with pytest.raises(RunFailedError, match=told):
+        execute(grid, nodes, tmp_path / "run", observer=Memory(), workers=2, stop=threading.Event())
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_changes_during_a_run_is_refused_by_the_node(nodes, tmp_path):
     class Changing(Memory):
         def round_finished(self, row):
