@@ -221,7 +221,9 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
             raise ConfigError("rounds", cell.config.rounds, f"{last} or more: the others are there")
         # The same configuration diverges at the same round again.
         settled = run.manifest.get("diverged", False) and not cell.config.allow_divergence
-        if settled or (run.round_rows and last == cell.config.rounds):
+        whole = run.round_rows and last == cell.config.rounds
+        # One that was killed before it could say that it is finished has that left to do.
+        if settled or (whole and run.status == "finished"):
             return Work(cell, path, "none", last)
     check_machine(cell.config)
     plan = RunPlan.prepare(cell.config)
@@ -452,11 +454,11 @@ class ProcessLauncher:
             # A copy of its own for each cell.
             config["mirror"] = f"{config['mirror'].rstrip('/')}/{work.cell.name}"
         if work.action == "resume":
-            changed = {k: config[k] for k in MAY_CHANGE if config[k] is not None and k != "output"}
-            texts = {
-                k: v if isinstance(v, str) else json.dumps(v)
-                for k, v in changed.items()  # a flag reads what TOML and JSON both write
-            }
+            changed = {k: config[k] for k in MAY_CHANGE if k != "output"}
+            # A flag reads what TOML and JSON both write.
+            texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changed.items()}
+            # What is set no more must not be as it was recorded.
+            texts |= {k: "none" for k, v in changed.items() if v is None}
             return ["resume", str(work.path), *(f"--{k}={v}" for k, v in texts.items())]
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)

@@ -7,8 +7,10 @@ import json
 import math
 import re
 import tomllib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -114,6 +116,9 @@ def _without_secret(value: str) -> str:
             "a URL or path without a password or '?': secrets belong into the environment"
         )
     return value
+
+
+Mirror = Annotated[Folder, AfterValidator(_without_secret)]
 
 
 def _is_port(text: str) -> bool:
@@ -261,7 +266,7 @@ class RunConfig(StrictModel):
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
     )
-    mirror: Annotated[Folder, AfterValidator(_without_secret)] | None = Field(
+    mirror: Mirror | None = Field(
         None,
         description="URL or path of a copy that is kept up to date round by round, like "
         "s3://bucket/run",
@@ -594,8 +599,9 @@ def _parse_toml(text: str) -> dict[str, Any]:
 def parse_text(field: str, text: str) -> Any:
     """Read the value of one key from text, as a flag or a flat run-config gives it.
 
-    Text fields keep the text; every other field reads it as a TOML value (``16``, ``0.1``,
-    ``true``, ``[16, 32]``) and falls back to the text, which the checks then refuse by name.
+    ``none`` unsets what may be unset. Text fields keep the text; every other field reads it as a
+    TOML value (``16``, ``0.1``, ``true``, ``[16, 32]``) and falls back to the text, which the
+    checks then refuse by name.
 
     Raises
     ------
@@ -605,7 +611,9 @@ def parse_text(field: str, text: str) -> Any:
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
         raise unknown_key(field, text, RunConfig)
     annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
-    if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
+    if text == "none" and NoneType in typing.get_args(annotation):
+        return None
+    if annotation in (str, str | None, Folder | None, Mirror | None) or "\n" in text:
         return text
     # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
     with contextlib.suppress(ValueError):

@@ -572,6 +572,13 @@ def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
         ("compile", "true", True),
         ("partition", "shards:2", "shards:2"),
         ("output", "", ""),
+        ("mirror", "2024", "2024"),
+        ("mirror", "none", None),
+        ("data-root", "none", None),
+        ("client-timeout", "none", None),
+        ("local-steps", "none", None),
+        ("capture", "none", "none"),
+        ("rounds", "none", "none"),
     ],
 )
 def test_text_is_read_as_toml_but_for_text_fields(field, text, value):
