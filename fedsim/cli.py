@@ -16,7 +16,6 @@ from fedsim import __version__
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 
 if TYPE_CHECKING:
-    from fedsim.core.config import RunConfig
     from fedsim.core.plan import RunPlan
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
@@ -155,7 +154,7 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
         "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
-        "change is refused.",
+        "change is refused. A class of your own is named again with --strategy.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -715,12 +714,6 @@ def _verify(parsed: argparse.Namespace) -> int:
     return FAILURE
 
 
-def _config_of(parsed: argparse.Namespace, values: dict[str, Any]) -> RunConfig:
-    from fedsim.core.config import RunConfig
-
-    return RunConfig.from_mapping({**values, **_flags_of(parsed)})
-
-
 def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Give the keys of a run that stand on the command line."""
     from fedsim.core.config import RunConfig, parse_text
@@ -731,9 +724,11 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
-    from fedsim.core.config import read_config_file
+    from fedsim.core.config import RunConfig, read_config_file
 
-    config = _config_of(parsed, read_config_file(parsed.config) if parsed.config else {})
+    flags = _flags_of(parsed)
+    values = read_config_file(parsed.config, flags) if parsed.config else {}
+    config = RunConfig.from_mapping({**values, **flags})
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -754,6 +749,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _resume(parsed: argparse.Namespace) -> None:
+    from fedsim.core.config import RunConfig, take_recorded
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
@@ -766,8 +762,8 @@ def _resume(parsed: argparse.Namespace) -> None:
     sweep()
     run = load_run(parsed.run)
     check_continuable(run)
-    recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
-    config = _config_of(parsed, recorded)
+    values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
+    config = RunConfig.from_mapping(values)
     pool = fit_pool(config)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
@@ -841,7 +837,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
         for name in parsed.tracker:
             check_tracker(name)
-    values = {**(read_config_file(parsed.config) if parsed.config else {}), **flags}
+    known = {*flags, *(axis.key for axis in axes)}
+    values = {**(read_config_file(parsed.config, known) if parsed.config else {}), **flags}
     named = values.pop("output", None)
     cells = make_cells(values, axes)
 

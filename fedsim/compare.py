@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedsim.core.config import RunConfig
+from fedsim.core.config import RunConfig, flag_text
 from fedsim.core.errors import ConfigError, InputError, RunInterruptedError
 from fedsim.core.grid import Cell
 from fedsim.core.inputs import parse_json, read_text_bytes
@@ -451,17 +451,16 @@ class ProcessLauncher:
         if config["mirror"]:
             # A copy of its own for each cell.
             config["mirror"] = f"{config['mirror'].rstrip('/')}/{work.cell.name}"
+        # The class of a strategy is taken from no file of a run, ours included.
+        strategy = f"--strategy={flag_text(config['strategy'])}"
         if work.action == "resume":
             changed = {k: config[k] for k in MAY_CHANGE if config[k] is not None and k != "output"}
-            texts = {
-                k: v if isinstance(v, str) else json.dumps(v)
-                for k, v in changed.items()  # a flag reads what TOML and JSON both write
-            }
-            return ["resume", str(work.path), *(f"--{k}={v}" for k, v in texts.items())]
+            texts = [f"--{k}={flag_text(v)}" for k, v in changed.items()]
+            return ["resume", str(work.path), strategy, *texts]
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"config": config})
-        places = [f"--output={work.path}"]
+        places = [strategy, f"--output={work.path}"]
         if config["mirror"]:
             places.append(f"--mirror={config['mirror']}")
         return ["run", str(file), *places]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +25,7 @@ from pydantic import (
 
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
-from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
     MOST,
     Count,
@@ -542,7 +544,7 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     return ConfigError(field, given, allowed_instead(problem, annotation))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     """Read the keys of a TOML file, or of the configuration stored in a ``run.json``.
 
     Parameters
@@ -550,11 +552,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
     path : Path
         A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
         exist already).
+    given : collection of str
+        Keys that the user sets beside the file.
 
     Raises
     ------
     InputError
-        When the file is missing or cannot be parsed.
+        When the file is missing or cannot be parsed, or a ``run.json`` names a class of a
+        strategy that the user does not name.
     """
     try:
         of_run = path.suffix == ".json"
@@ -570,7 +575,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             stored: dict[str, Any] = parse_json(content)["config"]
             places = ("output", "mirror")
-            return {k: v for k, v in stored.items() if k not in places and v is not None}
+            values = {k: v for k, v in stored.items() if k not in places and v is not None}
+            _check_names_no_code(values.get("strategy"), given, path)
+            if os.path.lexists(path.with_name("checksums.jsonl")):
+                check_outside(path.parent)
+            return values
         return _parse_toml(text)
     except ValueError as error:
         hint = ""
@@ -584,11 +593,78 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def take_recorded(
+    recorded: Mapping[str, Any], given: Mapping[str, Any], run: Path
+) -> dict[str, Any]:
+    """Take the configuration of a run that may be a stranger's, and what the user gives with it.
+
+    Parameters
+    ----------
+    recorded : mapping of str to Any
+        The configuration that the run was recorded with.
+    given : mapping of str to Any
+        What the user sets, which comes before it.
+    run : Path
+        The run directory.
+
+    Raises
+    ------
+    InputError
+        When the run names a class of a strategy that the user does not name, or the current
+        folder lies in the run directory.
+    """
+    check_outside(run)
+    _check_names_no_code(recorded.get("strategy"), given, run)
+    return {**{k: v for k, v in recorded.items() if v is not None}, **given}
+
+
+def check_outside(run: Path) -> None:
+    """Refuse a current folder inside of a run directory: Python takes code from where it starts.
+
+    Raises
+    ------
+    InputError
+        Naming the run directory.
+    """
+    if Path.cwd().is_relative_to(run.resolve()):
+        raise InputError(
+            f"the current folder lies in the run directory {run.resolve()}, from which no code "
+            "may be taken; allowed is a call from any other folder"
+        )
+
+
+def _check_names_no_code(strategy: Any, given: Collection[str], run: Path) -> None:
+    name = strategy.get("name") if isinstance(strategy, Mapping) else strategy
+    if "strategy" in given or not isinstance(name, str) or ":" not in name:
+        return
+    short = not isinstance(strategy, Mapping) or len(strategy) == 1
+    flag = shlex.quote(flag_text(name if short else strategy))
+    raise InputError(
+        f"strategy = {shorten(name)} of {run} is code, which is never taken from a run; "
+        f"`--strategy {flag}` says that your own class of that name is meant"
+    )
+
+
 def _parse_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def flag_text(value: Any) -> str:
+    """Write a value as a flag gives it: `parse_text` reads it back."""
+    return value if isinstance(value, str) else _toml(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        pairs = (f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # Of a text, a number and a truth value JSON writes what TOML reads.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def parse_text(field: str, text: str) -> Any:
