@@ -429,10 +429,13 @@ def _push(parsed: argparse.Namespace) -> None:
     from fedsim.core.units import format_bytes
     from fedsim.recording.mirror import push
     from fedsim.recording.reader import load_run
+    from fedsim.recording.recovery import check_places
     from fedsim.recording.urls import RemoteFolder
     from fedsim.report.terminal import ByteProgress, make_console
 
-    url = parsed.url or load_run(parsed.run).config.mirror
+    run = load_run(parsed.run)
+    check_places(parsed.run)
+    url = parsed.url or run.config.mirror
     if not url:
         raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
     console = make_console()

@@ -26,7 +26,7 @@ from fedsim.recording.checksums import (
     files_elsewhere,
     read_checksums,
 )
-from fedsim.recording.files import Checksum
+from fedsim.recording.files import Checksum, read_text, temporary
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import load_run
 from fedsim.recording.urls import RemoteError, RemoteFolder
@@ -133,7 +133,7 @@ class _Lists:
 def _reader_of(root: Path) -> Callable[[str], bytes | None]:
     def read(name: str) -> bytes | None:
         try:
-            return (root / name).read_bytes()
+            return read_text(root / name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -299,7 +299,7 @@ class _Push:
                 raise Stopped
             path = self._layout.inside(name)
             try:
-                whole = Checksum.of_file(path) == checksum
+                whole = _holds(path, checksum)
             except OSError as error:
                 raise RunFailedError(f"{path} cannot be read: {error.strerror}") from None
             if not whole:
@@ -376,10 +376,11 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     lists = _consistent_lists(remote)
     rounds = len(lists.closed)
     unfinished = folder.with_name(f"{folder.name}.partial")
+    layout = RunLayout(unfinished)
+    if unfinished.is_symlink():
+        raise InputError(f"{unfinished} is a symbolic link; remove it and try again")
     try:
-        (unfinished / "rounds").mkdir(parents=True, exist_ok=True)
-        if unfinished.is_symlink():
-            raise InputError(f"{unfinished} is a symbolic link; remove it and try again")
+        layout.inside("rounds/any").parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}") from None
     there = {line.number for line in lists.closed}
@@ -387,7 +388,6 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     files = _files_of(kept)
     away = {name for line in kept for name in line.elsewhere}
     total, done = sum(checksum.size for checksum in files.values()), 0
-    layout = RunLayout(unfinished)
     for name, checksum in files.items():
         if name not in away or remote.size(name) is not None:
             _get(remote, name, layout.inside(name), checksum)
@@ -401,7 +401,8 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
         (ROUNDS, rows),
         (MANIFEST, lists.manifest),
     ):
-        (unfinished / name).write_bytes(content)
+        with temporary(unfinished / name) as path:
+            path.write_bytes(content)
     load_run(unfinished)
     unfinished.rename(folder)
     return rounds
@@ -424,25 +425,25 @@ def _consistent_lists(remote: RemoteFolder) -> _Lists:
 
 def _get(remote: RemoteFolder, name: str, path: Path, checksum: Checksum) -> None:
     with contextlib.suppress(OSError):
-        if Checksum.of_file(path) == checksum:
+        if _holds(path, checksum):
             return
     # No more than was promised, however much there is.
     if (size := remote.size(name)) != checksum.size:
         found = "is not there" if size is None else f"has {size} bytes, not {checksum.size}"
         raise RunFailedError(f"{remote.url}/{name} {found}")
-    unfinished = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remote.get(name, unfinished)
-        whole = Checksum.of_file(unfinished) == checksum
-        if whole:
-            unfinished.replace(path)
-        else:
-            unfinished.unlink()
+        with temporary(path) as unfinished:
+            remote.get(name, unfinished)
+            if not _holds(unfinished, checksum):
+                raise RunFailedError(f"{remote.url}/{name} is not what was written")
     except OSError as error:
         raise RunFailedError(f"{path} cannot be written: {error.strerror}") from None
-    if not whole:
-        raise RunFailedError(f"{remote.url}/{name} is not what was written")
+
+
+def _holds(path: Path, checksum: Checksum) -> bool:
+    # A hole of any size is read for hours.
+    return path.lstat().st_size == checksum.size and Checksum.of_file(path) == checksum
 
 
 class Mirror:

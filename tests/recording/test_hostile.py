@@ -919,3 +919,68 @@ def test_nor_does_flower_or_python_take_a_class_from_a_run(named: Path, tmp_path
     mine = {"resume": str(named), "strategy": "{name = 'planted:Theirs', trust = 0.5}"}
     assert config_from_run_config(mine, recorded).strategy.name == "planted:Theirs"
     assert ran(tmp_path) == []
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("damage", [be_link, be_pipe, be_terabyte])
+@pytest.mark.parametrize("name", FILES)
+def test_a_copy_there_and_back_follows_no_link_and_waits_for_nothing(
+    name: str,
+    damage: Callable[[Path, Path, Path], None],
+    run: Path,
+    outside: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy, back = tmp_path / "copy", tmp_path / "back"
+    assert command("push", run, copy) == 0
+    for place, arguments in ((run, ["push", run, tmp_path / "new"]), (copy, ["fetch", copy, back])):
+        damage(place / name, place, outside)
+        beyond = fuzz.snapshot(outside)
+        capsys.readouterr()
+        assert command(*arguments) in (1, 2)
+        err = capsys.readouterr().err
+        assert (err[:8], err.count("\n")) == ("fedsim: ", 1)
+        assert Path(name).name in err
+        assert fuzz.snapshot(outside) == beyond
+    # A copy has its run.json last.
+    assert not (tmp_path / "new/run.json").exists()
+    assert not back.exists()
+
+
+@pytest.mark.parametrize("name", ["rounds", "rounds/0001", "rounds/0001/clients"])
+def test_a_copy_leads_through_no_folder_that_is_a_link(
+    name: str, run: Path, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    assert command("push", run, copy) == 0
+    (other / name).parent.mkdir(parents=True)
+    (other / name).symlink_to(outside / name)
+    (tmp_path / "back.partial" / name).parent.mkdir(parents=True)
+    (tmp_path / "back.partial" / name).symlink_to(outside / name)
+    before = fuzz.snapshot(outside)
+    assert command("push", run, other) == 1
+    assert command("fetch", copy, tmp_path / "back") == 2
+    for place in (run, copy):
+        shutil.rmtree(place / name)
+        (place / name).symlink_to(outside / name)
+    assert command("push", run, tmp_path / "new") == 2
+    assert command("fetch", copy, tmp_path / "back2") == 1
+    assert capsys.readouterr().err.count("\n") == 4
+    assert fuzz.snapshot(outside) == before
+
+
+def test_what_lies_where_a_fetched_file_is_made_is_not_written_through(
+    run: Path, outside: Path, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "back.partial"
+    before = fuzz.snapshot(outside)
+    for name in FILES:
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / name).symlink_to(outside / name)
+        (unfinished / f"{name}.{os.getpid()}.partial").symlink_to(outside / name)
+    assert command("fetch", run, tmp_path / "back") == 0
+    assert verify(tmp_path / "back").violations == []
+    assert fuzz.snapshot(outside) == before

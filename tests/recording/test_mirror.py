@@ -352,5 +352,5 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"fedsim: {back} exists already; allowed is a folder that does not",
         f"fedsim: {run} was recorded without mirror; allowed is a URL after it",
-        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no run.json",
+        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no whole run.json",
     ]
