@@ -116,7 +116,7 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         "run",
         help="run a simulation and record it",
         description="Run a simulation and record it. Flags override the file; lists and tables "
-        "are written as in TOML, like --batch-size '[16, 32]'.",
+        "are written as in TOML, like --batch-size '[16, 32]', and `none` unsets a key.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_run)
@@ -154,7 +154,8 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
         "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
-        "change is refused. A class of your own is named again with --strategy.",
+        "change is refused. What a run alone does not decide is given again: --strategy where "
+        "it is a class of your own, and --mirror (`none`: no copy any more).",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -407,9 +408,7 @@ def _add_push(commands: Any) -> None:
     )
     command.set_defaults(command=_push)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    command.add_argument(
-        "url", nargs="?", metavar="URL", help="like s3://bucket/run (default: the run's mirror)"
-    )
+    command.add_argument("url", metavar="URL", help="like s3://bucket/run")
 
 
 def _add_fetch(commands: Any) -> None:
@@ -433,15 +432,12 @@ def _push(parsed: argparse.Namespace) -> None:
     from fedsim.recording.urls import RemoteFolder
     from fedsim.report.terminal import ByteProgress, make_console
 
-    run = load_run(parsed.run)
+    load_run(parsed.run)
     check_places(parsed.run)
-    url = parsed.url or run.config.mirror
-    if not url:
-        raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
     console = make_console()
     with ByteProgress(console, f"copying {parsed.run}") as progress:
-        size = push(parsed.run, RemoteFolder(url), progress=progress)
-    text = f"copied: {format_bytes(size)} to {url}, which is up to date"
+        size = push(parsed.run, RemoteFolder(parsed.url), progress=progress)
+    text = f"copied: {format_bytes(size)} to {parsed.url}, which is up to date"
     console.print(text, markup=False, soft_wrap=True)
 
 

@@ -454,8 +454,8 @@ class ProcessLauncher:
         # The class of a strategy is taken from no file of a run, ours included.
         strategy = f"--strategy={flag_text(config['strategy'])}"
         if work.action == "resume":
-            changed = {k: config[k] for k in MAY_CHANGE if config[k] is not None and k != "output"}
-            texts = [f"--{k}={flag_text(v)}" for k, v in changed.items()]
+            # Also what is unset: the cell may have been recorded with a value of it.
+            texts = [f"--{k}={flag_text(config[k])}" for k in MAY_CHANGE if k != "output"]
             return ["resume", str(work.path), strategy, *texts]
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)

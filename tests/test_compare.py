@@ -439,7 +439,9 @@ def test_what_is_taken_from_no_run_is_passed_on_to_the_cells(tmp_path, monkeypat
     started = []
     monkeypatch.setattr(simulation, "simulate", lambda plan, *_, **__: started.append(plan.config))
     output = tmp_path / "grid"
-    cells = cells_of([Axis("strategy", ({"name": "own_class:Own", "dp": None}, "fedavgm"))])
+    axes = [Axis("strategy", ({"name": "own_class:Own", "dp": None}, "fedavgm"))]
+    places = {"mirror": f"{tmp_path}/copies", "client_timeout": 60.0}
+    cells = cells_of(axes, **places)
     own = cells[0].name
     compare.check_grid(output, cells)
     launcher = compare.ProcessLauncher(output)
@@ -448,11 +450,18 @@ def test_what_is_taken_from_no_run_is_passed_on_to_the_cells(tmp_path, monkeypat
     for work in works:
         assert cli.run(launcher._arguments(work)) == 0
     Local((own, 1))(works[0], threading.Event(), lambda: None)
-    (resumed, _) = compare.find_work(output, cells, lambda config: None)
-    assert resumed.action == "resume"
-    assert cli.run(launcher._arguments(resumed)) == 0
+    for asked in (cells, cells_of(axes)):
+        (resumed, _) = compare.find_work(output, asked, lambda config: None)
+        assert resumed.action == "resume"
+        assert cli.run(launcher._arguments(resumed)) == 0
     assert [config.strategy for config in started] == [
-        cell.config.strategy for cell in (*cells, cells[0])
+        cell.config.strategy for cell in (*cells, cells[0], cells[0])
+    ]
+    copy = f"{tmp_path}/copies/{own}"
+    assert [(config.mirror, config.client_timeout) for config in (started[0], *started[2:])] == [
+        (copy, 60.0),
+        (copy, 60.0),
+        (None, None),
     ]
 
 

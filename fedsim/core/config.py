@@ -95,6 +95,8 @@ def _parsed_by(parser: Any) -> AfterValidator:
 
 
 LOCAL = "local"
+UNSET = "none"
+"""Text that unsets a key which a file or a run sets."""
 
 
 def _ray_address(value: str) -> str:
@@ -610,12 +612,28 @@ def take_recorded(
     Raises
     ------
     InputError
-        When the run names a class of a strategy that the user does not name, or the current
-        folder lies in the run directory.
+        When the run names a class of a strategy or a mirror that the user does not name, or the
+        current folder lies in the run directory.
     """
     check_outside(run)
     _check_names_no_code(recorded.get("strategy"), given, run)
+    if (mirror := recorded.get("mirror")) and "mirror" not in given:
+        raise InputError(
+            f"mirror = {shorten(mirror)} of {run} is a place that a run alone does not decide; "
+            f"`--mirror {shlex.quote(mirror)}` goes on copying there, `--mirror {UNSET}` does not"
+        )
     return {**{k: v for k, v in recorded.items() if v is not None}, **given}
+
+
+def flags_to_resume(config: RunConfig) -> str:
+    """Give what a user must say again to go on with a run, as text for a shell."""
+    values = config.to_mapping()
+    asked = {
+        "strategy": ":" in config.strategy.name,
+        "mirror": config.mirror is not None,
+    }
+    flags = (f" --{key} {shlex.quote(flag_text(values[key]))}" for key in asked if asked[key])
+    return "".join(flags)
 
 
 def check_outside(run: Path) -> None:
@@ -654,6 +672,8 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def flag_text(value: Any) -> str:
     """Write a value as a flag gives it: `parse_text` reads it back."""
+    if value is None:
+        return UNSET
     return value if isinstance(value, str) else _toml(value)
 
 
@@ -672,6 +692,7 @@ def parse_text(field: str, text: str) -> Any:
 
     Text fields keep the text; every other field reads it as a TOML value (``16``, ``0.1``,
     ``true``, ``[16, 32]``) and falls back to the text, which the checks then refuse by name.
+    ``none`` unsets a key that is unset by default.
 
     Raises
     ------
@@ -680,7 +701,10 @@ def parse_text(field: str, text: str) -> Any:
     """
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
         raise unknown_key(field, text, RunConfig)
-    annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
+    known = RunConfig.model_fields[field.replace("-", "_")]
+    if text == UNSET and known.default is None:
+        return None
+    annotation = known.annotation
     if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
         return text
     # Not TOMLDecodeError alone: Python reads no number of thousands of digits.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim.core.config import RunConfig, parse_text, read_config_file, take_recorded
+from fedsim.core.config import UNSET, RunConfig, parse_text, read_config_file, take_recorded
 from fedsim.core.errors import ConfigError
 
 
@@ -51,10 +51,11 @@ def check_paths(run_config: Mapping[str, Any]) -> None:
         Naming the key.
     """
     for key in ("config", "output", "data-root", "resume"):
-        if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
+        given = run_config.get(key)
+        if given and given != UNSET and not Path(str(given)).is_absolute():
             raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
     mirror = str(run_config.get("mirror") or "")
-    if mirror and "://" not in mirror and not Path(mirror).is_absolute():
+    if mirror not in ("", UNSET) and "://" not in mirror and not Path(mirror).is_absolute():
         raise ConfigError(
             "mirror", mirror, "a URL or an absolute path: Flower runs a copy of the app"
         )

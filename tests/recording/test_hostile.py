@@ -984,3 +984,29 @@ def test_what_lies_where_a_fetched_file_is_made_is_not_written_through(
     assert command("fetch", run, tmp_path / "back") == 0
     assert verify(tmp_path / "back").violations == []
     assert fuzz.snapshot(outside) == before
+
+
+def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = f"{tmp_path}/its place"
+    edit(run / "run.json", lambda manifest: manifest["config"].update(mirror=there))
+    reseal(run)
+    before = fuzz.snapshot(tmp_path)
+    said = (
+        f"mirror = {there!r} of {run} is a place that a run alone does not decide; "
+        f"`--mirror '{there}'` goes on copying there, `--mirror none` does not"
+    )
+    assert command("resume", run, "--rounds=2") == 2
+    assert capsys.readouterr().err == f"fedsim: {said}\n"
+    recorded = load_run(run).config.to_mapping()
+    with pytest.raises(InputError, match="is a place that a run alone does not decide"):
+        config_from_run_config({"resume": str(run), "mirror": ""}, recorded)
+    assert fuzz.snapshot(tmp_path) == before
+    for said_again, mirror in ((there, there), ("none", None)):
+        assert config_from_run_config({"resume": str(run), "mirror": said_again}, recorded).mirror == (
+            mirror
+        )
+        assert command("resume", run, "--rounds=2", "--mirror", said_again) == 0
+        assert load_run(run).config.mirror == mirror
+    assert command("resume", run, "--rounds=2") == 0

@@ -351,6 +351,7 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"fedsim: {back} exists already; allowed is a folder that does not",
-        f"fedsim: {run} was recorded without mirror; allowed is a URL after it",
+        "fedsim: the following arguments are required: URL; `fedsim push --help` lists what is "
+        "allowed",
         f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no whole run.json",
     ]
