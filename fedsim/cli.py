@@ -155,7 +155,8 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
         "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
         "change is refused. What a run alone does not decide is given again: --strategy where "
-        "it is a class of your own, and --mirror (`none`: no copy any more).",
+        "it is a class of your own, --mirror (`none`: no copy any more), and --ray-address "
+        "(otherwise: this machine).",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -763,10 +764,11 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
     config = RunConfig.from_mapping(values)
-    pool = fit_pool(config)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
+    # The cluster comes last: whatever is wrong here is said before anything is asked of it.
+    pool = fit_pool(config)
     if recovery.damage:
         make_console().print(
             printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),

@@ -460,7 +460,11 @@ class ProcessLauncher:
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"config": config})
-        places = [strategy, f"--output={work.path}"]
+        places = [
+            strategy,
+            f"--ray-address={config['ray-address']}",
+            f"--output={work.path}",
+        ]
         if config["mirror"]:
             places.append(f"--mirror={config['mirror']}")
         return ["run", str(file), *places]

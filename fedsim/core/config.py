@@ -553,7 +553,7 @@ def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     ----------
     path : Path
         A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
-        exist already).
+        exist already; and ``ray-address``, which decides nothing of a run).
     given : collection of str
         Keys that the user sets beside the file.
 
@@ -576,7 +576,7 @@ def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             stored: dict[str, Any] = parse_json(content)["config"]
-            places = ("output", "mirror")
+            places = ("output", "mirror", "ray-address")
             values = {k: v for k, v in stored.items() if k not in places and v is not None}
             _check_names_no_code(values.get("strategy"), given, path)
             if os.path.lexists(path.with_name("checksums.jsonl")):
@@ -603,7 +603,8 @@ def take_recorded(
     Parameters
     ----------
     recorded : mapping of str to Any
-        The configuration that the run was recorded with.
+        The configuration that the run was recorded with. Its ``ray-address`` is left out: joining a
+        cluster is to trust it.
     given : mapping of str to Any
         What the user sets, which comes before it.
     run : Path
@@ -622,7 +623,8 @@ def take_recorded(
             f"mirror = {shorten(mirror)} of {run} is a place that a run alone does not decide; "
             f"`--mirror {shlex.quote(mirror)}` goes on copying there, `--mirror {UNSET}` does not"
         )
-    return {**{k: v for k, v in recorded.items() if v is not None}, **given}
+    kept = {k: v for k, v in recorded.items() if v is not None and k != "ray-address"}
+    return {**kept, **given}
 
 
 def flags_to_resume(config: RunConfig) -> str:
@@ -631,6 +633,7 @@ def flags_to_resume(config: RunConfig) -> str:
     asked = {
         "strategy": ":" in config.strategy.name,
         "mirror": config.mirror is not None,
+        "ray-address": config.cluster is not None,
     }
     flags = (f" --{key} {shlex.quote(flag_text(values[key]))}" for key in asked if asked[key])
     return "".join(flags)

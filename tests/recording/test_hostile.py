@@ -1004,9 +1004,27 @@ def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
         config_from_run_config({"resume": str(run), "mirror": ""}, recorded)
     assert fuzz.snapshot(tmp_path) == before
     for said_again, mirror in ((there, there), ("none", None)):
-        assert config_from_run_config({"resume": str(run), "mirror": said_again}, recorded).mirror == (
-            mirror
-        )
+        values = {"resume": str(run), "mirror": said_again}
+        assert config_from_run_config(values, recorded).mirror == mirror
         assert command("resume", run, "--rounds=2", "--mirror", said_again) == 0
         assert load_run(run).config.mirror == mirror
     assert command("resume", run, "--rounds=2") == 0
+
+
+def test_a_cluster_that_a_run_names_is_not_asked_for_anything(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        head.setblocking(False)
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        manifest = run / "run.json"
+        edit(manifest, lambda manifest: manifest["config"].update({"ray-address": address}))
+        reseal(run)
+        assert command("plan", manifest) == 0
+        # Given, it comes after all that is checked here.
+        assert command("resume", run, "--ray-address", address, "--rounds=1") == 2
+        assert "rounds = 1 cannot be used" in capsys.readouterr().err
+        assert command("resume", run, "--rounds=2") == 0
+        with pytest.raises(BlockingIOError):
+            head.accept()
+    assert load_run(run).config.ray_address == "local"
