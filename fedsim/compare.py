@@ -224,7 +224,7 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
         if settled or (run.round_rows and last == cell.config.rounds):
             return Work(cell, path, "none", last)
     check_machine(cell.config)
-    plan = RunPlan.prepare(cell.config)
+    plan = RunPlan.prepare(_own_config(cell))
     plan.check_budget()
     if run is None:
         check_strategy(plan.config.strategy)
@@ -233,6 +233,13 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
     done = max(check_resume(run, plan).round, 0)
     left = sum(plan.round_bytes(r) for r in range(done + 1, cell.config.rounds + 1))
     return Work(cell, path, "resume", done, left)
+
+
+def _own_config(cell: Cell) -> RunConfig:
+    """Give the configuration of a cell with a copy of its own."""
+    mirror = cell.config.mirror
+    own = f"{mirror.rstrip('/')}/{cell.name}" if mirror else mirror
+    return cell.config.model_copy(update={"mirror": own})
 
 
 def _run_at(path: Path) -> Run | None:
@@ -447,10 +454,7 @@ class ProcessLauncher:
         return "interrupted"
 
     def _arguments(self, work: Work) -> list[str]:
-        config = work.cell.config.to_mapping()
-        if config["mirror"]:
-            # A copy of its own for each cell.
-            config["mirror"] = f"{config['mirror'].rstrip('/')}/{work.cell.name}"
+        config = _own_config(work.cell).to_mapping()
         # The class of a strategy is taken from no file of a run, ours included.
         strategy = f"--strategy={flag_text(config['strategy'])}"
         if work.action == "resume":

@@ -58,7 +58,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     if not plan.config.own_data:
         _check_room(path, plan)
     if plan.config.mirror:
-        open_mirror(plan.config.mirror)
+        open_mirror(plan.config.mirror, path)
 
 
 def _check_room(path: Path, plan: RunPlan) -> None:

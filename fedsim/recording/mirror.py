@@ -142,16 +142,30 @@ def _reader_of(root: Path) -> Callable[[str], bytes | None]:
     return read
 
 
-def open_mirror(url: str) -> RemoteFolder:
+def _check_apart(remote: RemoteFolder, root: Path) -> None:
+    """Refuse a copy that would be written over its run, or into it."""
+    if remote.folder is None:
+        return
+    # Not `resolve`, which raises where links lead in a circle.
+    copy, run = (Path(os.path.realpath(folder)) for folder in (remote.folder, root))
+    if copy.is_relative_to(run) or run.is_relative_to(copy):
+        raise InputError(
+            f"{remote.url} is the run directory {root}, lies in it or holds it; allowed is a place "
+            "apart from it"
+        )
+
+
+def open_mirror(url: str, root: Path) -> RemoteFolder:
     """Open the URL of a copy for a run that is yet to be made.
 
     Raises
     ------
     ConfigError
-        When it cannot be written, or holds something already.
+        When it cannot be written, holds something already, or is no place apart from the run.
     """
     try:
         remote = RemoteFolder(url)
+        _check_apart(remote, root)
         present = remote.read(MANIFEST) or remote.read(CHECKSUMS)
         remote.check_writable()
     except FedsimError as error:
@@ -162,7 +176,7 @@ def open_mirror(url: str) -> RemoteFolder:
 
 
 def check_mirror(url: str, root: Path) -> None:
-    """Refuse a URL that holds another run than a run directory does.
+    """Refuse a URL that holds another run than a run directory does, or is no place apart from it.
 
     One that cannot be reached at the moment is none: the copy is brought up to date later.
 
@@ -173,6 +187,7 @@ def check_mirror(url: str, root: Path) -> None:
     """
     try:
         remote = RemoteFolder(url)
+        _check_apart(remote, root)
         with contextlib.suppress(RemoteError):
             theirs = _Lists.taken(remote.read, url)
             _check_same(theirs, _Lists.taken(_reader_of(root), str(root)), url)
@@ -218,12 +233,13 @@ def push(
     Raises
     ------
     InputError
-        When it is no run, or the copy is that of another.
+        When it is no run, or the copy is that of another or no place apart from it.
     RunFailedError
         When a file cannot be copied, or is not what was written.
     Stopped
         Once `stop` says so.
     """
+    _check_apart(remote, root)
     ours = _Lists.taken(_reader_of(root), str(root))
     if not ours.manifest:
         raise InputError(f"{root} is no run directory: it has no {MANIFEST}")
@@ -373,6 +389,7 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     if os.path.lexists(folder):
         raise InputError(f"{folder} exists already; allowed is a folder that does not")
     remote = RemoteFolder(url)
+    _check_apart(remote, folder)
     lists = _consistent_lists(remote)
     rounds = len(lists.closed)
     unfinished = folder.with_name(f"{folder.name}.partial")
