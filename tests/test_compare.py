@@ -21,6 +21,7 @@ from fedsim.core.config import RunConfig, parse_text
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 from fedsim.core.grid import Axis, Cell, make_cells
 from fedsim.core.plan import RunPlan
+from fedsim.flower import simulation
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute, manifest_of
 from fedsim.recording.files import write_json
@@ -453,6 +454,41 @@ def test_bad_input_is_one_sentence_and_exit_2_and_writes_nothing(
     assert said in err
     assert err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_is_taken_from_no_run_is_passed_on_to_the_cells(tmp_path, monkeypatch):
+    """Their configurations lie in run directories and files that `fedsim` trusts no more."""
+    (tmp_path / "own_class.py").write_text(
+        "from flwr.serverapp.strategy import FedAvg\nclass Own(FedAvg):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    started = []
+    monkeypatch.setattr(simulation, "simulate", lambda plan, *_, **__: started.append(plan.config))
+    output = tmp_path / "grid"
+    axes = [Axis("strategy", ({"name": "own_class:Own", "dp": None}, "fedavgm"))]
+    places = {"mirror": f"{tmp_path}/copies", "client_timeout": 60.0}
+    cells = cells_of(axes, **places)
+    own = cells[0].name
+    compare.check_grid(output, cells)
+    launcher = compare.ProcessLauncher(output)
+    works = compare.find_work(output, cells, lambda config: None)
+    output.mkdir()
+    for work in works:
+        assert cli.run(launcher._arguments(work)) == 0
+    Local((own, 1))(works[0], threading.Event(), lambda: None)
+    for asked in (cells, cells_of(axes)):
+        (resumed, _) = compare.find_work(output, asked, lambda config: None)
+        assert resumed.action == "resume"
+        assert cli.run(launcher._arguments(resumed)) == 0
+    assert [config.strategy for config in started] == [
+        cell.config.strategy for cell in (*cells, cells[0], cells[0])
+    ]
+    copy = f"{tmp_path}/copies/{own}"
+    assert [(config.mirror, config.client_timeout) for config in (started[0], *started[2:])] == [
+        (copy, 60.0),
+        (copy, 60.0),
+        (None, None),
+    ]
 
 
 REAL = {**SMALL, "rounds": 4, "workers": 2}

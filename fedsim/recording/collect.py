@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from fedsim.core.errors import InputError
+from fedsim.core.inputs import open_regular
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
 from fedsim.recording.files import Checksum, Digest, temporary
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Run
 from fedsim.recording.urls import file_system, reason_of
 from fedsim.recording.writer import is_being_written
@@ -100,6 +105,7 @@ class _Source:
 
     fs: Any
     path: str
+    below: str
     shown: str
 
     @classmethod
@@ -108,21 +114,26 @@ class _Source:
         fs, path = file_system(source)
         path = path.rstrip("/")
         try:
-            is_folder = fs.isdir(path)
+            is_folder = fs.isdir(path or "/")
         # Each store has exceptions of its own.
         except Exception as error:
             raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
         if not is_folder:
             raise InputError(f"{source} cannot be collected from: it is no folder")
-        yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
-        yield cls(fs, path, source.rstrip("/"))
+        for below in (f"/{run_id}", ""):
+            yield cls(fs, path, below, f"{source.rstrip('/')}{below}")
 
     def chunks(self, name: str) -> Iterator[bytes] | None:
         """Read a file; None where there is none."""
-        path = f"{self.path}/{name}"
-        if not self.fs.isfile(path):
+        path = f"{self.path}{self.below}/{name}"
+        if not isinstance(self.fs, LocalFileSystem):
+            return _chunks(self.fs.open(path, "rb")) if self.fs.isfile(path) else None
+        # What a node sent may be a stranger's, as a run directory may.
+        inside = RunLayout(Path(self.path or "/")).inside(f"{self.below}/{name}".lstrip("/"))
+        try:
+            return _chunks(os.fdopen(open_regular(inside), "rb"))
+        except FileNotFoundError:
             return None
-        return _chunks(self.fs.open(path, "rb"))
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
