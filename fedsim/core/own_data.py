@@ -24,6 +24,8 @@ from fedsim.core.inputs import open_regular, parse_json
 
 _VERSION = 1
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+MOST_NAME = 255
+"""Characters in the name of a class."""
 _MOST_IMAGE_BYTES = 2**20
 """Of the file of one image of 32x32 pixels."""
 
@@ -160,6 +162,12 @@ def _save(
 ) -> None:
     if not len(labels):
         raise ValueError("it holds no sample")
+    for name in names:
+        if len(name) > MOST_NAME or name.encode(errors="ignore").decode() != name:
+            raise ValueError(
+                f"a class is called {shorten(name)}; allowed are names in UTF-8 of at most "
+                f"{MOST_NAME} characters"
+            )
     classes = json.dumps(names)
     digest = hashlib.sha256(classes.encode())
     digest.update(np.ascontiguousarray(images).data)

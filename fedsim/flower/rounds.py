@@ -32,7 +32,7 @@ from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
 from fedsim.flower.membership import membership_of
-from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
+from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of, writable
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
@@ -215,7 +215,7 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
             else:
-                self._fail(number, partition, reason, failed)
+                self._fail(number, partition, writable(reason), failed)
 
     def _fail(self, number: int, partition: int, reason: str, failed: list[int]) -> None:
         if self._stop.is_set():

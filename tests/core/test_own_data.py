@@ -111,6 +111,14 @@ def test_it_is_converted_once_and_again_when_it_changed(tmp_path: Path, cache: P
             lambda own: write_arrays(own, labels=np.array([0, 1, 2, 3])),
             "labels go beyond 0 to 2, the classes",
         ),
+        (
+            lambda own: write_arrays(own, classes=json.dumps(["a", "b", "c" * 256])),
+            "a class is called 'cccc",
+        ),
+        (
+            lambda own: (write_images(own), (own / "train" / "caf\udce9").mkdir()),
+            "a class is called 'caf\\udce9'; allowed are names in UTF-8 of at most 255",
+        ),
         (lambda own: write_arrays(own, classes="3"), "has no classes in its metadata"),
         (
             lambda own: write_arrays(own, more=np.zeros(1)),
