@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from fedsim.core.aggregation import check_like, first_not_finite
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json
+from fedsim.core.plan import RunPlan
+from fedsim.core.units import format_bytes
 from fedsim.flower import messages as wire
 from fedsim.recording import rows
 from fedsim.recording.files import json_line
@@ -81,6 +83,19 @@ def problem_of(
     if not allow_divergence and (layer := first_not_finite(local)):
         return f"returned {layer} {NOT_FINITE}{loss_of(row)}"
     return None
+
+
+def problem_of_files(reply: Message, plan: RunPlan, partition: int) -> str | None:
+    """Say why no client of a plan wrote the files that a reply lists; None where one may have."""
+    files = telemetry_of(reply)["files"]
+    size = sum(file["bytes"] for file in files.values())
+    most_files, most_bytes = plan.most_files_of(partition), plan.most_bytes_of(partition)
+    if len(files) <= most_files and size <= most_bytes:
+        return None
+    return (
+        f"returned what cannot be folded: its telemetry lists {len(files):,} files of "
+        f"{format_bytes(size)}; allowed are at most {most_files:,} of {format_bytes(most_bytes)}"
+    )
 
 
 def _check_telemetry(row: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedsim.core.errors import InputError
 from fedsim.core.units import format_bytes
@@ -74,7 +74,10 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
         return Collected()
     run_id = run.entry("id")
     folders = [folder for source in sources for folder in _Source.at(source, run_id)]
-    total, collected = sum(c.size for c in wanted.values()), Collected()
+    collected = Collected()
+    offers = {name: _offers(name, checksum, folders) for name, checksum in wanted.items()}
+    # What no source has needs no room.
+    total = sum(wanted[name].size for name, found in offers.items() if found.sources)
     if total > (free := shutil.disk_usage(run.path).free):
         raise InputError(
             f"{run.path} needs {format_bytes(total)} more and its disk has {format_bytes(free)} "
@@ -82,8 +85,9 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
         )
     done = 0
     for name, checksum in wanted.items():
-        _fetch(run, name, checksum, folders, collected)
-        done += checksum.size
+        _fetch(run, name, checksum, offers[name], collected)
+        if offers[name].sources:
+            done += checksum.size
         if progress is not None:
             progress(done, total)
     if not collected.files and not collected.wrong:
@@ -117,31 +121,50 @@ class _Source:
         yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
         yield cls(fs, path, source.rstrip("/"))
 
-    def chunks(self, name: str) -> Iterator[bytes] | None:
-        """Read a file; None where there is none."""
-        path = f"{self.path}/{name}"
-        if not self.fs.isfile(path):
+    def size(self, name: str) -> int | None:
+        """Count the bytes of a file; None where there is none."""
+        try:
+            found = self.fs.info(f"{self.path}/{name}")
+        except FileNotFoundError:
             return None
-        return _chunks(self.fs.open(path, "rb"))
+        return int(found["size"]) if found["type"] == "file" else None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Read a file."""
+        with self.fs.open(f"{self.path}/{name}", "rb") as file:
+            while chunk := file.read(_READ_BYTES):
+                yield chunk
 
 
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        while chunk := file.read(_READ_BYTES):
-            yield chunk
+@dataclass
+class _Offers:
+    """Sources that have a file of the right size, and what is wrong with the others."""
+
+    sources: list[_Source]
+    refused: list[str]
 
 
-def _fetch(
-    run: Run, name: str, checksum: Checksum, sources: Iterable[_Source], collected: Collected
-) -> None:
-    path = run.layout.inside(name)
-    refused = []
+def _offers(name: str, checksum: Checksum, sources: Iterable[_Source]) -> _Offers:
+    offers = _Offers([], [])
     for source in sources:
         try:
-            chunks = source.chunks(name)
-            if chunks is None:
-                continue
-            _copy(chunks, path, checksum)
+            size = source.size(name)
+        except Exception as error:
+            offers.refused.append(f"{source.shown}/{name} cannot be copied: {reason_of(error)}")
+            continue
+        if size == checksum.size:
+            offers.sources.append(source)
+        elif size is not None:
+            offers.refused.append(f"{source.shown}/{name} is not what the client wrote")
+    return offers
+
+
+def _fetch(run: Run, name: str, checksum: Checksum, offers: _Offers, collected: Collected) -> None:
+    path = run.layout.inside(name)
+    refused = list(offers.refused)
+    for source in offers.sources:
+        try:
+            _copy(source.chunks(name), path, checksum)
         except _OtherBytesError:
             refused.append(f"{source.shown}/{name} is not what the client wrote")
         except Exception as error:
