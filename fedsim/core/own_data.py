@@ -22,10 +22,12 @@ from fedsim.core.cache import IMAGE_SHAPE, cache_root
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import open_regular, parse_json
 
-_VERSION = 1
+_VERSION = 2
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_NAME = 255
 """Characters in the name of a class."""
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+"""Kinds of images, as Pillow names them, that have 8 bits a channel or fewer."""
 _MOST_IMAGE_BYTES = 2**20
 """Of the file of one image of 32x32 pixels."""
 
@@ -132,6 +134,12 @@ def _image(path: Path) -> NDArray[np.uint8]:
             if image.size != IMAGE_SHAPE[:0:-1]:
                 width, height = image.size
                 raise ValueError(f"{path} has {width}x{height} pixels; allowed is 32x32")
+            if image.mode not in _MODES:
+                # Pillow would clip what has 16 bits at 255: all of it white.
+                raise ValueError(
+                    f"{path} has pixels of kind {image.mode}; allowed are 8 bits a channel, in "
+                    f"Pillow's kinds {', '.join(_MODES)}"
+                )
             return np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
     except (UnidentifiedImageError, OSError, SyntaxError):
         raise ValueError(f"{path} is no image that can be read") from None

@@ -136,6 +136,35 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, change: Any, told: 
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str) -> None:
+    write_images(tmp_path / "own")
+    path = tmp_path / "own" / "train" / "dog" / "x.png"
+    pixels16 = np.full((32, 32), 4000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    # What a file holds decides, whatever it is called.
+    Image.fromarray(pixels16).save(path, format="PNG" if mode == "I;16" else "TIFF")
+    with Image.open(path) as image:
+        found = image.mode
+    with pytest.raises(InputError) as caught:
+        find_own_data(tmp_path / "own")
+    assert str(caught.value).endswith(
+        f"{path} has pixels of kind {found}; allowed are 8 bits a channel, in Pillow's kinds "
+        "1, L, LA, P, RGB, RGBA, CMYK"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_kind_of_8_bits_is_taken(tmp_path: Path, mode: str) -> None:
+    write_images(tmp_path / "own")
+    path = tmp_path / "own" / "train" / "dog" / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.fromarray(pixels(4, 32, 32, 3)).convert(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    own = find_own_data(tmp_path / "own")
+    np.testing.assert_array_equal(load_file(own.file)["images"][2], expected)
+
+
 def test_names_of_classes_may_be_any_text(tmp_path: Path) -> None:
     write_arrays(tmp_path / "own", classes=json.dumps(["ä", "", "x/y"]))
     assert find_own_data(tmp_path / "own").classes == ("ä", "", "x/y")
