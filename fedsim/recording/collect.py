@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedsim.core.errors import InputError
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
-from fedsim.recording.files import Checksum, Digest, temporary
+from fedsim.recording.files import TEMPORARY, Checksum, Digest, temporary
 from fedsim.recording.reader import Run
 from fedsim.recording.urls import file_system, reason_of
 from fedsim.recording.writer import is_being_written
@@ -19,6 +22,7 @@ from fedsim.recording.writer import is_being_written
 Progress = Callable[[int, int], None]
 
 _READ_BYTES = 4 * 2**20
+_OF_PROCESS = re.compile(rf"\.([0-9]{{1,9}}){re.escape(TEMPORARY)}\Z")
 
 
 @dataclass
@@ -72,6 +76,7 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
     wanted = {name: listed[name] for name in sorted(files_elsewhere(run.path, lines))}
     if not wanted:
         return Collected()
+    _remove_leftovers({run.layout.inside(name).parent for name in wanted})
     run_id = run.entry("id")
     folders = [folder for source in sources for folder in _Source.at(source, run_id)]
     collected = Collected()
@@ -96,6 +101,14 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
             f"node calls its recordings, with the folder {run_id}, or that folder"
         )
     return collected
+
+
+def _remove_leftovers(folders: Iterable[Path]) -> None:
+    """Remove what collections were writing that were killed."""
+    for path in (path for folder in folders for path in folder.glob(f"*{TEMPORARY}")):
+        process = _OF_PROCESS.search(path.name)
+        if process is not None and not psutil.pid_exists(int(process[1])):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

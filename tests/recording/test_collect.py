@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -237,6 +239,25 @@ def test_nothing_is_written_through_a_link_and_verify_names_it(here: Path, tmp_p
     assert collect(load_run(here / "run"), sources(here, 0, 1, 2, 3)).files == 4
     assert list(outside.iterdir()) == []
     assert f"{clients} is a symbolic link" in " ".join(verify(here / "run").violations)
+
+
+def test_what_a_killed_collection_was_writing_is_removed(here: Path) -> None:
+    run, killed = here / "run", subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    folder = run / "rounds/0001/clients/0003"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (
+        f"steps.jsonl.{killed.pid}.partial",
+        f"steps.jsonl.{os.getppid()}.partial",
+        "mine.partial",
+    ):
+        (folder / name).write_bytes(b"half")
+    # None of the client's own files is in this source.
+    assert collect(load_run(run), sources(here, 1)).files == 4
+    assert sorted(p.name for p in folder.glob("*.partial")) == [
+        "mine.partial",
+        f"steps.jsonl.{os.getppid()}.partial",
+    ]
 
 
 def test_owners_are_collected_from_one_by_one(here: Path) -> None:
