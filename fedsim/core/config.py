@@ -111,9 +111,10 @@ def _ray_address(value: str) -> str:
 
 
 def _without_secret(value: str) -> str:
-    # It is written into the run, where no secret may be.
-    host = value.partition("://")[2].partition("/")[0]
-    if "?" in value or ":" in host.rpartition("@")[0]:
+    # It is written into the run, where no secret may be. A password may have slashes, and fsspec
+    # chains URLs by "::".
+    links = re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::))", value)
+    if "?" in value or any(":" in link.partition("://")[2].rpartition("@")[0] for link in links):
         raise ValueError(
             "a URL or path without a password or '?': secrets belong into the environment"
         )

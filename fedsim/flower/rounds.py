@@ -32,7 +32,7 @@ from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
 from fedsim.flower.membership import membership_of
-from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
+from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of, problem_of_files, writable
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
@@ -213,6 +213,7 @@ class RoundLoop:
                 folder=self._writer.layout.client(number, partition),
                 allow_divergence=self._config.allow_divergence,
             )
+            reason = reason or problem_of_files(reply, self._plan, partition)
             if reason is None:
                 row = telemetry_of(reply)
                 if loss := loss_of(row):
@@ -222,7 +223,7 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
             else:
-                self._fail(number, partition, reason, failed)
+                self._fail(number, partition, writable(reason), failed)
 
     def _fail(self, number: int, partition: int, reason: str, failed: list[int]) -> None:
         if self._stop.is_set():

@@ -330,12 +330,29 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_copy(recorded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://key:secret@bucket/run", "https://host/run?token=secret", "a?b"]
+    "url",
+    [
+        "s3://key:secret@bucket/run",
+        "https://host/run?token=secret",
+        "a?b",
+        "dir://x::sftp://u:secret@h/y",
+        "simplecache::dir::sftp://u:secret@h/y",
+        "sftp://u:sec/ret@h/y",
+        "sftp://u:sec@ret@h/y",
+        "sftp://u:sec::ret@h/y",
+    ],
 )
 def test_a_url_with_a_secret_is_refused(url):
     with pytest.raises(ConfigError, match="a URL or path without a password or"):
         RunConfig.from_mapping({"mirror": url})
-    assert RunConfig.from_mapping({"mirror": "abfs://box@account/run"}).mirror is not None
+    for url in (
+        "abfs://box@account/run",
+        "dir://x::sftp://u@h:2222/y",
+        "simplecache::s3://bucket/a:b",
+        "/mnt/a:b@c",
+        "s3://bucket/2026-11-23T10:04:17",
+    ):
+        assert RunConfig.from_mapping({"mirror": url}).mirror == url
 
 
 def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
