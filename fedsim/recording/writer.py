@@ -29,7 +29,14 @@ from fedsim.recording.files import (
     temporary,
     write_tensors,
 )
-from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
+from fedsim.recording.layout import (
+    FORMAT,
+    SHARED_FORMAT,
+    STEPS,
+    RunLayout,
+    format_of,
+    newest_controls,
+)
 from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, check_places
@@ -224,10 +231,7 @@ class RunWriter:
             When the file is not there, or not what was written.
         """
         path = self.layout.strategy(round_number)
-        listed: dict[str, Checksum] = {}
-        for line in read_checksums(self.layout.checksums):
-            listed.update(line.files)
-        checksum = listed.get(self._name(path))
+        checksum = self._listed().get(self._name(path))
         if checksum is None:
             return {}
         if not path.is_file() or Checksum.of_file(path) != checksum:
@@ -305,23 +309,38 @@ class RunWriter:
 
     def add_control(self, round_number: int, partition: int, arrays: State) -> None:
         """Keep a client's control variate for its next round."""
-        self._write_tensors(self.layout.control(round_number, partition), arrays)
-        self._control_rounds[partition] = round_number
+        path = self.layout.control(round_number, partition)
+        self._write_tensors(path, arrays)
+        name = self._name(path)
+        self._controls[partition] = name, self._round_files[name]
 
     def control(self, partition: int) -> dict[str, NDArray[np.generic]]:
-        """Give what `add_control` kept of a client last; empty before."""
-        kept = self._control_rounds.get(partition)
-        if kept is None:
+        """Give what `add_control` kept of a client last; empty before.
+
+        Raises
+        ------
+        RunFailedError
+            When the file is not there any more, or not what was written.
+        """
+        if partition not in self._controls:
             return {}
-        tensors = TensorFile(self.layout.control(kept, partition))
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+        name, checksum = self._controls[partition]
+        path = self.layout.inside(name)
+        if not path.is_file() or Checksum.of_file(path) != checksum:
+            raise RunFailedError(f"{path} was changed by another program")
+        return {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
 
     @cached_property
-    def _control_rounds(self) -> dict[int, int]:
-        """Say in which round a client's control variate was kept last."""
-        found = self.layout.root.glob("rounds/*/clients/*/control.safetensors")
-        places = sorted((int(path.parts[-4]), int(path.parts[-2])) for path in found)
-        return {partition: number for number, partition in places}
+    def _controls(self) -> dict[int, tuple[str, Checksum]]:
+        """Say which file holds a client's newest control variate, and what it must hash to."""
+        listed = self._listed()
+        return {p: (name, listed[name]) for p, name in newest_controls(listed).items()}
+
+    def _listed(self) -> dict[str, Checksum]:
+        listed: dict[str, Checksum] = {}
+        for line in read_checksums(self.layout.checksums):
+            listed.update(line.files)
+        return listed
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""

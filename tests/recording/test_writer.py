@@ -391,3 +391,17 @@ def test_files_of_a_run_are_never_changed_once_they_are_there(recorded: Recorded
                 assert files[name] == content
         earlier = files
     assert not [name for name in earlier if name.endswith(".partial")]
+
+
+def test_a_control_variate_that_was_changed_is_not_used(tmp_path: Path) -> None:
+    writer = make(tmp_path / "run")
+    assert writer.control(7) == {}
+    writer.add_control(1, 7, {"w": STATE["w"]})
+    np.testing.assert_array_equal(writer.control(7)["w"], STATE["w"])
+    path = tmp_path / "run/rounds/0001/clients/0007/control.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(RunFailedError, match=f"^{path} was changed by another program$"):
+        writer.control(7)
+    path.unlink()
+    with pytest.raises(RunFailedError, match=f"^{path} was changed by another program$"):
+        writer.control(7)
