@@ -159,6 +159,7 @@ def test_files_on_a_clients_own_disk_are_not_looked_for_here(tmp_path):
     ("changes", "told"),
     [
         ({"round": 7}, "its telemetry names a round"),
+        ({"status": "failed"}, "its telemetry: status = 'failed' cannot be used"),
         ({"num_steps_captured": -1}, "its telemetry: num_steps_captured = -1 cannot be used"),
         ({"place": "/etc"}, "its telemetry: place = '/etc' cannot be used"),
         ({"place": "none", "files": "steps.jsonl"}, "lists files and says that there are none"),
