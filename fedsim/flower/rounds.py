@@ -203,8 +203,8 @@ class RoundLoop:
                 state,
                 partition=partition,
                 num_samples=self._plan.sizes[partition],
+                config=self._config,
                 folder=self._writer.layout.client(number, partition),
-                allow_divergence=self._config.allow_divergence,
             )
             if reason is None:
                 row = telemetry_of(reply)

@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from flwr.app import Array
 
+from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
 from fedsim.flower.client_app import app
 from fedsim.flower.replies import loss_of, problem_of, traceback_of
@@ -16,14 +18,16 @@ def _identity():
     LocalGrid(app, 1)
 
 
-def problem(message, folder, *, allow_divergence=False):
+def problem(message, folder, **values):
+    keys = {key.replace("_", "-"): value for key, value in values.items()}
+    asked = {"clients-per-round": 5, "batch-size": 200, "learning-rate": 0.1, "local-epochs": 1}
     return problem_of(
         message,
         global_state(),
         partition=1,
         num_samples=SIZES[1],
+        config=RunConfig.from_mapping({**asked, **keys}),
         folder=folder,
-        allow_divergence=allow_divergence,
     )
 
 
@@ -33,7 +37,7 @@ OTHERS = {
     "num_samples": 400,
     "local_epochs": 1,
     "local_steps": None,
-    "batch_size": 8,
+    "batch_size": 200,
     "learning_rate": 0.1,
     "local_loss": 0.5,
     "gradient_norm": float("nan"),
@@ -49,7 +53,7 @@ OTHERS = {
 def reply_of(state=None, num_examples=None, **telemetry):
     message = reply(1, state=state, num_examples=num_examples)
     row = {"partition": 1, "files": {}, "loss_history": [1.0, 0.5], **OTHERS, **telemetry}
-    row |= {"num_steps": len(row["loss_history"]), "batch_sizes": [8] * len(row["loss_history"])}
+    row |= {"num_steps": len(row["loss_history"]), "batch_sizes": [200] * len(row["loss_history"])}
     message.content.config_records["telemetry"]["json"] = json.dumps(row)
     return message
 
@@ -79,10 +83,10 @@ def test_one_value_that_is_not_finite_names_its_layer_and_the_step(tmp_path, val
     assert problem(reply_of(state), tmp_path) == (
         "returned bn.running_var with values that are not finite"
     )
-    told = problem(reply_of(state, loss_history=[2.0, 9.0, float("inf"), 1.0]), tmp_path)
+    told = problem(reply_of(state, loss_history=[2.0, float("inf")]), tmp_path)
     assert told == (
         "returned bn.running_var with values that are not finite; its loss was not finite from "
-        "local step 2 on"
+        "local step 1 on"
     )
     assert problem(reply_of(state), tmp_path, allow_divergence=True) is None
 
@@ -130,6 +134,115 @@ def test_a_reply_speaks_for_the_client_that_was_asked(tmp_path):
 def test_telemetry_that_cannot_be_read_is_a_problem(tmp_path, text):
     message = reply_of()
     message.content.config_records["telemetry"]["json"] = text
+    assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
+
+
+def test_telemetry_of_any_depth_is_a_problem(tmp_path):
+    message = reply_of()
+    message.content.config_records["telemetry"]["json"] = "[" * 100_000
+    told = problem(message, tmp_path)
+    assert told.startswith("returned what cannot be folded: RecursionError: ")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "header", ["(((((", "{" * 9000, "{'descr': 'O', 'fortran_order': False, 'shape': (8,)}", "\0"]
+)
+def test_an_array_that_cannot_be_decoded_is_a_problem(tmp_path, header):
+    array = Array("float32", (8,), "numpy.ndarray", npy_of(header))
+    message = reply_of()
+    message.content.array_records["arrays"]["bn.running_var"] = array
+    told = problem(message, tmp_path)
+    assert told.startswith("returned what cannot be folded: ")
+    assert "\n" not in told
+
+
+def npy_of(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("batch_size", 201),
+        ("local_epochs", 2),
+        ("local_steps", 2),
+        ("num_samples", 401),
+        ("loss_history", []),
+    ],
+)
+def test_a_client_that_trained_otherwise_than_asked_is_a_problem(tmp_path, key, value):
+    told = problem(reply_of(**{key: value}), tmp_path)
+    asked = {"key": "num_steps", "value": 0} if value == [] else {"key": key, "value": value}
+    expected = "returned what cannot be folded: its telemetry has {key} = {value}, not "
+    assert told.startswith(expected.format(**asked))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_history": [1.0, None]},
+        {"local_loss": None},
+        {"gradient_norm": None},
+        {"per_layer_norms": {"w": None}},
+    ],
+)
+def test_null_is_no_figure(tmp_path, changes):
+    assert problem(reply_of(**changes), tmp_path) == (
+        "returned what cannot be folded: its telemetry has null for a loss or a norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ({"more": 1.0}, "'more' missing or one too many"),
+        ({"loss": None}, "'loss' missing or one too many"),
+        ({"norm_bit": 1}, "'norm_bit' missing or one too many"),
+        ({"loss": [1.0, 2.0]}, "loss = [1.0, 2.0]"),
+        ({"loss": -1e-9}, "loss = -1e-09"),
+    ],
+)
+def test_metrics_that_no_honest_client_sends_are_a_problem(tmp_path, metrics, told):
+    message = reply_of()
+    found = message.content.metric_records["metrics"]
+    for key, value in metrics.items():
+        if value is None:
+            del found[key]
+        else:
+            found[key] = value
+    assert problem(message, tmp_path) == (
+        f"returned what cannot be folded: its metrics have {told}"
+    )
+
+
+def test_clients_that_clip_say_whether_they_did(tmp_path):
+    private = {
+        "strategy": {
+            "name": "fedavg",
+            "dp": "client-side-fixed",
+            "noise-multiplier": 1.0,
+            "clipping-norm": 1.0,
+        }
+    }
+    message = reply_of()
+    assert problem(message, tmp_path, **private) == (
+        "returned what cannot be folded: its metrics have 'norm_bit' missing or one too many"
+    )
+    metrics = message.content.metric_records["metrics"]
+    metrics["norm_bit"] = 1
+    assert problem(message, tmp_path, **private) is None
+    metrics["norm_bit"] = -(10**9)
+    assert problem(message, tmp_path, **private) == (
+        "returned what cannot be folded: its metrics have norm_bit = -1000000000"
+    )
+
+
+@pytest.mark.parametrize("name", ["arrays", "metrics"])
+def test_two_records_of_a_kind_are_a_problem(tmp_path, name):
+    message = reply_of()
+    message.content["more"] = message.content[name]
     assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
 
 
