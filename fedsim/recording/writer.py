@@ -23,6 +23,7 @@ from fedsim.recording.files import (
     Checksum,
     Digest,
     append_line,
+    cut_unfinished_line,
     json_document,
     json_line,
     read_lines,
@@ -47,11 +48,29 @@ State = Mapping[str, NDArray[np.generic]]
 
 
 def mark_failed(root: Path, error: str) -> None:
-    """Give a run that failed, or never began, its true cause in place of what followed from it."""
+    """Give a run that was begun and failed its true cause, in place of what followed from it.
+
+    Parameters
+    ----------
+    root : Path
+        The run directory. One that another process writes to by now, or that is finished, is left
+        as it is.
+    error : str
+        The cause.
+    """
     manifest = RunLayout(root).manifest
-    # Whoever writes to it now knows better.
-    if manifest.exists() and not is_being_written(root):
-        RunWriter(root, json.loads(manifest.read_bytes())).finish("failed", error)
+    if not manifest.exists():
+        return
+    writer = RunWriter(root, {})
+    try:
+        writer._lock()
+    except InputError:
+        return
+    # What nobody else can change any more.
+    writer._manifest = json.loads(manifest.read_bytes())
+    if writer._manifest["status"] != "finished":
+        writer.finish("failed", error)
+    writer.close()
 
 
 def is_being_written(root: Path) -> bool:
@@ -92,7 +111,7 @@ class RunWriter:
         self._shared: SharedFiles | None = None
         self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
-        self._sealed = _size_of(self.layout.checksums)
+        self._sealed: int | None = None
 
     @cached_property
     def _grown(self) -> dict[Path, Digest]:
@@ -422,6 +441,9 @@ class RunWriter:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
         line = checksum_line(named, self._elsewhere & named.keys())
+        if self._sealed is None:
+            # A writer that was killed may have left the beginning of a line.
+            self._sealed = cut_unfinished_line(self.layout.checksums)
         append_line(self.layout.checksums, line, at=self._sealed)
         self._sealed += len(line)
 
