@@ -258,10 +258,10 @@ class Membership:
         return reply.error.code == ErrorCode.NODE_UNAVAILABLE or member not in self._here
 
     def _claim_of(self, reply: Message) -> int | None:
-        if not reply.has_error():
-            return int(reply.content.metric_records[wire.METRICS][wire.PARTITION])  # type: ignore[arg-type]
-        self._failures.append(_speechless(reply))
-        return None
+        claim = None if reply.has_error() else _said(reply)
+        if claim is None:
+            self._failures.append(_speechless(reply))
+        return claim
 
     def _problem(self, patience: float) -> str:
         if len(self._here) < self._clients:
@@ -292,8 +292,15 @@ def _unheld(missing: Sequence[int], clients: int) -> str:
     return f"no node holds {_named(missing)}; clients = {clients}"
 
 
+def _said(reply: Message) -> int | None:
+    record = reply.content.metric_records.get(wire.METRICS)
+    claim = None if record is None else record.get(wire.PARTITION)
+    return claim if isinstance(claim, int) else None
+
+
 def _speechless(reply: Message) -> str:
-    return f"a node could not say which partition it holds: {cause_of(reply)}"
+    cause = cause_of(reply) if reply.has_error() else "its answer names none"
+    return f"a node could not say which partition it holds: {cause}"
 
 
 def _empty_query() -> RecordDict:

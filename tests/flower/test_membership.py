@@ -24,10 +24,11 @@ class Nodes(LocalGrid):
     ----------
     *looks
         Who is there at each look, the last one from then on: node id, name, the moment it was
-        started, and the partition that it claims, an error of Flower's, or None for its own.
+        started, and the partition that it claims, an error of Flower's, None for its own, or what
+        it answers in place of a claim.
     """
 
-    def __init__(self, *looks: list[tuple[int, str, str, int | Error | None]]) -> None:
+    def __init__(self, *looks: list[tuple[int, str, str, int | Error | RecordDict | None]]) -> None:
         super().__init__(app, 0)
         self._looks = list(looks)
         self.asked: list[int] = []
@@ -44,6 +45,8 @@ class Nodes(LocalGrid):
             return Message(claim, reply_to=message)
         if claim is None:
             return Message(Error(code=2, reason="Traceback\nno such folder"), reply_to=message)
+        if isinstance(claim, RecordDict):
+            return Message(claim, reply_to=message)
         content = RecordDict({"metrics": MetricRecord({"partition": claim})})
         return Message(content, reply_to=message)
 
@@ -113,6 +116,28 @@ def test_one_of_two_nodes_with_the_same_partition_may_leave():
     problem, _, members = wait(Nodes(both, both[:2]), 2, patience=30.0)
     assert problem is None
     assert nodes_of(members, [0, 1]) == {0: 7, 1: 3}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RecordDict(),
+        RecordDict({"metrics": MetricRecord()}),
+        RecordDict({"metrics": MetricRecord({"partition": [0, 1]})}),
+        RecordDict({"metrics": MetricRecord({"partition": 1.5})}),
+    ],
+)
+def test_an_answer_without_a_partition_is_that_of_a_node_that_cannot_say(answer):
+    problem, _, _ = wait(Nodes([(7, "", "a", 0), (3, "", "b", answer)]), 2)
+    assert problem == "a node could not say which partition it holds: its answer names none"
+
+
+def test_a_node_that_comes_late_and_cannot_say_does_not_end_the_run():
+    first = (7, "", "a", 0)
+    problem, told, members = wait(Nodes([first], [first, (3, "", "b", RecordDict())]), 1)
+    assert problem is None
+    assert nodes_of(members, [0]) == {0: 7}
+    assert told == ["a node could not say which partition it holds: its answer names none"]
 
 
 def test_a_node_that_claims_anothers_partition_is_refused():
