@@ -172,6 +172,8 @@ def _write_all(
     now: datetime.datetime,
 ) -> None:
     places, later = Places(root), Places(final)
+    # Keys and data are not for a repository that the folder happens to lie in.
+    _write(root / ".gitignore", "*\n")
     _write(places.federation, federation.to_toml())
     _write(places.user / "config.toml", texts.flower_config(federation, later.authority))
     unit = texts.superlink_unit(federation, later.server)

@@ -159,6 +159,8 @@ def dockerfile() -> str:
     return """\
 FROM python:3.11-slim
 WORKDIR /app
-COPY . .
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY fedsim fedsim
+COPY strategies strategies
 RUN pip install --no-cache-dir --constraint constraints.txt .
 """

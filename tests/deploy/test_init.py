@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
+from tests.deploy.conftest import ROOT
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_a_federation_has_what_its_hosts_need(made):
     of_node = {"node.toml", "node.key", "ca.crt", "fedsim-supernode.service", "compose.yaml"}
     of_server = {"ca.crt", "server.crt", "server.key", "nodes/0.pub", "nodes/1.pub"}
     assert files(folder) == {
-        *("federation.toml", "flwr/config.toml", "compose.yaml", "Dockerfile"),
+        *(".gitignore", "federation.toml", "flwr/config.toml", "compose.yaml", "Dockerfile"),
         *("ca/ca.crt", "ca/ca.key"),
         *(f"server/{name}" for name in of_server),
         *("server/fedsim-superlink.service", "server/fedsim-gateway.service"),
@@ -69,6 +70,36 @@ def test_a_private_key_is_where_it_is_needed_and_nowhere_else(made):
     private = {name for name in files(folder) if b"PRIVATE KEY" in (folder / name).read_bytes()}
     assert private == {"ca/ca.key", "server/server.key", *(f"nodes/{i}/node.key" for i in range(3))}
     assert len({(folder / name).read_bytes() for name in private}) == 5
+
+
+def test_a_repository_around_it_takes_nothing_of_it(made, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    folder, _ = made()
+    told = subprocess.run(
+        ["git", "-C", tmp_path, "status", "--short", "-uall"], capture_output=True, text=True
+    )
+    assert (told.stdout, told.stderr) == ("", "")
+    assert (folder / "server" / "server.key").is_file()
+
+
+def test_an_image_has_what_is_installed_and_nothing_that_lies_beside_it(made):
+    folder, _ = made("--supernodes", "1")
+    ignored, *kept = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert ignored == "*"
+    for path in (folder / "Dockerfile", ROOT / "examples" / "Dockerfile"):
+        copied = re.findall(r"(?m)^COPY (.*)$", path.read_text())
+        names = {name for line in copied for name in line.split()[:-1]}
+        assert {"pyproject.toml", "constraints.txt", "README.md", "fedsim", "strategies"} <= names
+        for name in names:
+            assert f"!{name}{'/' if (ROOT / name).is_dir() else ''}" in kept
+        known = subprocess.run(
+            ["git", "-C", ROOT, "ls-files", "--error-unmatch", *names], capture_output=True
+        )
+        assert known.returncode == 0
 
 
 def test_a_node_file_says_what_the_node_holds_and_allows(made, tmp_path):
