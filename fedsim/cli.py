@@ -480,6 +480,13 @@ def _add_deploy(commands: Any) -> None:
         help="host name or IP address of the server for the nodes (default: %(default)s)",
     )
     init.add_argument(
+        "--listen",
+        default="",
+        metavar="IP",
+        help="address of the server's host at which it takes connections (default: the address, "
+        "where that is loopback, and all of the host otherwise)",
+    )
+    init.add_argument(
         "--port",
         type=int,
         default=9092,
@@ -518,6 +525,9 @@ def _add_deploy(commands: Any) -> None:
         allow_abbrev=False,
     )
     gateway.set_defaults(command=_deploy_gateway)
+    gateway.add_argument(
+        "--listen", default="", metavar="IP", help="listen there (default: as `init` was told)"
+    )
     renew = steps.add_parser(
         "renew",
         help="make another certificate for the server, or another key for a node",
@@ -549,6 +559,7 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
         parsed.folder,
         Federation(
             address=parsed.address,
+            listen=parsed.listen,
             port=parsed.port,
             supernodes=parsed.supernodes,
             insecure=parsed.insecure,
@@ -596,6 +607,8 @@ def _deploy_renew(parsed: argparse.Namespace) -> None:
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from fedsim.deploy.federation import Federation, Places
 
     federation = Federation.read(parsed.folder)
@@ -604,7 +617,8 @@ def _deploy_gateway(parsed: argparse.Namespace) -> None:
 
     from fedsim.deploy.gateway import serve
 
-    serve(Places(parsed.folder.absolute()), federation)
+    listen = parsed.listen or federation.listen
+    serve(Places(parsed.folder.absolute()), replace(federation, listen=listen))
 
 
 def _tell(text: str) -> None:

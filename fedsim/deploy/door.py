@@ -8,7 +8,6 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -37,7 +36,7 @@ class Door(uvicorn.Server):
         The app, and what is said of HTTP.
     context : SSLContext
         The certificate.
-    listeners : sequence of socket
+    listener : socket
         Where to listen; closed at the end.
     strangers : int
         How many there may be at a time.
@@ -47,38 +46,37 @@ class Door(uvicorn.Server):
         self,
         config: uvicorn.Config,
         context: ssl.SSLContext,
-        listeners: Sequence[socket.socket],
+        listener: socket.socket,
         strangers: int,
     ) -> None:
         super().__init__(config)
         self._context = context
-        self._listeners = listeners
+        self._listener = listener
+        self._listener.setblocking(False)
         self._most = strangers
         self._strangers: dict[asyncio.Task[None], str] = {}
-        self._accepting: list[asyncio.Task[None]] = []
+        self._accepting: asyncio.Task[None] | None = None
         self._told = -_QUIET
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen; uvicorn itself listens nowhere."""
         await super().startup(sockets=[])
-        for listener in self._listeners:
-            listener.setblocking(False)
-            self._accepting.append(asyncio.create_task(self._accept(listener)))
+        self._accepting = asyncio.create_task(self._accept())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen no more, send strangers away and wait for the others."""
-        for task in (*self._accepting, *self._strangers):
+        ended = [task for task in (self._accepting, *self._strangers) if task]
+        for task in ended:
             task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
-        for listener in self._listeners:
-            listener.close()
+        await asyncio.gather(*ended, return_exceptions=True)
+        self._listener.close()
         await super().shutdown(sockets=[])
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, address = await loop.sock_accept(listener)
+                connection, address = await loop.sock_accept(self._listener)
             except OSError as error:
                 if error.errno in _NO_HANDLES:
                     self._tell(f"cannot take a connection: {error.strerror}")

@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedsim.core.errors import InputError
 from fedsim.deploy.door import KNOWN, Door
-from fedsim.deploy.federation import Federation, Places
+from fedsim.deploy.federation import Federation, Places, listen_at
 
 MOST_BYTES = 64 * 2**20
 """Most bytes of one request: Flower sends a model in parts of 5 MB."""
@@ -96,17 +96,17 @@ def serve(places: Places, federation: Federation) -> None:
     Raises
     ------
     InputError
-        When a key or a certificate cannot be read.
+        When a key or a certificate cannot be read, or it cannot listen there.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     # Certificates and their names are checked below; a warning of each refusal is what is told.
     logging.getLogger("httpx").setLevel(logging.ERROR)
     _, handles = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles))
-    door(places, federation, [_listen(federation)]).run()
+    door(places, federation, listen_at(federation.listen, federation.port)).run()
 
 
-def door(places: Places, federation: Federation, listeners: list[socket.socket]) -> Door:
+def door(places: Places, federation: Federation, listener: socket.socket) -> Door:
     """Make the server; parameters as of `serve`, and where it listens."""
     config = uvicorn.Config(
         make_app(
@@ -128,12 +128,7 @@ def door(places: Places, federation: Federation, listeners: list[socket.socket])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.sslobject_class = _Handshake
     context.load_cert_chain(places.server / "server.crt", places.server / "server.key")
-    return Door(config, context, listeners, _STRANGERS + _OF_A_NODE * federation.supernodes)
-
-
-def _listen(federation: Federation) -> socket.socket:
-    family = socket.AF_INET6 if ":" in federation.address else socket.AF_INET
-    return socket.create_server((federation.address, federation.port), family=family, backlog=2048)
+    return Door(config, context, listener, _STRANGERS + _OF_A_NODE * federation.supernodes)
 
 
 class Keys:

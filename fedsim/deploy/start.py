@@ -24,6 +24,7 @@ from fedsim.deploy.federation import (
     Federation,
     Places,
     environment,
+    listen_at,
     register_command,
     superlink_command,
     supernode_command,
@@ -55,14 +56,14 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
     Raises
     ------
     InputError
-        When there is no federation, or a port is taken.
+        When there is no federation, or a port is taken or an address not of this host.
     RunFailedError
         When a server ended.
     """
     places = Places(folder.absolute())
     federation = Federation.read(places.root)
-    for port in _ports(federation):
-        _check_free(port, folder)
+    for port, host in _ports(federation).items():
+        listen_at(host, port).close()
     places.logs.mkdir(mode=0o700, exist_ok=True)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     homes: set[str] = set()
@@ -160,22 +161,13 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
             tell(f"partition {number}: {'registered before' if code else 'registered'}")
 
 
-def _ports(federation: Federation) -> list[int]:
-    nodes = [federation.port_of(number) for number in range(federation.supernodes)]
-    return list(dict.fromkeys([federation.port, federation.own_port, *nodes]))
-
-
-def _check_free(port: int, folder: Path) -> None:
-    with socket.socket() as probe:
-        # As servers do: a port whose last connections are dying is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise InputError(
-                f"port {port} of {folder} cannot be used: {error.strerror}; allowed is one that "
-                "is free, as --port of `fedsim deploy init` chooses"
-            ) from None
+def _ports(federation: Federation) -> dict[int, str]:
+    """Give the ports that are used, and at which address each."""
+    own = [federation.own_port, *map(federation.port_of, range(federation.supernodes))]
+    # Without a gateway the SuperLink's own port is that for the nodes.
+    return {federation.port: federation.listen} | {
+        port: "127.0.0.1" for port in own if port != federation.port
+    }
 
 
 def _wait_for_servers(

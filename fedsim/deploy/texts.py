@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fedsim.deploy.federation import (
@@ -16,12 +17,13 @@ from fedsim.deploy.federation import (
     supernode_command,
 )
 
+_ALL = "0.0.0.0"  # noqa: S104 - of a container
 _IMAGE = "${FEDSIM_IMAGE:-fedsim}"
 
 
 def flower_config(federation: Federation, authority: Path) -> str:
     """Write ``config.toml`` of ``FLWR_HOME`` for whoever starts runs on the server's host."""
-    address = federation.address if federation.insecure else "127.0.0.1"
+    address = federation.here if federation.insecure else "127.0.0.1"
     security = (
         "insecure = true"
         if federation.insecure
@@ -104,7 +106,9 @@ WantedBy=multi-user.target
 
 def server_compose(federation: Federation) -> str:
     """Write the compose file of the server; the SuperLink is reached through the gateway only."""
-    superlink = [*superlink_command(federation), "--database", "superlink.db"]
+    # A container has addresses of its own; the host's is what Docker listens at.
+    inside = replace(federation, listen=_ALL)
+    superlink = [*superlink_command(inside), "--database", "superlink.db"]
     text = f"""\
 services:
   superlink:
@@ -113,7 +117,7 @@ services:
     working_dir: /federation/server
     volumes: ["./server:/federation/server"]
     environment: {_variables("/federation/server/flwr")}
-    ports: ["{federation.port}:{federation.port}"]
+    ports: ["{at(federation.listen, federation.port)}:{federation.port}"]
     restart: always
     stop_signal: SIGINT
 """
@@ -124,7 +128,7 @@ services:
         + f"""\
   gateway:
     image: {_IMAGE}
-    command: ["fedsim", "deploy", "gateway", "/federation"]
+    command: ["fedsim", "deploy", "gateway", "--listen", "{_ALL}", "/federation"]
     # The SuperLink listens on loopback only: they share one.
     network_mode: "service:superlink"
     depends_on: [superlink]

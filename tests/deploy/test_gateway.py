@@ -126,7 +126,7 @@ def here(made, monkeypatch):
     superlink.asked.clear()
     monkeypatch.setattr("fedsim.deploy.gateway._STRANGERS", STRANGERS - 8)
     listener = socket.create_server(("127.0.0.1", federation.port), backlog=512)
-    with running(door(places, federation, [listener])):
+    with running(door(places, federation, listener)):
         yield Here(places, federation, superlink)
 
 
@@ -325,7 +325,7 @@ def test_a_superlink_that_is_away_is_told_with_its_reason(made, lines):
     places, *_ = made
     away = Federation(port=free_ports(4), supernodes=2)
     listener = socket.create_server(("127.0.0.1", away.port))
-    with running(door(places, away, [listener])):
+    with running(door(places, away, listener)):
         here = Here(places, away, None)
         assert here.ask(here.key(0)).status_code == 503
     assert lines() == ["the SuperLink does not answer: All connection attempts failed"]

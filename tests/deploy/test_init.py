@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
 from tests.deploy.conftest import ROOT
+
+ALL = "0.0.0.0"  # noqa: S104 - what is listened at
 
 
 @pytest.fixture
@@ -158,6 +162,11 @@ def test_the_same_is_never_written_twice(made, capsys):
         (["--port", "0"], "port = 0"),
         (["--address", "a b"], "address = 'a b' cannot be used; allowed is a host name"),
         (["--address", 'x"\ny'], "address = "),
+        (
+            ["--listen", "localhost"],
+            "listen = 'localhost' cannot be used; allowed is an IP address",
+        ),
+        (["--listen", "fe80::1%eth0"], "listen = 'fe80::1%eth0' cannot be used"),
         (["--days", "0"], "days = 0 cannot be used; allowed is 1 to 36500"),
     ],
 )
@@ -256,6 +265,59 @@ def test_commands_of_compose_files_are_those_of_the_units(made):
     ):
         command = json.loads(re.search(r"(?m)^    command: (.*)$", path.read_text())[1])
         assert " ".join(command) in (folder / unit).read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "listen"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.1.1", "127.0.1.1"),
+        ("::1", "::1"),
+        ("localhost", "127.0.0.1"),
+        ("fl.example.org", ALL),
+        ("203.0.113.7", ALL),
+        ("2001:db8::7", "::"),
+    ],
+)
+def test_it_listens_where_the_address_may_be_another_hosts(address, listen):
+    assert Federation(address=address).listen == listen
+
+
+def test_where_to_listen_is_kept_and_is_dockers_where_there_are_containers(made):
+    folder, _ = made("--address", "fl.example.org", "--listen", "10.0.0.5", "--port", "7000")
+    assert Federation.read(folder).listen == "10.0.0.5"
+    # As `fedsim deploy init` wrote it before it knew `listen`.
+    old = [x for x in (folder / "federation.toml").read_text().splitlines() if "listen" not in x]
+    (folder / "federation.toml").write_text("\n".join(old))
+    assert Federation.read(folder).listen == ALL
+    compose = (folder / "compose.yaml").read_text()
+    assert 'ports: ["10.0.0.5:7000:7000"]' in compose
+    assert '"gateway", "--listen", "0.0.0.0", "/federation"]' in compose
+
+
+def test_an_insecure_superlink_listens_there_itself(made):
+    folder, _ = made("--insecure", "--address", "fl.example.org", "--port", "7000")
+    assert "--host 0.0.0.0 --port 7000" in (folder / "server/fedsim-superlink.service").read_text()
+    user = tomllib.loads((folder / "flwr" / "config.toml").read_text())
+    assert user["superlink"]["federation"]["address"] == "127.0.0.1:7000"
+
+
+@pytest.mark.parametrize("step", ["gateway", "start"])
+def test_what_cannot_be_listened_at_is_refused_in_a_sentence(made, capsys, step):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    folder, _ = made("--port", str(port), "--supernodes", "1")
+    allowed = "allowed is an address of this host, with a port that is free\n"
+    reason = "cannot be listened at: Address already in use"
+    told = refusal(capsys, step, folder)
+    assert told == f"fedsim: 127.0.0.1:{port} {reason}; {allowed}"
+    taken.close()
+    elsewhere = replace(Federation.read(folder), listen="192.0.2.1")
+    (folder / "federation.toml").write_text(elsewhere.to_toml())
+    reason = "cannot be listened at: Cannot assign requested address"
+    told = refusal(capsys, step, folder)
+    assert told == f"fedsim: 192.0.2.1:{port} {reason}; {allowed}"
+    assert not (folder / "logs").exists()
 
 
 def test_nothing_is_left_where_it_cannot_be_made(tmp_path, capsys):
