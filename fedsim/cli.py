@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -601,9 +602,26 @@ def _deploy_renew(parsed: argparse.Namespace) -> None:
         return
     if parsed.days is not None:
         raise InputError("--days is for the server's certificate; a node's key does not expire")
-    private, public = renew_node(parsed.folder, parsed.node)
+    private, public, replaced = renew_node(parsed.folder, parsed.node)
     _tell(f"written: {private}, for the host of the node")
     _tell(f"         {public}, which `fedsim deploy register {parsed.folder}` registers")
+    if replaced:
+        _tell_how_to_unregister(parsed.folder, replaced)
+
+
+def _tell_how_to_unregister(folder: Path, public_key: bytes) -> None:
+    from fedsim.deploy.federation import CONNECTION, Federation, Places
+    from fedsim.deploy.registered import node_id_of
+
+    places = Places(folder.absolute())
+    try:
+        node: int | str | None = node_id_of(places, Federation.read(folder), public_key)
+    except FedsimError as error:
+        _tell(f"{error}; if it knows the old key, under the id that the node's log says,")
+        node = "NODE-ID"
+    if node is not None:
+        command = f"flwr supernode unregister {node} {CONNECTION}"
+        _tell(f"FLWR_HOME={shlex.quote(str(places.user))} {command}   (takes the old key away)")
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:

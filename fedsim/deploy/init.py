@@ -110,7 +110,7 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
         raise InputError(f"{folder} cannot be given another certificate: {error}") from None
 
 
-def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
+def renew_node(folder: Path, number: int) -> tuple[Path, Path, bytes | None]:
     """Make another key for a node, in place of one that was lost or told.
 
     Parameters
@@ -122,8 +122,8 @@ def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
 
     Returns
     -------
-    tuple of Path
-        The private and the public key.
+    tuple of Path, Path and bytes or None
+        Where the private and the public key are, and the public key that was there.
 
     Raises
     ------
@@ -141,10 +141,11 @@ def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
     key = make_node_key(f"partition-{number}")
     private, public = places.node(number) / "node.key", places.public_key(number)
     try:
+        replaced = public.read_bytes() if public.exists() else None
         _replace({private: key.private_key, public: key.public_key})
     except OSError as error:
         raise InputError(f"{folder} cannot be given another key: {error}") from None
-    return private, public
+    return private, public, replaced
 
 
 def _replace(contents: Mapping[Path, bytes]) -> None:

@@ -200,6 +200,10 @@ def test_a_node_is_given_another_key(made, capsys):
     # Its folder is on its host.
     shutil.rmtree(folder / "nodes" / "1")
     assert cli.run(["deploy", "renew", str(folder), "--node", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "does not answer" in told[-2]
+    command = "flwr supernode unregister NODE-ID federation   (takes the old key away)"
+    assert told[-1] == f"FLWR_HOME={folder}/flwr {command}"
     after = {name: (folder / name).read_bytes() for name in files(folder)}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"nodes/1/node.key", "server/nodes/1.pub"}
