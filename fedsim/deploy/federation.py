@@ -162,6 +162,10 @@ class Places:
         """Give the public key of a node, as the host of the SuperLink keeps it."""
         return self.server / "nodes" / f"{number}.pub"
 
+    def node_config(self, number: int) -> Path:
+        """Give what says which data a node has; where it is, the node is."""
+        return self.node(number) / "node.toml"
+
     def node(self, number: int) -> Path:
         """Give the folder of a node; it is all that its host needs."""
         return self.root / "nodes" / str(number)
