@@ -59,7 +59,8 @@ class Federation:
         if not 1 <= self.port <= last:
             raise ConfigError("port", self.port, f"1 to {last}, the ports after it being used too")
         if not is_host(self.address):
-            raise ConfigError("address", self.address, "a host name or an IP address")
+            allowed = "a host name or an IP address by which one host is reached, without a zone"
+            raise ConfigError("address", self.address, allowed)
         if not self.listen:
             object.__setattr__(self, "listen", _listen_for(self.address))
         if _ip(self.listen) is None:
@@ -208,19 +209,22 @@ def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_host(text: str) -> bool:
-    """Say whether a text may be a host name or an IP address."""
-    try:
-        ipaddress.ip_address(text)
-        return True
-    except ValueError:
-        labels = text.split(".")
-        return len(text) <= 253 and all(
+    """Say whether a text may be the name or the IP address of one host."""
+    if ip := _ip(text):
+        return not (ip.is_unspecified or ip.is_multicast)
+    labels = text.split(".")
+    # What ends in a number is a wrong IP address, and no name.
+    return (
+        len(text) <= 253
+        and not labels[-1].isdecimal()
+        and all(
             0 < len(label) <= 63
             and label.isascii()
             and label.replace("-", "a").isalnum()
             and label[0] != "-" != label[-1]
             for label in labels
         )
+    )
 
 
 def at(host: str, port: int) -> str:

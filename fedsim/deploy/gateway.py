@@ -108,12 +108,9 @@ def serve(places: Places, federation: Federation) -> None:
 
 def door(places: Places, federation: Federation, listener: socket.socket) -> Door:
     """Make the server; parameters as of `serve`, and where it listens."""
+    trusted, context = _contexts(places)
     config = uvicorn.Config(
-        make_app(
-            federation,
-            ssl.create_default_context(cafile=places.server / "ca.crt"),
-            Keys(places, federation),
-        ),
+        make_app(federation, trusted, Keys(places, federation)),
         log_config=None,
         access_log=False,
         # Who asks is who is connected, whatever he says.
@@ -125,10 +122,22 @@ def door(places: Places, federation: Federation, listener: socket.socket) -> Doo
         timeout_keep_alive=10,
         timeout_graceful_shutdown=5,
     )
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.sslobject_class = _Handshake
-    context.load_cert_chain(places.server / "server.crt", places.server / "server.key")
     return Door(config, context, listener, _STRANGERS + _OF_A_NODE * federation.supernodes)
+
+
+def _contexts(places: Places) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Give what the SuperLink is known by, and what the nodes know this server by."""
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.sslobject_class = _Handshake
+        context.load_cert_chain(places.server / "server.crt", places.server / "server.key")
+        return ssl.create_default_context(cafile=places.server / "ca.crt"), context
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror
+        raise InputError(
+            f"ca.crt, server.crt and server.key of {places.server} cannot be used: {reason}; "
+            "allowed are those of one federation, and `fedsim deploy renew` makes the server's two"
+        ) from None
 
 
 class Keys:

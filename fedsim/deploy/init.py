@@ -54,6 +54,8 @@ def init(
     """
     _check_days(days)
     folder = folder.absolute()
+    if not str(folder).isprintable():
+        raise InputError(f"{str(folder)!r} cannot be used; allowed is a path of printable letters")
     if os.path.lexists(folder):
         raise InputError(
             f"{folder} exists already; allowed is a folder that does not, since keys are never "
@@ -88,6 +90,8 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
 
     Raises
     ------
+    ConfigError
+        When the certificate would outlive that of the authority, which nobody trusts then.
     InputError
         When there is no federation, or the key of its authority is elsewhere.
     """
@@ -99,6 +103,7 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
     try:
         authority = Certified(places.authority.read_bytes(), places.authority_key.read_bytes())
         now = now or datetime.datetime.now(datetime.UTC)
+        _check_end(authority, now, days)
         server = make_server(authority, federation.hosts, now, days)
         _replace(
             {
@@ -156,6 +161,17 @@ def _replace(contents: Mapping[Path, bytes]) -> None:
         _write(beside, content)
     for path in contents:
         path.with_name(f".{path.name}").replace(path)
+
+
+def _check_end(authority: Certified, now: datetime.datetime, days: int) -> None:
+    left = (authority.not_valid_after - now).days
+    if left < 1:
+        raise InputError(
+            f"the authority of this federation ended on {authority.not_valid_after:%Y-%m-%d}; "
+            "allowed is another federation, which `fedsim deploy init` makes"
+        )
+    if days > left:
+        raise ConfigError("days", days, f"1 to {left}, as long as the authority is valid")
 
 
 def _check_days(days: int) -> None:

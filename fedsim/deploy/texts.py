@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedsim.deploy.federation import (
     supernode_command,
 )
 
+_SPECIAL = set(" \"'\\;")
 _ALL = "0.0.0.0"  # noqa: S104 - of a container
 _IMAGE = "${FEDSIM_IMAGE:-fedsim}"
 
@@ -74,7 +74,9 @@ def supernode_unit(federation: Federation, node: int, folder: Path) -> str:
 def _unit(what: str, folder: Path, command: list[str], after: str = "") -> str:
     commands = Path(sys.executable).parent
     program, *arguments = command
-    environment = "\n".join(f"Environment={name}={value}" for name, value in VARIABLES)
+    variables = [("PATH", f"{commands}:/usr/bin:/bin"), ("FLWR_HOME", f"{folder}/flwr"), *VARIABLES]
+    environment = "\n".join(f"Environment={_word(f'{name}={value}')}" for name, value in variables)
+    words = [_word(f"{commands}/{program}"), *(_word(word, dollar="$$") for word in arguments)]
     following = f" {after}.service" if after else ""
     return f"""\
 # Change the three folders to those of the host, and User to whom they belong.
@@ -85,11 +87,9 @@ After=network-online.target{following}
 
 [Service]
 User=fedsim
-WorkingDirectory={folder}
-Environment=PATH={commands}:/usr/bin:/bin
-Environment=FLWR_HOME={folder}/flwr
+WorkingDirectory={str(folder).replace("%", "%%")}
 {environment}
-ExecStart={commands}/{shlex.join([program, *arguments])}
+ExecStart={" ".join(words)}
 # A SuperNode that was killed is refused until the SuperLink misses it, within a minute.
 Restart=always
 RestartSec=5
@@ -102,6 +102,15 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def _word(text: str, dollar: str = "$") -> str:
+    """Write a word of a line of systemd's, as `systemd.syntax` and `systemd.service` want it."""
+    written = text.replace("%", "%%").replace("$", dollar)
+    if not _SPECIAL & set(text):
+        return written
+    escaped = written.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def server_compose(federation: Federation) -> str:

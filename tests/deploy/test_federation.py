@@ -151,6 +151,7 @@ def expired(tmp_path):
 
 
 def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, expired):
+    until(lambda: "SuperNode ID" in lab.log("supernode-0"), lab.logs)
     other, stranger = tmp_path / "other.crt", tmp_path / "stranger.key"
     now = datetime.datetime.now(datetime.UTC)
     other.write_bytes(make_authority("other", now, 9).certificate)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import tomllib
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
+from fedsim.deploy.init import init
 from tests.deploy.conftest import ROOT
 
 ALL = "0.0.0.0"  # noqa: S104 - what is listened at
@@ -162,6 +165,8 @@ def test_the_same_is_never_written_twice(made, capsys):
         (["--port", "0"], "port = 0"),
         (["--address", "a b"], "address = 'a b' cannot be used; allowed is a host name"),
         (["--address", 'x"\ny'], "address = "),
+        (["--address", 'fe80::1%"x'], "address = 'fe80::1%\"x' cannot be used"),
+        (["--address", "10.0.0.256"], "address = '10.0.0.256' cannot be used"),
         (
             ["--listen", "localhost"],
             "listen = 'localhost' cannot be used; allowed is an IP address",
@@ -192,6 +197,37 @@ def test_a_certificate_is_renewed_by_the_same_authority(made, capsys):
     assert valid.days == 30
     (folder / "ca" / "ca.key").unlink()
     assert "cannot be given another certificate" in refusal(capsys, "renew", folder)
+
+
+def test_a_certificate_does_not_outlive_the_authority(made, capsys):
+    folder, _ = made("--supernodes", "1")
+    assert "days = 3650 cannot be used; allowed is 1 to 3649, as long as" in refusal(
+        capsys, "renew", folder, "--days", 3650
+    )
+    assert cli.run(["deploy", "renew", str(folder), "--days", "3649"]) == 0
+    federation = Federation.read(folder)
+    shutil.rmtree(folder)
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3650)
+    init(folder, federation, now=long_ago)
+    before = (folder / "server" / "server.crt").read_bytes()
+    assert "the authority of this federation ended on 20" in refusal(capsys, "renew", folder)
+    assert (folder / "server" / "server.crt").read_bytes() == before
+
+
+def test_a_renewal_that_was_killed_halfway_is_told_and_done_again(made, capsys):
+    folder, _ = made("--supernodes", "1")
+    server = folder / "server"
+    key = (server / "server.key").read_bytes()
+    assert cli.run(["deploy", "renew", str(folder)]) == 0
+    (server / "server.key").rename(server / ".server.key")
+    (server / "server.key").write_bytes(key)
+    told = refusal(capsys, "gateway", folder)
+    assert f"server.key of {server} cannot be used: KEY_VALUES_MISMATCH; allowed are" in told
+    assert told.count("\n") == 1
+    assert cli.run(["deploy", "renew", str(folder)]) == 0
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(server / "server.crt", server / "server.key")
+    assert not (server / ".server.key").exists()
 
 
 def test_a_node_is_given_another_key(made, capsys):
@@ -241,14 +277,22 @@ def test_an_insecure_federation_has_no_keys_and_no_gateway(made, capsys, step):
     [
         *((name, True) for name in ("localhost", "a-b.example.org", "10.0.0.1", "::1", "fe80::1")),
         *((name, False) for name in ("", "a_b", "-a.org", "a..b", "h:80", "ä.org", "a" * 64)),
+        *((name, True) for name in ("1.a", "a.1b", "2001:db8::1")),
+        *(
+            (name, False)
+            for name in ("10.0.0.256", "10.0.0", "7", ALL, "::", "224.0.0.1", "ff02::1")
+        ),
+        *((name, False) for name in ("fe80::1%eth0", 'fe80::1%"x', "fe80::1%")),
     ],
 )
 def test_hosts_are_names_or_addresses(text, allowed):
     assert is_host(text) is allowed
 
 
-def test_systemd_takes_the_units(made):
-    folder, _ = made("--supernodes", "1")
+@pytest.mark.parametrize("name", ["federation", "a b", "50%n", "it's $HOME", 'a "b" \\c'])
+def test_systemd_takes_the_units(tmp_path, name):
+    folder = tmp_path / name / "federation"
+    init(folder, Federation(supernodes=1))
     units = sorted(folder.rglob("*.service"))
     assert len(units) == 3
     for unit in units:
