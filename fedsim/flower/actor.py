@@ -7,10 +7,10 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -20,7 +20,7 @@ from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 from numpy.typing import NDArray
 
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, RunFailedError
 from fedsim.flower import machines, messages
 from fedsim.recording.files import temporary, write_json
 from fedsim.recording.layout import RunLayout
@@ -180,14 +180,36 @@ def bring_back(worker: Any, message: Message, recordings: str) -> None:
     ------
     RayError
         When the worker dies meanwhile.
+    RunFailedError
+        As `receive`.
     """
     if (run := _recorded(message)) is None:
         return
-    layout = RunLayout(Path(recordings) / run[0])
-    for name, size in ray.get(worker.files.remote(run[0])).items():
+    run_name, layout = run[0], RunLayout(Path(recordings) / run[0])
+
+    def read(name: str, start: int) -> Any:
+        return ray.get(worker.read.remote(run_name, name, start))
+
+    for name, size in ray.get(worker.files.remote(run_name)).items():
         path = layout.inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as unfinished, unfinished.open("wb") as file:
-            while file.tell() < size:
-                file.write(ray.get(worker.read.remote(run[0], name, file.tell())).data)
+            receive(file, name, size, read)
     ray.get(worker.forget.remote())
+
+
+def receive(
+    file: BinaryIO, name: str, size: int, read: Callable[[str, int], NDArray[np.uint8]]
+) -> None:
+    """Write what `read` gives of another file, position by position, until there are `size` bytes.
+
+    Raises
+    ------
+    RunFailedError
+        When the other file ends before.
+    """
+    while (done := file.tell()) < size:
+        chunk = read(name, done)
+        if not len(chunk):
+            raise RunFailedError(f"{name} became shorter at its worker: {done} bytes, not {size}")
+        file.write(chunk.data)
