@@ -16,7 +16,6 @@ from fedsim import __version__
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 
 if TYPE_CHECKING:
-    from fedsim.core.config import RunConfig
     from fedsim.core.plan import RunPlan
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
@@ -117,7 +116,7 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         "run",
         help="run a simulation and record it",
         description="Run a simulation and record it. Flags override the file; lists and tables "
-        "are written as in TOML, like --batch-size '[16, 32]'.",
+        "are written as in TOML, like --batch-size '[16, 32]', and `none` unsets a key.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_run)
@@ -155,7 +154,9 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
         "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
-        "change is refused.",
+        "change is refused. What a run alone does not decide is given again: --strategy where "
+        "it is a class of your own, --mirror (`none`: no copy any more), and --ray-address "
+        "(otherwise: this machine).",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -408,9 +409,7 @@ def _add_push(commands: Any) -> None:
     )
     command.set_defaults(command=_push)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    command.add_argument(
-        "url", nargs="?", metavar="URL", help="like s3://bucket/run (default: the run's mirror)"
-    )
+    command.add_argument("url", metavar="URL", help="like s3://bucket/run")
 
 
 def _add_fetch(commands: Any) -> None:
@@ -430,16 +429,16 @@ def _push(parsed: argparse.Namespace) -> None:
     from fedsim.core.units import format_bytes
     from fedsim.recording.mirror import push
     from fedsim.recording.reader import load_run
+    from fedsim.recording.recovery import check_places
     from fedsim.recording.urls import RemoteFolder
     from fedsim.report.terminal import ByteProgress, make_console
 
-    url = parsed.url or load_run(parsed.run).config.mirror
-    if not url:
-        raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
+    load_run(parsed.run)
+    check_places(parsed.run)
     console = make_console()
     with ByteProgress(console, f"copying {parsed.run}") as progress:
-        size = push(parsed.run, RemoteFolder(url), progress=progress)
-    text = f"copied: {format_bytes(size)} to {url}, which is up to date"
+        size = push(parsed.run, RemoteFolder(parsed.url), progress=progress)
+    text = f"copied: {format_bytes(size)} to {parsed.url}, which is up to date"
     console.print(text, markup=False, soft_wrap=True)
 
 
@@ -715,12 +714,6 @@ def _verify(parsed: argparse.Namespace) -> int:
     return FAILURE
 
 
-def _config_of(parsed: argparse.Namespace, values: dict[str, Any]) -> RunConfig:
-    from fedsim.core.config import RunConfig
-
-    return RunConfig.from_mapping({**values, **_flags_of(parsed)})
-
-
 def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Give the keys of a run that stand on the command line."""
     from fedsim.core.config import RunConfig, parse_text
@@ -731,9 +724,11 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
-    from fedsim.core.config import read_config_file
+    from fedsim.core.config import RunConfig, read_config_file
 
-    config = _config_of(parsed, read_config_file(parsed.config) if parsed.config else {})
+    flags = _flags_of(parsed)
+    values = read_config_file(parsed.config, flags) if parsed.config else {}
+    config = RunConfig.from_mapping({**values, **flags})
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -754,6 +749,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _resume(parsed: argparse.Namespace) -> None:
+    from fedsim.core.config import RunConfig, take_recorded
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
@@ -766,12 +762,13 @@ def _resume(parsed: argparse.Namespace) -> None:
     sweep()
     run = load_run(parsed.run)
     check_continuable(run)
-    recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
-    config = _config_of(parsed, recorded)
-    pool = fit_pool(config)
+    values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
+    config = RunConfig.from_mapping(values)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
+    # The cluster comes last: whatever is wrong here is said before anything is asked of it.
+    pool = fit_pool(config)
     if recovery.damage:
         make_console().print(
             printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),
@@ -815,7 +812,8 @@ def _plan(parsed: argparse.Namespace) -> None:
     print_summary(console, plan, pool.workers, output)
     sys.stdout.flush()
     check_output(output, plan)
-    console.print(f"fits: {format_bytes(free_bytes(output))} are free on the disk of {output}")
+    free = format_bytes(free_bytes(output))
+    console.print(f"fits: {free} are free on the disk of {output}", markup=False, soft_wrap=True)
 
 
 def _compare(parsed: argparse.Namespace) -> int:
@@ -841,7 +839,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
         for name in parsed.tracker:
             check_tracker(name)
-    values = {**(read_config_file(parsed.config) if parsed.config else {}), **flags}
+    known = {*flags, *(axis.key for axis in axes)}
+    values = {**(read_config_file(parsed.config, known) if parsed.config else {}), **flags}
     named = values.pop("output", None)
     cells = make_cells(values, axes)
 

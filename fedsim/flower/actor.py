@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import stat
@@ -185,22 +186,22 @@ def bring_back(worker: Any, message: Message, recordings: str) -> None:
     """
     if (run := _recorded(message)) is None:
         return
-    run_name, layout = run[0], RunLayout(Path(recordings) / run[0])
-
-    def read(name: str, start: int) -> Any:
-        return ray.get(worker.read.remote(run_name, name, start))
-
-    for name, size in ray.get(worker.files.remote(run_name)).items():
+    layout = RunLayout(Path(recordings) / run[0])
+    for name, size in ray.get(worker.files.remote(run[0])).items():
         path = layout.inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as unfinished, unfinished.open("wb") as file:
+            read = functools.partial(_read, worker, run[0], name)
             receive(file, name, size, read)
     ray.get(worker.forget.remote())
 
 
-def receive(
-    file: BinaryIO, name: str, size: int, read: Callable[[str, int], NDArray[np.uint8]]
-) -> None:
+def _read(worker: Any, run: str, name: str, position: int) -> NDArray[np.uint8]:
+    content: NDArray[np.uint8] = ray.get(worker.read.remote(run, name, position))
+    return content
+
+
+def receive(file: BinaryIO, name: str, size: int, read: Callable[[int], NDArray[np.uint8]]) -> None:
     """Write what `read` gives of another file, position by position, until there are `size` bytes.
 
     Raises
@@ -209,7 +210,7 @@ def receive(
         When the other file ends before.
     """
     while (done := file.tell()) < size:
-        chunk = read(name, done)
+        chunk = read(done)
         if not len(chunk):
             raise RunFailedError(f"{name} became shorter at its worker: {done} bytes, not {size}")
         file.write(chunk.data)

@@ -58,7 +58,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     if not plan.config.own_data:
         _check_room(path, plan)
     if plan.config.mirror:
-        open_mirror(plan.config.mirror)
+        open_mirror(plan.config.mirror, path)
 
 
 def _check_room(path: Path, plan: RunPlan) -> None:
@@ -115,16 +115,20 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
         )
-    if plan.config.mirror:
-        check_mirror(plan.config.mirror, run.path)
     recovery = find_recovery(run.path)
     last = recovery.round
     # One that was killed before it could say that it is finished has that left to do.
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
-    if plan.config.own_data:
-        return recovery
+    if not plan.config.own_data:
+        _check_room_left(run, plan, last)
+    if plan.config.mirror:
+        check_mirror(plan.config.mirror, run.path)
+    return recovery
+
+
+def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
     plan.check_budget()
     needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
     if needed > (free := free_bytes(run.path)):
@@ -132,7 +136,6 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
             "free; allowed is fewer rounds, or more room"
         )
-    return recovery
 
 
 def free_bytes(path: Path) -> int:

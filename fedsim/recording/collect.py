@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
+from fsspec.implementations.local import LocalFileSystem
 
 from fedsim.core.errors import InputError
+from fedsim.core.inputs import open_regular
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum, Digest, temporary
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Run
 from fedsim.recording.urls import file_system, reason_of
 from fedsim.recording.writer import is_being_written
@@ -117,6 +121,7 @@ class _Source:
 
     fs: Any
     path: str
+    below: str
     shown: str
 
     @classmethod
@@ -125,28 +130,39 @@ class _Source:
         fs, path = file_system(source)
         path = path.rstrip("/")
         try:
-            is_folder = fs.isdir(path)
+            is_folder = fs.isdir(path or "/")
         # Each store has exceptions of its own.
         except Exception as error:
             raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
         if not is_folder:
             raise InputError(f"{source} cannot be collected from: it is no folder")
-        yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
-        yield cls(fs, path, source.rstrip("/"))
+        for below in (f"/{run_id}", ""):
+            yield cls(fs, path, below, f"{source.rstrip('/')}{below}")
 
     def size(self, name: str) -> int | None:
         """Count the bytes of a file; None where there is none."""
         try:
-            found = self.fs.info(f"{self.path}/{name}")
+            if isinstance(self.fs, LocalFileSystem):
+                with self._opened(name) as file:
+                    return os.fstat(file.fileno()).st_size
+            found = self.fs.info(f"{self.path}{self.below}/{name}")
         except FileNotFoundError:
             return None
         return int(found["size"]) if found["type"] == "file" else None
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Read a file."""
-        with self.fs.open(f"{self.path}/{name}", "rb") as file:
+        with self._opened(name) as file:
             while chunk := file.read(_READ_BYTES):
                 yield chunk
+
+    def _opened(self, name: str) -> IO[bytes]:
+        if not isinstance(self.fs, LocalFileSystem):
+            opened: IO[bytes] = self.fs.open(f"{self.path}{self.below}/{name}", "rb")
+            return opened
+        # What a node sent may be a stranger's, as a run directory may.
+        inside = RunLayout(Path(self.path or "/")).inside(f"{self.below}/{name}".lstrip("/"))
+        return os.fdopen(open_regular(inside), "rb")
 
 
 @dataclass

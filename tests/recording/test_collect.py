@@ -369,3 +369,24 @@ def test_a_node_that_forbids_capture_is_named_by_verify(
     client = load_run(tmp_path / "run").round(1).client(1)
     assert client.captured_steps == []
     assert len(client.steps) == plan_of_all.steps_of(1)
+
+
+def test_what_a_node_sent_is_not_followed_out_of_it(here: Path) -> None:
+    (folder,) = (here / "nodes" / "2").iterdir()
+    links = sorted(folder.rglob("steps.jsonl")), sorted(folder.rglob("gradients-*"))
+    for number, path in enumerate([*links[0], *links[1]]):
+        path.rename(here / f"secret{number}")
+        path.symlink_to(here / f"secret{number}")
+    collected = collect(load_run(here / "run"), sources(here, 2))
+    assert collected.files == 0
+    assert [what.rpartition(": ")[2] for what in collected.wrong] == ["it is a symbolic link"] * 2
+    # Nor is what lies where a file is made.
+    shutil.rmtree(folder)
+    shutil.copytree(here / "nodes" / "1", here / "nodes" / "2", dirs_exist_ok=True)
+    target = here / "run/rounds/0001/clients/0001"
+    target.mkdir(exist_ok=True)
+    (here / "untouched").write_text("mine")
+    (target / f"steps.jsonl.{os.getpid()}.partial").symlink_to(here / "untouched")
+    assert collect(load_run(here / "run"), sources(here, 2)).wrong == []
+    assert (here / "untouched").read_text() == "mine"
+    assert (target / "steps.jsonl").is_file()

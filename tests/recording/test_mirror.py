@@ -246,18 +246,18 @@ def test_another_run_is_never_overwritten(recorded, copied, tmp_path):
     )
     check_mirror(url, recorded.path)
     with pytest.raises(ConfigError, match="allowed is a URL that holds no run, since none is ever"):
-        open_mirror(url)
+        open_mirror(url, tmp_path / "run")
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     url = f"{tmp_path}/file/copy"
     with pytest.raises(ConfigError, match=r"^mirror = '.* cannot be used; allowed is a URL that"):
-        open_mirror(url)
-    open_mirror(str(tmp_path / "new"))
+        open_mirror(url, tmp_path / "run")
+    open_mirror(str(tmp_path / "new"), tmp_path / "run")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match=r"Protocol not known: nowhere"):
-        open_mirror("nowhere://x/y")
+        open_mirror("nowhere://x/y", tmp_path / "run")
 
 
 def test_a_run_with_a_mirror_ends_with_its_whole_copy(plan, tmp_path):
@@ -368,6 +368,34 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"fedsim: {back} exists already; allowed is a folder that does not",
-        f"fedsim: {run} was recorded without mirror; allowed is a URL after it",
-        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no run.json",
+        "fedsim: the following arguments are required: URL; `fedsim push --help` lists what is "
+        "allowed",
+        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no whole run.json",
     ]
+
+
+@pytest.mark.parametrize("place", ["run", "run/copy", "run/rounds", ".", "link", "link/rounds/new"])
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_a_copy_is_never_made_over_its_run(copied, place, form, tmp_path, capsys, monkeypatch):
+    assert copied == tmp_path / "run"
+    (tmp_path / "link").symlink_to(copied)
+    url = form.format(tmp_path / place)
+    before = files_of(tmp_path)
+    said = f"{url} is the run directory {copied}, lies in it or holds it; allowed is a place apart "
+    assert cli.run(["push", str(copied), url]) == 2
+    assert capsys.readouterr().err == f"fedsim: {said}from it\n"
+    with pytest.raises(ConfigError, match="lies in it or holds it"):
+        check_mirror(url, copied)
+    with pytest.raises(ConfigError, match="lies in it or holds it"):
+        open_mirror(url, copied)
+    if place.startswith("run"):
+        flags = ["--model=cnn", f"--output={tmp_path}/new", f"--mirror={tmp_path}/new/copy"]
+        assert cli.run(["run", *flags]) == 2
+        assert "lies in it or holds it" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_is_not_fetched_into_itself(finished):
+    with pytest.raises(InputError, match="lies in it or holds it"):
+        fetch(str(finished), finished / "back")
+    assert not (finished / "back.partial").exists()
