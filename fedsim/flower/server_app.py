@@ -200,12 +200,14 @@ def execute(
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     on_open()
-    if plan.config.deterministic:
-        use_deterministic(True)
-    with mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop) as wake:
-        writer.on_change = wake
-        wake()
+    # The copy is told of the end, too: it ends last.
+    with contextlib.ExitStack() as copying:
         try:
+            if plan.config.deterministic:
+                use_deterministic(True)
+            mirror = mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop)
+            writer.on_change = copying.enter_context(mirror)
+            writer.on_change()
             observer.run_started(plan, workers, output)
             loop = RoundLoop(
                 plan,

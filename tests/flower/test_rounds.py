@@ -21,6 +21,7 @@ from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_output, execute
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
+from fedsim.recording.writer import is_being_written
 from tests.flower.conftest import SMALL
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
@@ -264,6 +265,16 @@ def test_what_a_client_says_of_its_failure_leaves_the_run_readable(
 
 
 LISTS = ("run.json", "rounds.jsonl", "clients.jsonl", "checksums.jsonl")
+
+
+def test_a_run_whose_copy_cannot_be_begun_says_so_and_is_given_free(run_locally, tmp_path):
+    told = "nothing://there is no place for a run: Protocol not known: nothing"
+    # Whatever the exception holds on to is still there.
+    with pytest.raises(InputError, match=told) as caught:
+        run_locally(mirror="nothing://there")
+    assert not is_being_written(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert (run.status, run.manifest["error"]) == ("failed", str(caught.value))
 
 
 def test_a_round_without_any_survivor_fails(run_locally):
