@@ -830,7 +830,8 @@ def _plan(parsed: argparse.Namespace) -> None:
     console = make_console()
     print_summary(console, plan, pool.workers, output)
     check_output(output, plan)
-    console.print(f"fits: {format_bytes(free_bytes(output))} are free on the disk of {output}")
+    free = format_bytes(free_bytes(output))
+    console.print(f"fits: {free} are free on the disk of {output}", markup=False, soft_wrap=True)
 
 
 def _compare(parsed: argparse.Namespace) -> int:

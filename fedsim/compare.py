@@ -221,7 +221,9 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
             raise ConfigError("rounds", cell.config.rounds, f"{last} or more: the others are there")
         # The same configuration diverges at the same round again.
         settled = run.manifest.get("diverged", False) and not cell.config.allow_divergence
-        if settled or (run.round_rows and last == cell.config.rounds):
+        whole = run.round_rows and last == cell.config.rounds
+        # One that was killed before it could say that it is finished has that left to do.
+        if settled or (whole and run.status == "finished"):
             return Work(cell, path, "none", last)
     check_machine(cell.config)
     plan = RunPlan.prepare(_own_config(cell))

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from fedsim import cli, compare
+from fedsim.core.config import RunConfig, parse_text
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 from fedsim.core.grid import Axis, Cell, make_cells
 from fedsim.core.plan import RunPlan
@@ -29,6 +30,7 @@ from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from fedsim.report.comparison import CellFigures
+from tests import fuzz
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -360,6 +362,30 @@ def test_a_damaged_cell_that_was_not_finished_goes_on_before_the_damage(whole, t
     assert told.cells[0] == (NAMES[0], 2, 0)
     assert told.rounds[:2] == [1, 2]
     assert table(output) == table(whole)
+
+
+def test_a_cell_killed_after_its_last_row_is_finished(whole, tmp_path):
+    output = copy(whole, tmp_path)
+    path = output / NAMES[1]
+    manifest = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    fuzz.reseal(path)
+    told, _ = go(output)
+    assert told.cells == [(NAMES[1], 2, 2)]
+    assert load_run(path).status == "finished"
+    assert table(output) == table(whole)
+
+
+def test_a_resumed_cell_is_set_as_the_grid_says_and_not_as_it_was_recorded(tmp_path):
+    (cell,) = cells_of([Axis("seed", (42,))], workers=2)
+    work = compare.Work(cell, tmp_path / cell.name, "resume")
+    flags = compare.ProcessLauncher(tmp_path)._arguments(work)[2:]
+    read = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert (read["workers"], read["rounds"]) == ("2", "2")
+    assert read["client-timeout"] == read["capture-budget"] == read["data-root"] == "none"
+    recorded = {**cell.config.to_mapping(), "client-timeout": 300.0, "workers": None}
+    asked = {key: parse_text(key, text) for key, text in read.items()}
+    assert RunConfig.from_mapping({**recorded, **asked}) == cell.config
 
 
 def test_a_second_process_in_the_same_folder_is_refused(whole, tmp_path):

@@ -120,6 +120,9 @@ def _without_secret(value: str) -> str:
     return value
 
 
+Mirror = Annotated[Folder, AfterValidator(_without_secret)]
+
+
 def _is_port(text: str) -> bool:
     return _is_plain(text) and 1 <= int(text[:6]) <= 65_535
 
@@ -265,7 +268,7 @@ class RunConfig(StrictModel):
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
     )
-    mirror: Annotated[Folder, AfterValidator(_without_secret)] | None = Field(
+    mirror: Mirror | None = Field(
         None,
         description="URL or path of a copy that is kept up to date round by round, like "
         "s3://bucket/run",
@@ -708,7 +711,7 @@ def parse_text(field: str, text: str) -> Any:
     if text == UNSET and known.default is None:
         return None
     annotation = known.annotation
-    if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
+    if annotation in (str, str | None, Folder | None, Mirror | None) or "\n" in text:
         return text
     # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
     with contextlib.suppress(ValueError):

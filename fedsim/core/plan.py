@@ -23,7 +23,7 @@ from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import KEEPS
+from fedsim.core.server_optimizer import kept_by
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
@@ -127,7 +127,7 @@ class RunPlan:
     @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
-        kept = len(KEEPS.get(self.config.strategy.name, ())) + self._has_controls
+        kept = len(kept_by(self.config.strategy)) + self._has_controls
         # An adaptive clipping norm is one float64.
         norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
         return norm + kept * self._parameter_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
+from fedsim.core.rng import Purpose, global_seed
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
@@ -150,8 +150,10 @@ class RoundLoop:
             self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
         else:
             state = self._writer.state(after)
-            if isinstance(self._strategy, StatefulStrategy):
-                self._strategy.load_state_arrays(self._writer.strategy_state(after))
+            # Round 0 trains nobody: what is kept begins with the next one.
+            kept = self._writer.strategy_state(after) if after else {}
+            if kept and isinstance(self._strategy, StatefulStrategy):
+                self._strategy.load_state_arrays(kept)
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
@@ -166,6 +168,11 @@ class RoundLoop:
             arrays, _ = self._strategy.aggregate_train(
                 number, self._replies(number, participants, nodes, state, failed)
             )
+            if arrays is None and len(failed) < len(participants):
+                raise RunFailedError(
+                    f"the strategy made no model of what {len(participants) - len(failed)} of "
+                    f"{len(participants)} clients returned in round {number}"
+                )
             if arrays is None:
                 raise self._failure(f"no client of round {number} returned a model{self._last}")
             state = wire.state_of(arrays)
@@ -257,16 +264,22 @@ class RoundLoop:
         self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
     ) -> Sequence[Message]:
         """Let the strategy make the messages; each client's own are added as it is its turn."""
-        # Flower samples with Python's global generator, which is not ours to move.
-        untouched = random.getstate()
-        made = self._strategy.configure_train(
-            number,
-            wire.array_record(state),
-            ConfigRecord(),
-            ChosenNodes(self._grid, [nodes[p] for p in order]),
-        )
-        random.setstate(untouched)
+        with global_seed(self._config.seed, Purpose.MESSAGES, number):
+            made = list(
+                self._strategy.configure_train(
+                    number,
+                    wire.array_record(state),
+                    ConfigRecord(),
+                    ChosenNodes(self._grid, [nodes[p] for p in order]),
+                )
+            )
         by_node = {message.metadata.dst_node_id: message for message in made}
+        for partition in order:
+            if nodes[partition] not in by_node:
+                raise RunFailedError(
+                    f"the strategy made no message for client {partition} of round {number}; it "
+                    "must make one for each of its participants"
+                )
         return _Lazily(order, lambda p: self._addressed(by_node[nodes[p]], number, p))
 
     def _addressed(self, message: Message, number: int, partition: int) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -158,6 +159,7 @@ class TrainedClientRow(_ClientRow):
     class_distribution: list[int]
     seconds: dict[str, _Number]
     peak_memory: dict[str, _Count]
+    num_updates: _Count | None = None
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
     place: Literal["run", "node", "none"] = "run"
     not_captured: str = ""
@@ -168,7 +170,14 @@ class TrainedClientRow(_ClientRow):
         # Whoever makes something for each step relies on it: a number alone costs nothing.
         if not self.num_steps == len(self.loss_history) == len(self.batch_sizes):
             raise ValueError("num_steps, loss_history and batch_sizes speak of different steps")
+        if self.num_updates is not None and self.num_updates > self.num_steps:
+            raise ValueError("num_updates is more than num_steps")
         return self
+
+
+def updates_of(row: Mapping[str, Any]) -> int:
+    """Count the local steps of a client that changed its model."""
+    return int(row.get("num_updates", row["num_steps"]))
 
 
 class StepRow(_Row):

@@ -33,6 +33,7 @@ from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.recording.files import read_lines
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
 from fedsim.recording.writer import is_being_written
@@ -124,6 +125,10 @@ class TerminalObserver:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Print what will be run and start the progress bar."""
         print_summary(self._console, plan, workers, path)
+        rows = path / "rounds.jsonl"
+        for row in read_lines(rows) if rows.exists() else ():
+            # Of the run that is gone on with.
+            self._know(row)
         self._rounds = plan.config.rounds
         self._clients_of = plan.config.num_participants
         self._clients_total = sum(self._clients_of(r) for r in range(1, self._rounds + 1))
@@ -175,10 +180,7 @@ class TerminalObserver:
 
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
-        if row["global_accuracy"] is not None:
-            self._last = row
-            if not self._best or row["global_accuracy"] > self._best["global_accuracy"]:
-                self._best = row
+        self._know(row)
         self._rounds_trained += row["round"] > 0
         self._console.print(Text(round_line(row, self._rounds)))
 
@@ -195,11 +197,18 @@ class TerminalObserver:
         trained = f"{self._clients_trained} trained in {rounds}"
         table.add_row("clients", trained + failed)
         table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
-        table.add_row("time", format_seconds(time.perf_counter() - self._started))
+        seconds = time.perf_counter() - self._started if self._started else 0.0
+        table.add_row("time", format_seconds(seconds))
         table.add_row("state", f"sha256 {last['state_sha256'][:16]}")
         table.add_row("run", str(path))
         self._console.print()
         self._console.print(table)
+
+    def _know(self, row: Mapping[str, Any]) -> None:
+        if row["global_accuracy"] is not None:
+            self._last = row
+            if not self._best or row["global_accuracy"] > self._best["global_accuracy"]:
+                self._best = row
 
     def close(self) -> None:
         """Remove the progress bar; call it whatever ends the run."""
@@ -390,7 +399,7 @@ class ByteProgress:
 
     def __init__(self, console: Console, description: str) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
