@@ -36,11 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     0 success, 1 a failure during a run, 2 bad input, 130 interrupted.
     """
+    _open_closed_streams()
     code = run(sys.argv[1:] if arguments is None else arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        if code == SUCCESS:
+            _say(f"standard output cannot be written: {error.strerror}")
+            code = FAILURE
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Flower leaves threads that wait for ever when its engine fails: end the process for certain.
     os._exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard output or errors a place for them.
+
+    Otherwise the next file that is opened gets their number, and what others print.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.set_inheritable(nothing, True)
+            setattr(sys, name, os.fdopen(nothing, "w"))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,10 +81,6 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away (`fedsim inspect RUN | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
     except SystemExit as ended:
         return int(ended.code or SUCCESS)
 
@@ -640,7 +657,9 @@ def _deploy_gateway(parsed: argparse.Namespace) -> None:
 
 def _tell(text: str) -> None:
     # Without what prints tables, which brings in torch.
-    print(text, flush=True)  # noqa: T201
+    # A federation goes on without a reader; what could not be written is told at the end.
+    with contextlib.suppress(OSError):
+        print(text, flush=True)  # noqa: T201
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -802,7 +821,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     # The cluster comes last: whatever is wrong here is said before anything is asked of it.
     pool = fit_pool(config)
     if recovery.damage:
-        make_console().print(
+        make_console(lasting=True).print(
             printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),
             markup=False,
             soft_wrap=True,
@@ -842,7 +861,6 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     console = make_console()
     print_summary(console, plan, pool.workers, output)
-    sys.stdout.flush()
     check_output(output, plan)
     free = format_bytes(free_bytes(output))
     console.print(f"fits: {free} are free on the disk of {output}", markup=False, soft_wrap=True)
@@ -892,7 +910,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
     launch = compare.ProcessLauncher(output, more)
-    console = make_console()
+    console = make_console(lasting=True)
     progress = GridProgress(console)
     stop = threading.Event()
     _stop_on_interrupt(stop)

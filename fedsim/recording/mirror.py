@@ -83,7 +83,7 @@ class _Lists:
         Raises
         ------
         InputError
-            When a line of the checksums is not what was written.
+            When a line of the checksums is not what was written, or lacks a list of its round.
         """
         manifest = read(MANIFEST) or b""
         rounds, clients, checksums = (read(name) or b"" for name in (ROUNDS, CLIENTS, CHECKSUMS))
@@ -95,6 +95,8 @@ class _Lists:
                 lines = list(read_checksums(path))
             except InputError as error:
                 raise InputError(f"{what}: {error}".replace(f"{folder}/", "")) from None
+        if any(line.rows is not None and CLIENTS not in line.files for line in lines):
+            raise InputError(f"{what}: {CLIENTS} is not listed with its round in {CHECKSUMS}")
         return cls(manifest, rounds, clients, lines, whole.splitlines(keepends=True))
 
     def entry(self, key: str) -> Any:

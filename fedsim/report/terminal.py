@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
 import sys
 import textwrap
 import time
@@ -26,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
@@ -56,9 +60,42 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def make_console() -> Console:
-    """Make a console on standard output; a pipe or a file gets lines wide enough for tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+class _StandardOutput(Console):
+    """A console that ends nothing where nobody reads it any more."""
+
+    def __init__(self, *, lasting: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._lasting = lasting
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is still in Python's own buffer is written at the end. A test's has no number.
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if not self._lasting:
+                raise RunFailedError(
+                    f"standard output cannot be written: {error.strerror}"
+                ) from None
+            self.on_broken_pipe()
+
+
+def make_console(*, lasting: bool = False) -> Console:
+    """Make a console on standard output; a pipe or a file gets lines wide enough for tables.
+
+    Parameters
+    ----------
+    lasting : bool
+        Whether what is told of matters more than the telling: then whatever goes wrong with the
+        output, a full disk too, is not told. Otherwise it is a `RunFailedError`, but for a reader
+        who has gone away.
+    """
+    width = None if sys.stdout.isatty() else 140
+    return _StandardOutput(lasting=lasting, highlight=False, width=width)
 
 
 class TerminalObserver:
@@ -71,7 +108,7 @@ class TerminalObserver:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or make_console()
+        self._console = console or make_console(lasting=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0

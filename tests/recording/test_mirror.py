@@ -13,7 +13,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording import mirror
-from fedsim.recording.checksums import checksum_line
+from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.mirror import Mirror, Stopped, check_mirror, fetch, open_mirror, push
 from fedsim.recording.reader import load_run
@@ -399,3 +399,17 @@ def test_a_run_is_not_fetched_into_itself(finished):
     with pytest.raises(InputError, match="lies in it or holds it"):
         fetch(str(finished), finished / "back")
     assert not (finished / "back.partial").exists()
+
+
+def test_a_round_whose_line_lacks_a_list_is_refused(copied, tmp_path):
+    lines = list(read_checksums(copied / "checksums.jsonl"))
+    kept = [
+        {n: c for n, c in line.files.items() if n != "clients.jsonl" or not line.rows}
+        for line in lines
+    ]
+    (copied / "checksums.jsonl").write_bytes(b"".join(checksum_line(files) for files in kept))
+    said = f"^{copied}: clients.jsonl is not listed with its round in checksums.jsonl$"
+    with pytest.raises(InputError, match=said):
+        push(copied, RemoteFolder(str(tmp_path / "copy")))
+    with pytest.raises(InputError, match=said):
+        fetch(str(copied), tmp_path / "back")
