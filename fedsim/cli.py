@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -479,6 +480,13 @@ def _add_deploy(commands: Any) -> None:
         help="host name or IP address of the server for the nodes (default: %(default)s)",
     )
     init.add_argument(
+        "--listen",
+        default="",
+        metavar="IP",
+        help="address of the server's host at which it takes connections (default: the address, "
+        "where that is loopback, and all of the host otherwise)",
+    )
+    init.add_argument(
         "--port",
         type=int,
         default=9092,
@@ -517,6 +525,9 @@ def _add_deploy(commands: Any) -> None:
         allow_abbrev=False,
     )
     gateway.set_defaults(command=_deploy_gateway)
+    gateway.add_argument(
+        "--listen", default="", metavar="IP", help="listen there (default: as `init` was told)"
+    )
     renew = steps.add_parser(
         "renew",
         help="make another certificate for the server, or another key for a node",
@@ -548,6 +559,7 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
         parsed.folder,
         Federation(
             address=parsed.address,
+            listen=parsed.listen,
             port=parsed.port,
             supernodes=parsed.supernodes,
             insecure=parsed.insecure,
@@ -589,12 +601,31 @@ def _deploy_renew(parsed: argparse.Namespace) -> None:
         return
     if parsed.days is not None:
         raise InputError("--days is for the server's certificate; a node's key does not expire")
-    private, public = renew_node(parsed.folder, parsed.node)
+    private, public, replaced = renew_node(parsed.folder, parsed.node)
     _tell(f"written: {private}, for the host of the node")
     _tell(f"         {public}, which `fedsim deploy register {parsed.folder}` registers")
+    if replaced:
+        _tell_how_to_unregister(parsed.folder, replaced)
+
+
+def _tell_how_to_unregister(folder: Path, public_key: bytes) -> None:
+    from fedsim.deploy.federation import CONNECTION, Federation, Places
+    from fedsim.deploy.registered import node_id_of
+
+    places = Places(folder.absolute())
+    try:
+        node: int | str | None = node_id_of(places, Federation.read(folder), public_key)
+    except FedsimError as error:
+        _tell(f"{error}; if it knows the old key, under the id that the node's log says,")
+        node = "NODE-ID"
+    if node is not None:
+        command = f"flwr supernode unregister {node} {CONNECTION}"
+        _tell(f"FLWR_HOME={shlex.quote(str(places.user))} {command}   (takes the old key away)")
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from fedsim.deploy.federation import Federation, Places
 
     federation = Federation.read(parsed.folder)
@@ -603,7 +634,8 @@ def _deploy_gateway(parsed: argparse.Namespace) -> None:
 
     from fedsim.deploy.gateway import serve
 
-    serve(Places(parsed.folder.absolute()), federation)
+    listen = parsed.listen or federation.listen
+    serve(Places(parsed.folder.absolute()), replace(federation, listen=listen))
 
 
 def _tell(text: str) -> None:

@@ -279,7 +279,7 @@ class FedSimClient(NumPyClient):
         if messages.RUN_ID in config:
             telemetry |= _about(place, refusal)
         metrics: dict[str, Scalar] = {
-            "loss": telemetry["local_loss"],
+            messages.LOSS: telemetry["local_loss"],
             messages.TELEMETRY: messages.telemetry_json(telemetry),
         }
         if KEY_CLIPPING_NORM in config:

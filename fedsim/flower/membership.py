@@ -182,6 +182,11 @@ class Membership:
         self._wait(partitions, spare, patience, alone=False)
         for failure in self._failures:
             self._tell_once(failure)
+        for partition, nodes in self._holders.items():
+            if len(nodes) > 1:
+                last = self._last[partition] == nodes[-1]
+                which = "came last has it" if last else "had it keeps it"
+                self._tell_once(f"two nodes hold partition {partition}; the one that {which}")
         return {partition: self._last[partition] for partition in partitions}
 
     def _wait(self, partitions: Sequence[int], spare: int, patience: float, *, alone: bool) -> bool:
@@ -251,17 +256,23 @@ class Membership:
                 )
                 continue
             self._holders.setdefault(claim, []).append(member.node_id)
-        self._last.update({p: nodes[-1] for p, nodes in self._holders.items()})
+        for partition, nodes in self._holders.items():
+            # Who is registered comes back under the same id: another one has another key. Without
+            # that, it is the same one as a rule, which was killed and is not missed yet.
+            if not registered:
+                self._last[partition] = nodes[-1]
+            elif self._last.get(partition) not in nodes:
+                self._last[partition] = nodes[0]
 
     def _left(self, reply: Message, member: _Member) -> bool:
         # The list of nodes may be older than the reply.
         return reply.error.code == ErrorCode.NODE_UNAVAILABLE or member not in self._here
 
     def _claim_of(self, reply: Message) -> int | None:
-        if not reply.has_error():
-            return int(reply.content.metric_records[wire.METRICS][wire.PARTITION])  # type: ignore[arg-type]
-        self._failures.append(_speechless(reply))
-        return None
+        claim = None if reply.has_error() else _said(reply)
+        if claim is None:
+            self._failures.append(_speechless(reply))
+        return claim
 
     def _problem(self, patience: float) -> str:
         if len(self._here) < self._clients:
@@ -292,8 +303,15 @@ def _unheld(missing: Sequence[int], clients: int) -> str:
     return f"no node holds {_named(missing)}; clients = {clients}"
 
 
+def _said(reply: Message) -> int | None:
+    record = reply.content.metric_records.get(wire.METRICS)
+    claim = None if record is None else record.get(wire.PARTITION)
+    return claim if isinstance(claim, int) else None
+
+
 def _speechless(reply: Message) -> str:
-    return f"a node could not say which partition it holds: {cause_of(reply)}"
+    cause = cause_of(reply) if reply.has_error() else "its answer names none"
+    return f"a node could not say which partition it holds: {cause}"
 
 
 def _empty_query() -> RecordDict:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message
+from flwr.supercore.differential_privacy import KEY_NORM_BIT
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import check_like, first_not_finite
+from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json
 from fedsim.core.plan import RunPlan
+from fedsim.core.training import TrainingSettings
 from fedsim.core.units import format_bytes
 from fedsim.flower import messages as wire
 from fedsim.recording import rows
@@ -34,8 +37,8 @@ def problem_of(
     *,
     partition: int,
     num_samples: int,
+    config: RunConfig,
     folder: Path,
-    allow_divergence: bool,
 ) -> str | None:
     """Say why a reply to a training message cannot be folded.
 
@@ -49,10 +52,10 @@ def problem_of(
         Who was asked.
     num_samples : int
         Samples of that partition: the weight.
+    config : RunConfig
+        What the client was asked, and whether values that are not finite are taken.
     folder : Path
         Where the client left its files of the round.
-    allow_divergence : bool
-        Whether values that are not finite are taken.
 
     Returns
     -------
@@ -63,24 +66,33 @@ def problem_of(
         return traceback_of(reply.error.reason or "")
     try:
         row = telemetry_of(reply)
-        record = next(iter(reply.content.array_records.values()))
+        (record,) = reply.content.array_records.values()
+        (metrics,) = reply.content.metric_records.values()
         local = {name: view_of(array) for name, array in record.items()}
-        weight = next(iter(reply.content.metric_records.values()))[wire.NUM_EXAMPLES]
+        weight = metrics[wire.NUM_EXAMPLES]
         check_like(local, reference)
         if row["partition"] != partition:
-            return f"returned the telemetry of client {row['partition']}"
+            return f"returned the telemetry of client {shorten(row['partition'])}"
         if weight != num_samples:
-            return f"returned {wire.NUM_EXAMPLES} = {weight!r}; its partition has {num_samples}"
+            told = f"{wire.NUM_EXAMPLES} = {shorten(weight)}"
+            return f"returned {told}; its partition has {num_samples}"
         _check_telemetry(row)
+        _check_asked(row, config.training_of(partition), num_samples)
+        if (config.autocast == "float16") != ("num_updates" in row):
+            raise ValueError("its telemetry has num_updates missing or one too many")
+        _check_metrics(metrics, config)
         sizes = {str(name): int(file["bytes"]) for name, file in row["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, InputError) as error:
-        return f"returned what cannot be folded: {error or type(error).__name__}"
+    except (ValueError, InputError) as error:
+        return f"returned what cannot be folded: {_one_line(error)}"
+    except Exception as error:
+        # Whatever a reply makes of the libraries that decode it is a failure of who sent it.
+        return f"returned what cannot be folded: {type(error).__name__}: {_one_line(error)}"
     # What a client keeps on its own disk is known by its hashes.
     for name, size in sizes.items() if row.get("place", "run") == "run" else ():
         if (found := _size_of(folder / Path(name).name)) != size:
             there = "is gone" if found is None else f"has {found} bytes"
             return f"wrote {size} bytes to {folder / name}, which {there}"
-    if not allow_divergence and (layer := first_not_finite(local)):
+    if not config.allow_divergence and (layer := first_not_finite(local)):
         return f"returned {layer} {NOT_FINITE}{loss_of(row)}"
     return None
 
@@ -109,11 +121,50 @@ def _check_telemetry(row: dict[str, Any]) -> None:
             f"its telemetry makes a line of {len(line):,} bytes; allowed are {MOST_TELEMETRY:,}"
         )
     rows.check_described(rows.TrainedClientRow, parse_json(line), "its telemetry")
+    # One that is not finite has a name in a reply, and none in a row.
+    if None in (
+        *(row["local_loss"], row["gradient_norm"]),
+        *(*row["loss_history"], *row["per_layer_norms"].values()),
+    ):
+        raise ValueError("its telemetry has null for a loss or a norm")
     for name in row["files"]:
         if not is_of_client(name):
             raise ValueError(f"its telemetry lists {shorten(name)}, which no client writes")
     if row["files"] and row.get("place") == "none":
         raise ValueError("its telemetry lists files and says that there are none")
+
+
+def _check_asked(row: Mapping[str, Any], settings: TrainingSettings, num_samples: int) -> None:
+    """Refuse the work of a client that trained otherwise than it was asked to."""
+    asked = {
+        "num_samples": num_samples,
+        "batch_size": settings.batch_size,
+        "local_epochs": settings.local_epochs,
+        "local_steps": settings.local_steps,
+        "learning_rate": settings.optimizer.learning_rate,
+        "num_steps": settings.num_steps(num_samples),
+    }
+    for key, value in asked.items():
+        if row[key] != value:
+            raise ValueError(f"its telemetry has {key} = {shorten(row[key])}, not {value}")
+
+
+def _check_metrics(metrics: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse what a strategy stumbles over that averages the figures of all clients."""
+    expected = {wire.NUM_EXAMPLES, wire.LOSS}
+    if config.clients_clip or (":" in config.strategy.name and KEY_NORM_BIT in metrics):
+        expected.add(KEY_NORM_BIT)
+    if odd := min(expected.symmetric_difference(metrics), default=None):
+        raise ValueError(f"its metrics have {shorten(odd)} missing or one too many")
+    loss, exceeded = metrics[wire.LOSS], metrics.get(KEY_NORM_BIT, 0)
+    if not isinstance(loss, float) or loss < 0:
+        raise ValueError(f"its metrics have {wire.LOSS} = {shorten(loss)}")
+    if exceeded not in (0, 1):
+        raise ValueError(f"its metrics have {KEY_NORM_BIT} = {shorten(exceeded)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def loss_of(row: Mapping[str, Any]) -> str:

@@ -210,8 +210,8 @@ class RoundLoop:
                 state,
                 partition=partition,
                 num_samples=self._plan.sizes[partition],
+                config=self._config,
                 folder=self._writer.layout.client(number, partition),
-                allow_divergence=self._config.allow_divergence,
             )
             reason = reason or problem_of_files(reply, self._plan, partition)
             if reason is None:

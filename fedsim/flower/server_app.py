@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
 from fedsim.flower.machines import versions
+from fedsim.flower.membership import KnownMembership, KnowsPartitions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
 from fedsim.recording.layout import format_of
@@ -153,6 +156,7 @@ def execute(
     workers: int,
     stop: threading.Event,
     recovery: Recovery | None = None,
+    on_open: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a plan over a grid into a run directory, and leave its true status there.
 
@@ -172,6 +176,8 @@ def execute(
         Set by whoever wants the run to end.
     recovery : Recovery, optional
         Continue the run directory after that round instead.
+    on_open : callable
+        Called once this process has made or reopened the run directory, before anything else.
 
     Raises
     ------
@@ -184,11 +190,16 @@ def execute(
     if recovery is not None:
         if plan.nodes and plan.nodes != load_run(output).entry("partition").get("nodes"):
             raise InputError(f"{output} was recorded with other data at the nodes")
+        if isinstance(grid, KnowsPartitions):
+            # Without an engine to go on with, the run stays what it is.
+            clients = plan.config.clients
+            KnownMembership(grid, grid, clients=clients, stop=stop).wait_for_all(math.inf)
         writer = RunWriter.reopen(
             output, plan.config.to_mapping(), plan.partition, recovery, versions()
         )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
+    on_open()
     # The copy is told of the end, too: it ends last.
     with contextlib.ExitStack() as copying:
         try:

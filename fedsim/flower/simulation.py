@@ -261,6 +261,7 @@ def simulate(
     SupervisedPool.client_timeout = plan.config.client_timeout
     SupervisedPool.most = pool.workers
     deliveries = Deliveries()
+    opened = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.enter_context(deliveries.installed())
         broken: Callable[[], str | None]
@@ -286,10 +287,11 @@ def simulate(
                 workers=pool.workers,
                 stop=stop,
                 recovery=recovery,
+                on_open=opened.set,
             ),
             stop,
         )
-    if isinstance(failure, EngineError):
+    if isinstance(failure, EngineError) and opened.is_set():
         # In place of what followed from it.
         mark_failed(output, str(failure))
     if isinstance(failure, FedsimError):

@@ -297,6 +297,21 @@ def append_line(path: Path, line: bytes, *, at: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+def cut_unfinished_line(path: Path) -> int:
+    """Cut what follows the last newline of a file off; give the bytes that are left.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be read, or a line has more than `MOST_JSON_BYTES`.
+    """
+    if not path.exists():
+        return 0
+    whole = sum(map(len, text_lines(path)))
+    os.truncate(path, whole)
+    return whole
+
+
 def text_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file; a last one without its newline is none.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from fedsim.core.errors import InputError
@@ -127,6 +128,24 @@ def is_of_client(name: str) -> bool:
 
 
 _SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
+_CONTROL = re.compile(r"rounds/[0-9]{4,}/clients/([0-9]{4,9})/control\.safetensors")
+
+
+def newest_controls(files: Iterable[str]) -> dict[int, str]:
+    """Give each client's control variate that is the last one in a list of files.
+
+    Parameters
+    ----------
+    files : iterable of str
+        As ``checksums.jsonl`` lists them, those of earlier rounds first.
+
+    Returns
+    -------
+    dict of int to str
+        Partition id to file.
+    """
+    matches = (_CONTROL.fullmatch(name) for name in files)
+    return {int(match[1]): match[0] for match in matches if match}
 
 
 def delta_key(partition: int, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording import rows
 from fedsim.recording.checksums import ChecksumLine, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum
-from fedsim.recording.layout import RunLayout
+from fedsim.recording.layout import RunLayout, newest_controls
 from fedsim.recording.reader import Run
 from fedsim.recording.tensor_files import TensorFile
 
@@ -91,8 +92,9 @@ class Recovery:
 def find_recovery(root: Path) -> Recovery:
     """Find the newest round of a run whose every file is what was written.
 
-    Files of a round are read whole, from the newest round backwards until one is whole. Older
-    rounds are not looked at: nothing that follows depends on them, and `verify` tells of them.
+    Files of a round are read whole, from the newest round backwards until one is whole. Of older
+    rounds only the control variates are looked at that clients of later rounds begin with:
+    nothing else that follows depends on them, and `verify` tells of them.
 
     Parameters
     ----------
@@ -114,9 +116,12 @@ def find_recovery(root: Path) -> Recovery:
             continue
         try:
             _check_files(layout, line)
+            _check_controls(layout, lines[: line.number], line)
             recovery = Recovery(_check_rows(layout, line.rows.size), line.number, damage)
         except InputError as error:
-            damage.append(str(error))
+            # One old file may be what keeps every round since from being whole.
+            if str(error) not in damage:
+                damage.append(str(error))
             continue
         if not damage:
             _check_nothing_unlisted(layout, line.rows.size)
@@ -145,17 +150,28 @@ def _check_files(layout: RunLayout, line: ChecksumLine) -> None:
         raise InputError(f"{min(missing)} is not listed with its round in checksums.jsonl")
     for name, expected in line.files.items():
         path = layout.inside(name)
-        if name in line.elsewhere and not os.path.lexists(path):
-            continue
-        try:
+        if name not in line.elsewhere or os.path.lexists(path):
             # Of files that grow, the beginning is what the line speaks of.
             grows = name in ("rounds.jsonl", "clients.jsonl")
-            size = path.lstat().st_size
-            wrong = size < expected.size or (size > expected.size and not grows)
-            if wrong or Checksum.of_file(path, expected.size) != expected:
-                raise InputError(f"{name} is not what was written")
-        except OSError as error:
-            raise InputError(f"{name} cannot be read: {error.strerror}") from None
+            _check_file(path, name, expected, grows=grows)
+
+
+def _check_controls(layout: RunLayout, lines: Sequence[ChecksumLine], last: ChecksumLine) -> None:
+    """Check what clients that took no part in the last round will begin their next one with."""
+    listed = {name: checksum for line in lines for name, checksum in line.files.items()}
+    for name in newest_controls(listed).values():
+        if name not in last.files:
+            _check_file(layout.inside(name), name, listed[name])
+
+
+def _check_file(path: Path, name: str, expected: Checksum, *, grows: bool = False) -> None:
+    try:
+        size = path.lstat().st_size
+        wrong = size < expected.size or (size > expected.size and not grows)
+        if wrong or Checksum.of_file(path, expected.size) != expected:
+            raise InputError(f"{name} is not what was written")
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _check_rows(layout: RunLayout, size: int) -> int:

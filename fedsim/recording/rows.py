@@ -131,18 +131,19 @@ class ChecksumRow(_Row):
 class _ClientRow(_Row):
     round: _Id
     partition: _Id
-    status: Literal["ok", "failed"]
 
 
 class FailedClientRow(_ClientRow):
     """A line of ``clients.jsonl`` for a client that failed."""
 
+    status: Literal["failed"]
     error: str
 
 
 class TrainedClientRow(_ClientRow):
     """A line of ``clients.jsonl`` for a client that trained."""
 
+    status: Literal["ok"]
     num_samples: _Count
     local_epochs: _Count
     local_steps: _Count | None

@@ -23,13 +23,21 @@ from fedsim.recording.files import (
     Checksum,
     Digest,
     append_line,
+    cut_unfinished_line,
     json_document,
     json_line,
     read_lines,
     temporary,
     write_tensors,
 )
-from fedsim.recording.layout import FORMAT, SHARED_FORMAT, STEPS, RunLayout, format_of
+from fedsim.recording.layout import (
+    FORMAT,
+    SHARED_FORMAT,
+    STEPS,
+    RunLayout,
+    format_of,
+    newest_controls,
+)
 from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, check_places
@@ -40,11 +48,29 @@ State = Mapping[str, NDArray[np.generic]]
 
 
 def mark_failed(root: Path, error: str) -> None:
-    """Give a run that failed, or never began, its true cause in place of what followed from it."""
+    """Give a run that was begun and failed its true cause, in place of what followed from it.
+
+    Parameters
+    ----------
+    root : Path
+        The run directory. One that another process writes to by now, or that is finished, is left
+        as it is.
+    error : str
+        The cause.
+    """
     manifest = RunLayout(root).manifest
-    # Whoever writes to it now knows better.
-    if manifest.exists() and not is_being_written(root):
-        RunWriter(root, json.loads(manifest.read_bytes())).finish("failed", error)
+    if not manifest.exists():
+        return
+    writer = RunWriter(root, {})
+    try:
+        writer._lock()
+    except InputError:
+        return
+    # What nobody else can change any more.
+    writer._manifest = json.loads(manifest.read_bytes())
+    if writer._manifest["status"] != "finished":
+        writer.finish("failed", error)
+    writer.close()
 
 
 def is_being_written(root: Path) -> bool:
@@ -85,7 +111,7 @@ class RunWriter:
         self._shared: SharedFiles | None = None
         self._elsewhere: set[str] = set()
         self._lock_file: BinaryIO | None = None
-        self._sealed = _size_of(self.layout.checksums)
+        self._sealed: int | None = None
 
     @cached_property
     def _grown(self) -> dict[Path, Digest]:
@@ -224,10 +250,7 @@ class RunWriter:
             When the file is not there, or not what was written.
         """
         path = self.layout.strategy(round_number)
-        listed: dict[str, Checksum] = {}
-        for line in read_checksums(self.layout.checksums):
-            listed.update(line.files)
-        checksum = listed.get(self._name(path))
+        checksum = self._listed().get(self._name(path))
         if checksum is None:
             return {}
         if not path.is_file() or Checksum.of_file(path) != checksum:
@@ -305,23 +328,38 @@ class RunWriter:
 
     def add_control(self, round_number: int, partition: int, arrays: State) -> None:
         """Keep a client's control variate for its next round."""
-        self._write_tensors(self.layout.control(round_number, partition), arrays)
-        self._control_rounds[partition] = round_number
+        path = self.layout.control(round_number, partition)
+        self._write_tensors(path, arrays)
+        name = self._name(path)
+        self._controls[partition] = name, self._round_files[name]
 
     def control(self, partition: int) -> dict[str, NDArray[np.generic]]:
-        """Give what `add_control` kept of a client last; empty before."""
-        kept = self._control_rounds.get(partition)
-        if kept is None:
+        """Give what `add_control` kept of a client last; empty before.
+
+        Raises
+        ------
+        RunFailedError
+            When the file is not there any more, or not what was written.
+        """
+        if partition not in self._controls:
             return {}
-        tensors = TensorFile(self.layout.control(kept, partition))
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+        name, checksum = self._controls[partition]
+        path = self.layout.inside(name)
+        if not path.is_file() or Checksum.of_file(path) != checksum:
+            raise RunFailedError(f"{path} was changed by another program")
+        return {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
 
     @cached_property
-    def _control_rounds(self) -> dict[int, int]:
-        """Say in which round a client's control variate was kept last."""
-        found = self.layout.root.glob("rounds/*/clients/*/control.safetensors")
-        places = sorted((int(path.parts[-4]), int(path.parts[-2])) for path in found)
-        return {partition: number for number, partition in places}
+    def _controls(self) -> dict[int, tuple[str, Checksum]]:
+        """Say which file holds a client's newest control variate, and what it must hash to."""
+        listed = self._listed()
+        return {p: (name, listed[name]) for p, name in newest_controls(listed).items()}
+
+    def _listed(self) -> dict[str, Checksum]:
+        listed: dict[str, Checksum] = {}
+        for line in read_checksums(self.layout.checksums):
+            listed.update(line.files)
+        return listed
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""
@@ -403,6 +441,9 @@ class RunWriter:
         """List what was written since the last time."""
         named = {self._name(path): checksum for path, checksum in files.items()}
         line = checksum_line(named, self._elsewhere & named.keys())
+        if self._sealed is None:
+            # A writer that was killed may have left the beginning of a line.
+            self._sealed = cut_unfinished_line(self.layout.checksums)
         append_line(self.layout.checksums, line, at=self._sealed)
         self._sealed += len(line)
 

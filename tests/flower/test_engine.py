@@ -1,7 +1,10 @@
 """The death of Ray's own processes, of the server and of the terminal."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -9,7 +12,7 @@ import pytest
 
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
-from tests.flower.test_simulation import SMALL, finish, folder, leftovers, start, wait_for
+from tests.flower.test_simulation import ROOT, SMALL, finish, folder, leftovers, start, wait_for
 
 __all__ = ["folder"]
 
@@ -45,6 +48,27 @@ def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
     assert run.status == "failed"
     assert run.manifest["error"] == f"Ray's process {name} died, and with it the workers"
     assert verify(run.path).violations == []
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_finished_where_no_engine_starts_to_extend_it(folder, run_locally):
+    path = run_locally(rounds=1, capture="none").path
+    before = (path / "run.json").read_bytes()
+    # A path of a socket has room for 107 characters.
+    scratch = folder / ("x" * 100)
+    scratch.mkdir()
+    process = subprocess.run(
+        [sys.executable, "-m", "fedsim", "resume", str(path), "--rounds", "2", "--workers", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "fedsim: Flower's Ray engine could not run: validate_socket_filename" in process.stderr
+    assert (path / "run.json").read_bytes() == before
+    assert verify(path).violations == []
 
 
 @pytest.fixture

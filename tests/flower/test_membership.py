@@ -24,10 +24,11 @@ class Nodes(LocalGrid):
     ----------
     *looks
         Who is there at each look, the last one from then on: node id, name, the moment it was
-        started, and the partition that it claims, an error of Flower's, or None for its own.
+        started, and the partition that it claims, an error of Flower's, None for its own, or what
+        it answers in place of a claim.
     """
 
-    def __init__(self, *looks: list[tuple[int, str, str, int | Error | None]]) -> None:
+    def __init__(self, *looks: list[tuple[int, str, str, int | Error | RecordDict | None]]) -> None:
         super().__init__(app, 0)
         self._looks = list(looks)
         self.asked: list[int] = []
@@ -44,6 +45,8 @@ class Nodes(LocalGrid):
             return Message(claim, reply_to=message)
         if claim is None:
             return Message(Error(code=2, reason="Traceback\nno such folder"), reply_to=message)
+        if isinstance(claim, RecordDict):
+            return Message(claim, reply_to=message)
         content = RecordDict({"metrics": MetricRecord({"partition": claim})})
         return Message(content, reply_to=message)
 
@@ -115,6 +118,28 @@ def test_one_of_two_nodes_with_the_same_partition_may_leave():
     assert nodes_of(members, [0, 1]) == {0: 7, 1: 3}
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RecordDict(),
+        RecordDict({"metrics": MetricRecord()}),
+        RecordDict({"metrics": MetricRecord({"partition": [0, 1]})}),
+        RecordDict({"metrics": MetricRecord({"partition": 1.5})}),
+    ],
+)
+def test_an_answer_without_a_partition_is_that_of_a_node_that_cannot_say(answer):
+    problem, _, _ = wait(Nodes([(7, "", "a", 0), (3, "", "b", answer)]), 2)
+    assert problem == "a node could not say which partition it holds: its answer names none"
+
+
+def test_a_node_that_comes_late_and_cannot_say_does_not_end_the_run():
+    first = (7, "", "a", 0)
+    problem, told, members = wait(Nodes([first], [first, (3, "", "b", RecordDict())]), 1)
+    assert problem is None
+    assert nodes_of(members, [0]) == {0: 7}
+    assert told == ["a node could not say which partition it holds: its answer names none"]
+
+
 def test_a_node_that_claims_anothers_partition_is_refused():
     named = [(7, "partition-0", "a", 0), (3, "partition-1", "b", 0)]
     problem, told, _ = wait(Nodes(named), 2)
@@ -181,9 +206,25 @@ def test_a_node_that_comes_back_and_cannot_say_its_partition_is_told():
 
 def test_a_node_that_came_back_as_another_serves_its_partition():
     staying, before, after = (7, "", "a", 0), (3, "", "b", 1), (9, "", "c", 1)
-    problem, _, members = wait(Nodes([staying, before], [staying, before, after]), 2)
+    problem, told, members = wait(Nodes([staying, before], [staying, before, after]), 2)
     assert problem is None
     assert nodes_of(members, [0, 1]) == {0: 7, 1: 9}
+    assert told == ["two nodes hold partition 1; the one that came last has it"]
+
+
+def test_a_second_key_takes_a_partition_from_no_registered_node_that_is_here():
+    """As with a stolen key, which is registered for the partition too."""
+    name = "partition-0"
+    first, thief, third = [(i, name, str(i), 0) for i in (7, 3, 9)]
+    again = (7, name, "later", 0)
+    grid = Nodes([first], [first, thief], [first, thief], [again, thief], [thief, third])
+    problem, told, members = wait(grid, 1)
+    assert (problem, told) == (None, [])
+    assert [nodes_of(members, [0])[0] for _ in range(2)] == [7, 7]
+    assert told == ["two nodes hold partition 0; the one that had it keeps it"]
+    assert nodes_of(members, [0]) == {0: 7}
+    assert nodes_of(members, [0]) == {0: 3}
+    assert nodes_of(members, [0]) == {0: 3}
 
 
 def test_a_round_waits_for_a_node_where_it_needs_it():

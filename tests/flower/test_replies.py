@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from flwr.app import Array
 
+from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
 from fedsim.flower.client_app import app
 from fedsim.flower.replies import loss_of, problem_of, traceback_of, writable
@@ -18,14 +20,16 @@ def _identity():
     LocalGrid(app, 1)
 
 
-def problem(message, folder, *, allow_divergence=False):
+def problem(message, folder, **values):
+    keys = {key.replace("_", "-"): value for key, value in values.items()}
+    asked = {"clients-per-round": 5, "batch-size": 200, "learning-rate": 0.1, "local-epochs": 1}
     return problem_of(
         message,
         global_state(),
         partition=1,
         num_samples=SIZES[1],
+        config=RunConfig.from_mapping({**asked, **keys}),
         folder=folder,
-        allow_divergence=allow_divergence,
     )
 
 
@@ -35,7 +39,7 @@ OTHERS = {
     "num_samples": 400,
     "local_epochs": 1,
     "local_steps": None,
-    "batch_size": 8,
+    "batch_size": 200,
     "learning_rate": 0.1,
     "local_loss": 0.5,
     "gradient_norm": float("nan"),
@@ -51,7 +55,7 @@ OTHERS = {
 def reply_of(state=None, num_examples=None, **telemetry):
     message = reply(1, state=state, num_examples=num_examples)
     row = {"partition": 1, "files": {}, "loss_history": [1.0, 0.5], **OTHERS, **telemetry}
-    row |= {"num_steps": len(row["loss_history"]), "batch_sizes": [8] * len(row["loss_history"])}
+    row |= {"num_steps": len(row["loss_history"]), "batch_sizes": [200] * len(row["loss_history"])}
     message.content.config_records["telemetry"]["json"] = json.dumps(row)
     return message
 
@@ -81,10 +85,10 @@ def test_one_value_that_is_not_finite_names_its_layer_and_the_step(tmp_path, val
     assert problem(reply_of(state), tmp_path) == (
         "returned bn.running_var with values that are not finite"
     )
-    told = problem(reply_of(state, loss_history=[2.0, 9.0, float("inf"), 1.0]), tmp_path)
+    told = problem(reply_of(state, loss_history=[2.0, float("inf")]), tmp_path)
     assert told == (
         "returned bn.running_var with values that are not finite; its loss was not finite from "
-        "local step 2 on"
+        "local step 1 on"
     )
     assert problem(reply_of(state), tmp_path, allow_divergence=True) is None
 
@@ -135,6 +139,115 @@ def test_telemetry_that_cannot_be_read_is_a_problem(tmp_path, text):
     assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
 
 
+def test_telemetry_of_any_depth_is_a_problem(tmp_path):
+    message = reply_of()
+    message.content.config_records["telemetry"]["json"] = "[" * 100_000
+    told = problem(message, tmp_path)
+    assert told.startswith("returned what cannot be folded: RecursionError: ")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "header", ["(((((", "{" * 9000, "{'descr': 'O', 'fortran_order': False, 'shape': (8,)}", "\0"]
+)
+def test_an_array_that_cannot_be_decoded_is_a_problem(tmp_path, header):
+    array = Array("float32", (8,), "numpy.ndarray", npy_of(header))
+    message = reply_of()
+    message.content.array_records["arrays"]["bn.running_var"] = array
+    told = problem(message, tmp_path)
+    assert told.startswith("returned what cannot be folded: ")
+    assert "\n" not in told
+
+
+def npy_of(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("batch_size", 201),
+        ("local_epochs", 2),
+        ("local_steps", 2),
+        ("num_samples", 401),
+        ("loss_history", []),
+    ],
+)
+def test_a_client_that_trained_otherwise_than_asked_is_a_problem(tmp_path, key, value):
+    told = problem(reply_of(**{key: value}), tmp_path)
+    asked = {"key": "num_steps", "value": 0} if value == [] else {"key": key, "value": value}
+    expected = "returned what cannot be folded: its telemetry has {key} = {value}, not "
+    assert told.startswith(expected.format(**asked))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_history": [1.0, None]},
+        {"local_loss": None},
+        {"gradient_norm": None},
+        {"per_layer_norms": {"w": None}},
+    ],
+)
+def test_null_is_no_figure(tmp_path, changes):
+    assert problem(reply_of(**changes), tmp_path) == (
+        "returned what cannot be folded: its telemetry has null for a loss or a norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ({"more": 1.0}, "'more' missing or one too many"),
+        ({"loss": None}, "'loss' missing or one too many"),
+        ({"norm_bit": 1}, "'norm_bit' missing or one too many"),
+        ({"loss": [1.0, 2.0]}, "loss = [1.0, 2.0]"),
+        ({"loss": -1e-9}, "loss = -1e-09"),
+    ],
+)
+def test_metrics_that_no_honest_client_sends_are_a_problem(tmp_path, metrics, told):
+    message = reply_of()
+    found = message.content.metric_records["metrics"]
+    for key, value in metrics.items():
+        if value is None:
+            del found[key]
+        else:
+            found[key] = value
+    assert problem(message, tmp_path) == (
+        f"returned what cannot be folded: its metrics have {told}"
+    )
+
+
+def test_clients_that_clip_say_whether_they_did(tmp_path):
+    private = {
+        "strategy": {
+            "name": "fedavg",
+            "dp": "client-side-fixed",
+            "noise-multiplier": 1.0,
+            "clipping-norm": 1.0,
+        }
+    }
+    message = reply_of()
+    assert problem(message, tmp_path, **private) == (
+        "returned what cannot be folded: its metrics have 'norm_bit' missing or one too many"
+    )
+    metrics = message.content.metric_records["metrics"]
+    metrics["norm_bit"] = 1
+    assert problem(message, tmp_path, **private) is None
+    metrics["norm_bit"] = -(10**9)
+    assert problem(message, tmp_path, **private) == (
+        "returned what cannot be folded: its metrics have norm_bit = -1000000000"
+    )
+
+
+@pytest.mark.parametrize("name", ["arrays", "metrics"])
+def test_two_records_of_a_kind_are_a_problem(tmp_path, name):
+    message = reply_of()
+    message.content["more"] = message.content[name]
+    assert problem(message, tmp_path).startswith("returned what cannot be folded: ")
+
+
 @pytest.mark.parametrize("record", [wire.ARRAYS, wire.METRICS, wire.TELEMETRY])
 def test_a_reply_without_a_record_is_a_problem(tmp_path, record):
     message = reply_of()
@@ -161,6 +274,7 @@ def test_files_on_a_clients_own_disk_are_not_looked_for_here(tmp_path):
     ("changes", "told"),
     [
         ({"round": 7}, "its telemetry names a round"),
+        ({"status": "failed"}, "its telemetry: status = 'failed' cannot be used"),
         ({"num_steps_captured": -1}, "its telemetry: num_steps_captured = -1 cannot be used"),
         ({"place": "/etc"}, "its telemetry: place = '/etc' cannot be used"),
         ({"place": "none", "files": "steps.jsonl"}, "lists files and says that there are none"),
@@ -210,9 +324,16 @@ def test_it_is_the_line_whose_length_counts(tmp_path):
     assert "its telemetry makes a line of 9,600," in problem(message, tmp_path)
 
 
+@pytest.mark.parametrize(("autocast", "told"), [("float16", {}), ("none", {"num_updates": 1})])
+def test_updates_are_told_where_steps_may_overflow_and_nowhere_else(tmp_path, autocast, told):
+    found = problem(reply_of(**told), tmp_path, autocast=autocast)
+    assert found.endswith("its telemetry has num_updates missing or one too many")
+
+
 def test_many_steps_are_no_flood(tmp_path):
     losses = list(np.random.default_rng(0).uniform(size=300_000))
-    assert problem(reply_of(loss_history=losses), tmp_path) is None
+    many = reply_of(loss_history=losses, local_steps=300_000)
+    assert problem(many, tmp_path, local_steps=300_000) is None
 
 
 @pytest.mark.parametrize("words", ["x" * 40_000_000, "\ud800", "é" * 9_000_000 + "\nlast"])

@@ -207,6 +207,54 @@ def test_damage_before_the_last_round_is_left_to_verify(
     assert "rounds/0001/aggregate.safetensors" in violation
 
 
+@pytest.fixture(scope="module")
+def scaffold(plan: RunPlan) -> RunPlan:
+    # Client 0 sits out rounds 2 and 3, and begins round 4 with what it kept in round 1.
+    participants = [[0, 1], [1, 2], [2, 3], [0, 3]]
+    changes = {"strategy": "scaffold", "participants": participants, "capture": "none"}
+    return replace(plan, config=RunConfig.from_mapping({**VALUES, **changes}))
+
+
+@pytest.fixture(scope="module")
+def of_scaffold(
+    scaffold: RunPlan, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, bytes], Path]:
+    """All tensors of the run, and a copy of it that failed in round 4."""
+    folder = tmp_path_factory.mktemp("scaffold")
+    go(scaffold, folder / "whole")
+    with pytest.raises(FedsimError, match="enough"):
+        go(scaffold, folder / "failed", before=fail_in(4, 3))
+    return contents(folder / "whole"), folder / "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "partition", "damage", "after"),
+    [(1, 0, "flip", 0), (1, 0, "delete", 0), (2, 1, "cut", 1), (1, 1, "flip", 3)],
+)
+def test_what_a_client_begins_its_next_round_with_must_be_whole(
+    scaffold: RunPlan,
+    of_scaffold: tuple[dict[str, bytes], Path],
+    tmp_path: Path,
+    number: int,
+    partition: int,
+    damage: str,
+    after: int,
+) -> None:
+    tensors, failed = of_scaffold
+    path = Path(shutil.copytree(failed, tmp_path / "run"))
+    name = f"rounds/{number:04d}/clients/{partition:04d}/control.safetensors"
+    damaged = path / name
+    damage_file(damaged, damage)
+    left = damaged.read_bytes() if damaged.exists() else b""
+    recovery = find_recovery(path)
+    told = "cannot be read: No such file or directory" if damage == "delete" else "is not what"
+    assert recovery.round == after
+    # Client 1 trained once more in round 2: what it kept before, nothing depends on.
+    assert [line.startswith(f"{name} {told}") for line in recovery.damage] == [True] * (after < 3)
+    go(scaffold, path, resume=True)
+    assert contents(path) == (tensors if after < 3 else {**tensors, name: left})
+
+
 def test_a_run_that_was_killed_after_its_last_row_is_finished_by_a_resume(
     plan: RunPlan, whole: Path, tmp_path: Path
 ) -> None:

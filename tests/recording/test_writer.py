@@ -14,7 +14,7 @@ from fedsim.recording.checksums import read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
 from fedsim.recording.places import RUN_ID
-from fedsim.recording.writer import RunWriter, mark_failed
+from fedsim.recording.writer import RunWriter, is_being_written, mark_failed
 from tests.recording.conftest import Recorded
 
 PARTITION = [np.array([1, 4]), np.array([0, 2, 3])]
@@ -288,6 +288,30 @@ def test_a_run_that_is_taken_up_again_goes_on_with_its_rows(tmp_path: Path) -> N
     assert_all_listed(root)
 
 
+def test_a_run_that_was_killed_while_it_wrote_a_line_is_marked(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    write_round(make(root), 0)
+    checksums = root / "checksums.jsonl"
+    checksums.write_bytes(checksums.read_bytes() + b'{"files":{"rou')
+    mark_failed(root, "the engine stopped")
+    assert json.loads((root / "run.json").read_text())["status"] == "failed"
+    assert_all_listed(root)
+    assert not is_being_written(root)
+
+
+def test_a_run_that_somebody_writes_or_that_is_finished_is_not_marked(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    writer = make(root)
+    before = contents(root)
+    mark_failed(root, "the engine stopped")
+    assert contents(root) == before
+    writer.finish("finished")
+    writer.close()
+    before = contents(root)
+    mark_failed(root, "the engine stopped")
+    assert contents(root) == before
+
+
 def test_nothing_is_marked_where_no_run_is(tmp_path: Path) -> None:
     mark_failed(tmp_path / "run", "why")
     assert list(tmp_path.iterdir()) == []
@@ -391,3 +415,17 @@ def test_files_of_a_run_are_never_changed_once_they_are_there(recorded: Recorded
                 assert files[name] == content
         earlier = files
     assert not [name for name in earlier if name.endswith(".partial")]
+
+
+def test_a_control_variate_that_was_changed_is_not_used(tmp_path: Path) -> None:
+    writer = make(tmp_path / "run")
+    assert writer.control(7) == {}
+    writer.add_control(1, 7, {"w": STATE["w"]})
+    np.testing.assert_array_equal(writer.control(7)["w"], STATE["w"])
+    path = tmp_path / "run/rounds/0001/clients/0007/control.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(RunFailedError, match=f"^{path} was changed by another program$"):
+        writer.control(7)
+    path.unlink()
+    with pytest.raises(RunFailedError, match=f"^{path} was changed by another program$"):
+        writer.control(7)
