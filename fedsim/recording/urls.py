@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.core.inputs import open_regular
-from fedsim.recording.files import read_text
+from fedsim.recording.files import MOST_TEXT_BYTES, read_text
 from fedsim.recording.layout import RunLayout
 
 _READ_BYTES = 4 * 2**20
@@ -63,6 +64,9 @@ class RemoteFolder:
             try:
                 if self.folder is not None:
                     return read_text(self._local(name))
+                # A store may be a stranger's, too: what it has is asked before it is taken.
+                if self._size_there(name) > MOST_TEXT_BYTES:
+                    raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT_BYTES:,} bytes")
                 return bytes(self._fs.cat_file(self._path(name)))
             except FileNotFoundError:
                 return None
@@ -79,9 +83,15 @@ class RemoteFolder:
             try:
                 if self.folder is not None:
                     return self._local(name).lstat().st_size
-                return int(self._fs.info(self._path(name))["size"])
+                return self._size_there(name)
             except FileNotFoundError:
                 return None
+
+    def _size_there(self, name: str) -> int:
+        found = self._fs.info(self._path(name))
+        if found["type"] != "file" or found["size"] is None:
+            raise OSError(errno.EINVAL, "it is no file of a known size")
+        return int(found["size"])
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file to a path on this machine.

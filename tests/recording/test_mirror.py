@@ -1,10 +1,12 @@
 """A copy of a run at a URL: whatever cuts it off, what is there is a run; and the way back."""
 
 import json
+import os
 import shutil
 import threading
 
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
@@ -12,7 +14,7 @@ from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.recording import mirror
+from fedsim.recording import mirror, urls
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.mirror import Mirror, Stopped, check_mirror, fetch, open_mirror, push
@@ -327,6 +329,33 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_copy(recorded, tmp_path):
         push(recorded.path, RemoteFolder(str(tmp_path / "copy")), stop=stop.is_set)
     Mirror(recorded.path, RemoteFolder(str(tmp_path / "copy")), tell=told.append, stop=stop).close()
     assert "the run was stopped" in told[-1]
+
+
+@pytest.mark.parametrize("name", ["run.json", "clients.jsonl"])
+def test_a_store_is_asked_how_much_it_has_before_any_of_it_is_taken(
+    recorded, tmp_path, monkeypatch, name
+):
+    store = RemoteFolder("memory://of a stranger")
+    push(recorded.path, store)
+    monkeypatch.setattr(urls, "MOST_TEXT_BYTES", store.size(name) - 1)
+    monkeypatch.setattr(MemoryFile, "read", lambda self, size=-1: pytest.fail("it was read"))
+    told = rf"^memory://of a stranger/{name} cannot be read: it has more than [0-9,]+ bytes$"
+    with pytest.raises(RemoteError, match=told):
+        store.read(name)
+
+
+def test_no_pipe_of_a_chained_url_is_waited_for(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    url = f"dir://.::file://{tmp_path}/copy"
+    for name in ("run.json", "rounds/0001/global.safetensors"):
+        content = (tmp_path / "copy" / name).read_bytes()
+        (tmp_path / "copy" / name).unlink()
+        os.mkfifo(tmp_path / "copy" / name)
+        with pytest.raises(RunFailedError, match=f"{name} cannot be read: it is no file of a"):
+            fetch(url, tmp_path / "back")
+        (tmp_path / "copy" / name).unlink()
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert fetch(url, tmp_path / "back") == 3
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,7 @@ def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
 def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):
     with pytest.raises(InputError, match=r"^s3://bucket/none holds no run: it has no run\.json$"):
         fetch("s3://bucket/none", tmp_path / "back")
-    with pytest.raises(
-        RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be written: "
-    ) as caught:
+    with pytest.raises(RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be read: ") as caught:
         push(recorded.path, RemoteFolder("s3://nowhere/run"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^mirror = 's3://nowhere/run' cannot be used"):
