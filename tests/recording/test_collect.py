@@ -135,6 +135,13 @@ def test_what_is_not_here_is_no_violation_and_is_said(away: Path) -> None:
     assert fedsim(["verify", str(run)]) == 0
 
 
+def test_what_nobody_listed_is_reported_while_files_are_at_the_nodes(here: Path) -> None:
+    added = "rounds/0001/clients/0002/gradients-00001.safetensors"
+    (here / "run" / added).parent.mkdir(exist_ok=True)
+    (here / "run" / added).write_bytes(b"anything")
+    assert verify(here / "run").violations == [f"{added} is not listed in clients.jsonl"]
+
+
 def test_a_collected_run_is_proven_whole(here: Path, plan_of_all: RunPlan, tmp_path: Path) -> None:
     run, before = here / "run", files_of(here / "run")
     told: list[tuple[int, int]] = []

@@ -37,13 +37,13 @@ SHARD = "rounds/0001/clients/0002/gradients-00000.safetensors"
 Arrays = dict[str, NDArray[Any]]
 
 
-def record(plan: RunPlan, path: Path, **changes: Any) -> Path:
-    """Make a run of one round of the plan with some settings changed."""
+def record(plan: RunPlan, path: Path, *, to: bool = True, **changes: Any) -> Path:
+    """Make a run of one round of the plan with some settings changed, `to` its directory or not."""
     values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
     config = RunConfig.from_mapping({**values, "rounds": 1, **changes})
     changed = replace(plan, config=config)
     execute(
-        LocalGrid(app, config.clients, recordings=path.parent),
+        LocalGrid(app, config.clients, recordings=path.parent if to else None),
         changed,
         path,
         observer=Memory(),
@@ -204,11 +204,30 @@ def test_a_file_that_is_gone_cut_or_no_file_is_reported(copied: Path, name: str)
     assert not verify(copied).violations
 
 
-def test_a_shard_that_nobody_listed_is_reported(copied: Path) -> None:
-    shutil.copy(copied / SHARD, copied / SHARD.replace("00000", "00001"))
-    assert verify(copied).checks["files"].violations == [
-        "rounds/0001/clients/0002 has other shards than clients.jsonl says"
-    ]
+def test_a_shard_that_nobody_listed_is_reported_and_not_read(copied: Path) -> None:
+    added = SHARD.replace("00000", "00001")
+    captured = load_run(copied).round(1).client(2).captured_steps
+    shutil.copy(copied / SHARD, copied / added)
+    assert verify(copied).violations == [f"{added} is not listed in clients.jsonl"]
+    (copied / added).write_bytes(b"no tensors")
+    assert load_run(copied).round(1).client(2).captured_steps == captured
+
+
+@pytest.mark.parametrize("recorded_by_clients", [True, False])
+def test_files_added_to_a_client_that_has_none_of_them_are_reported(
+    plan: RunPlan, recorded: Recorded, tmp_path: Path, recorded_by_clients: bool
+) -> None:
+    path = record(plan, tmp_path / "run", capture="none", to=recorded_by_clients)
+    client = load_run(path).round(1).client(2)
+    client.folder.mkdir(exist_ok=True)
+    names = ["gradients-00000.safetensors", "sketch.safetensors"]
+    names += [] if recorded_by_clients else ["steps.jsonl"]
+    for name in names:
+        shutil.copy(recorded.path / SHARD, client.folder / name)
+    folder = client.folder.relative_to(path)
+    told = [f"{folder}/{name} is not listed in clients.jsonl" for name in names]
+    assert verify(path).checks["files"].violations == told
+    assert client.captured_steps == []
 
 
 def test_a_path_out_of_the_run_is_reported_and_not_read(copied: Path) -> None:
