@@ -60,6 +60,8 @@ RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 NORM_TOLERANCE = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
 """Relative error of a recorded gradient's norm, by ``capture-dtype``."""
 
+BUFFERS = "buffers: their deltas follow from no gradient"
+"""What a replay leaves unproven of a model that has any."""
 _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
 
@@ -353,6 +355,11 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                 prove_norms(run, client, findings)
                 return
     findings.prove(REPLAY, client.telemetry["num_steps"])
+    if not client.has_all_parameters:
+        count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"
+        findings.leave(REPLAY, f"{count} were captured: the deltas of the others are not followed")
+    if run.described.keys() - run.shapes.keys():
+        findings.leave(REPLAY, BUFFERS)
     findings.note(REPLAY, f"within rounding: {why}" if why else "bit for bit")
 
 

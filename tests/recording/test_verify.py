@@ -103,7 +103,7 @@ def test_of_a_whole_run_everything_is_proven(recorded: Recorded) -> None:
     assert violations_of(findings) == {}
     assert {name: check.unproven for name, check in findings.checks.items()} == {
         name: [] for name in findings.checks
-    }
+    } | {"replay": [proofs.BUFFERS]}
     unlisted = ("checksums.jsonl", "lock")
     files = [p for p in recorded.path.rglob("*") if p.is_file() and p.name not in unlisted]
     steps = sum(row["num_steps"] for row in read_lines(recorded.path / "clients.jsonl"))
@@ -520,6 +520,28 @@ def test_with_some_steps_the_norms_are_proven_and_the_replay_is_not(
     assert findings.checks["gradients"].proven == 10
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_layers_that_were_not_captured_and_buffers_are_named(
+    plan: RunPlan, tmp_path: Path, norm: str
+) -> None:
+    values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
+    changed = RunPlan.prepare(RunConfig.from_mapping({**values, "norm": norm}))
+    root = record(changed, tmp_path / "run", **{"capture-layers": ["13.*"]})
+
+    def change(arrays: Arrays) -> None:
+        arrays["0.weight"] += 1
+
+    rewrite_tensors(root / "rounds/0001/clients/0002/delta.safetensors", change)
+    reseal(root)
+    findings = verify(root)
+    assert list(violations_of(findings)) == ["aggregate"]
+    count = len(load_run(root).shapes)
+    layers = f"2 of {count} parameters were captured: the deltas of the others are not followed"
+    # Groups are normalised without any.
+    buffers = {proofs.BUFFERS} if norm == "batch" else set()
+    assert set(findings.checks["replay"].unproven) == {layers} | buffers
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_gradients_lead_near_the_delta(plan: RunPlan, tmp_path: Path, dtype: str) -> None:
     findings = verify(record(plan, tmp_path / "run", **{"capture-dtype": dtype}), recompute=3)
@@ -537,7 +559,7 @@ def test_steps_as_small_as_the_rounding_of_a_parameter_lead_near_the_delta(
     changes = {"capture-dtype": dtype, "optimizer": optimizer, "learning-rate": 1e-7}
     findings = verify(record(plan, tmp_path / "run", **changes))
     assert violations_of(findings) == {}
-    assert findings.checks["replay"].unproven == []
+    assert findings.checks["replay"].unproven == [proofs.BUFFERS]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -562,7 +584,7 @@ def test_gradients_that_float16_cannot_hold_prove_nothing(plan: RunPlan, tmp_pat
     assert any(norm and norm > 65504 for norm in norms)
     findings = verify(root, recompute=1)
     assert violations_of(findings) == {}
-    unproven = set(findings.checks["replay"].unproven)
+    unproven = set(findings.checks["replay"].unproven) - {proofs.BUFFERS}
     assert unproven == {"gradients are not finite, or too large for float16"}
 
 
