@@ -11,16 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.serverapp import Grid
 
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
-from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
-from fedsim.flower.machines import versions
+from fedsim.flower.machines import device_of, versions
 from fedsim.flower.membership import KnownMembership, KnowsPartitions
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL
@@ -192,7 +190,12 @@ def execute(
             clients = plan.config.clients
             KnownMembership(grid, grid, clients=clients, stop=stop).wait_for_all(math.inf)
         writer = RunWriter.reopen(
-            output, plan.config.to_mapping(), plan.partition, recovery, versions()
+            output,
+            plan.config.to_mapping(),
+            plan.partition,
+            recovery,
+            versions(),
+            device_of(plan.config),
         )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
@@ -248,11 +251,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,
         "versions": versions(),
-        "device": {
-            "type": resolve_device(plan.config.device).type,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "worker_threads": plan.config.client_cpus,
-        },
+        "device": device_of(plan.config),
         "model": {
             "arch": plan.config.model,
             "parameters": [

@@ -535,6 +535,21 @@ class Run:
             {k: v for k, v in self.entry("config").items() if v is not None}
         )
 
+    def made_by(self, round_number: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """Give the versions and the device of the part of the run that a round belongs to.
+
+        Raises
+        ------
+        InputError
+            When ``run.json`` does not tell.
+        """
+        found = self.entry("versions"), self.entry("device")
+        for entry in self.manifest.get("resumed", []):
+            if entry["after"] < round_number:
+                # Earlier versions did not tell what they went on with.
+                found = entry["versions"], entry.get("device") or found[1]
+        return found
+
     def control_before(self, round_number: int) -> dict[str, NDArray[np.generic]]:
         """Give the server's control variate of SCAFFOLD that a round began with."""
         if round_number == 1:

@@ -164,6 +164,7 @@ class RunWriter:
         partition: Sequence[NDArray[np.int64]],
         recovery: Recovery,
         versions: Mapping[str, str],
+        device: Mapping[str, Any],
     ) -> RunWriter:
         """Continue a run directory after a whole round.
 
@@ -181,6 +182,8 @@ class RunWriter:
             From `find_recovery`.
         versions : mapping
             The libraries to go on with, by name; added to ``resumed`` in ``run.json``.
+        device : mapping
+            What they compute on, as ``device`` in ``run.json``; added there too.
 
         Raises
         ------
@@ -193,7 +196,7 @@ class RunWriter:
         manifest.setdefault("id", new_run_id())
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
-            {"after": recovery.round, "versions": dict(versions)},
+            {"after": recovery.round, "versions": dict(versions), "device": dict(device)},
         ]
         writer = cls(
             root, {**manifest, "status": "running", "config": dict(config), "resumed": resumed}

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
@@ -163,7 +164,9 @@ def test_a_damaged_last_round_is_made_again(
     assert contents(tmp_path / "run") == contents(whole)
     assert verify(tmp_path / "run").violations == []
     resumed = json.loads((tmp_path / "run/run.json").read_bytes())["resumed"]
-    assert resumed == [{"after": 1, "versions": versions()}]
+    device = {"type": "cpu", "worker_threads": 1}
+    device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    assert resumed == [{"after": 1, "versions": versions(), "device": device}]
 
 
 def damage_file(path: Path, damage: str) -> None:
@@ -275,7 +278,7 @@ def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) ->
     path = tmp_path / "run"
     first = RunWriter.create(path, manifest_of(plan), plan.partition)
     with pytest.raises(InputError, match="is being written by another process"):
-        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {})
+        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {}, {})
     assert is_being_written(path)
     del first
     # The kernel gives the lock back.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
 from fedsim.cli import run as command
@@ -504,6 +505,50 @@ def test_a_gradient_forged_with_its_norms_is_found_by_computing_it_again(
 
 
 # What cannot be proven is said.
+
+
+def test_an_initial_state_that_other_instructions_drew_is_no_violation(copied: Path) -> None:
+    def found(capability: str) -> Findings:
+        run, findings = load_run(copied), Findings()
+        run.manifest["device"]["cpu_capability"] = capability
+        proofs.prove_initial_state(run, findings)
+        return findings
+
+    here = torch.backends.cpu.get_cpu_capability()
+    assert found("VSX").checks["initial state"].proven == 1
+
+    def change(arrays: Arrays) -> None:
+        arrays["0.weight"][0] = np.nextafter(arrays["0.weight"][0], np.float32(9))
+
+    rewrite_tensors(copied / "rounds/0000/global.safetensors", change)
+    assert found("VSX").violations == []
+    assert found("VSX").checks["initial state"].unproven == [
+        "0.weight differs from what is drawn here: the run used VSX instructions, here are " + here
+    ]
+    (violation,) = found(here).violations
+    assert violation.endswith("global.safetensors: 0.weight does not follow from the seed")
+
+
+def test_a_round_is_judged_by_what_its_part_of_the_run_was_made_with(copied: Path) -> None:
+    manifest = json.loads((copied / "run.json").read_bytes())
+    versions, device = manifest["versions"], manifest["device"]
+    other = {**device, "cpu_capability": "VSX"}
+    manifest["resumed"] = [{"after": 1, "versions": versions, "device": other}]
+    (copied / "run.json").write_text(json.dumps(manifest))
+    assert [load_run(copied).made_by(r) for r in (0, 1, 2)] == [
+        (versions, device),
+        (versions, device),
+        (versions, other),
+    ]
+
+    def change(arrays: Arrays) -> None:
+        arrays["13.bias"][4] = np.nextafter(arrays["13.bias"][4], np.float32(9))
+
+    for client in ("0001/clients/0002", "0002/clients/0003"):
+        rewrite_tensors(copied / f"rounds/{client}/delta.safetensors", change)
+    reseal(copied)
+    (violation,) = violations_of(verify(copied))["replay"]
+    assert "rounds/0001/clients/0002/delta.safetensors: 13.bias is not where the" in violation
 
 
 def test_with_some_steps_the_norms_are_proven_and_the_replay_is_not(
