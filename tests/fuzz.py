@@ -46,7 +46,8 @@ from fedsim.core.inputs import read_text_bytes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import simulation
 from fedsim.flower.client_app import app
-from fedsim.flower.server_app import execute, versions
+from fedsim.flower.machines import device_of, versions
+from fedsim.flower.server_app import execute
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.reader import load_run
@@ -531,7 +532,9 @@ def arguments_of(this: Input, scratch: Path) -> list[str]:
 def reopen_only(plan: RunPlan, output: Path, *_: Any, recovery: Recovery, **__: Any) -> None:
     """Stand where a resumed run would start its clients."""
     config = plan.config.to_mapping()
-    writer = RunWriter.reopen(output, config, plan.partition, recovery, versions())
+    writer = RunWriter.reopen(
+        output, config, plan.partition, recovery, versions(), device_of(plan.config)
+    )
     if recovery.round >= 0:
         writer.state(recovery.round)
         writer.strategy_state(recovery.round)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,21 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "fedsim": fedsim.__version__,
+    }
+
+
+def device_of(config: RunConfig) -> dict[str, Any]:
+    """Describe for ``run.json`` what this machine computes a run on.
+
+    Raises
+    ------
+    ConfigError
+        When this machine has not the run's device.
+    """
+    return {
+        "type": resolve_device(config.device).type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "worker_threads": config.client_cpus,
     }
 
 

@@ -11,19 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.serverapp import Grid
 
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
-from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
-from fedsim.flower.machines import versions
+from fedsim.flower.machines import device_of, versions
 from fedsim.flower.membership import KnownMembership, KnowsPartitions
 from fedsim.flower.rounds import RoundLoop, RunObserver
-from fedsim.recording.files import DISK_FULL
+from fedsim.recording.files import DISK_FULL, read_lines
 from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.reader import Run, load_run
@@ -124,6 +122,9 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+    if last == plan.config.rounds and not _is_evaluated(run, last):
+        allowed = f"{last + 1} or more: round {last} was not evaluated (evaluate-every = "
+        raise ConfigError("rounds", last, f"{allowed}{plan.config.evaluate_every})")
     if not plan.config.own_data:
         _check_room_left(run, plan, last)
     if plan.config.mirror:
@@ -139,6 +140,12 @@ def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
             "free; allowed is fewer rounds, or more room"
         )
+
+
+def _is_evaluated(run: Run, number: int) -> bool:
+    # Rows beyond the whole rounds may be anything.
+    row = next(row for row in read_lines(run.layout.rounds) if row["round"] == number)
+    return row["global_accuracy"] is not None
 
 
 def free_bytes(path: Path) -> int:
@@ -195,7 +202,12 @@ def execute(
             clients = plan.config.clients
             KnownMembership(grid, grid, clients=clients, stop=stop).wait_for_all(math.inf)
         writer = RunWriter.reopen(
-            output, plan.config.to_mapping(), plan.partition, recovery, versions()
+            output,
+            plan.config.to_mapping(),
+            plan.partition,
+            recovery,
+            versions(),
+            device_of(plan.config),
         )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
@@ -225,10 +237,11 @@ def execute(
                 failure = DiskFullError(f"the disk of {output} is full: {error}")
             # A round without a row is nothing; and where the disk is full, this makes room for the
             # word that the run failed.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 writer.drop_unfinished_round()
-            # Whatever ended the run is what the user must hear, not that this cannot be written.
-            with contextlib.suppress(OSError):
+            # Whatever ended the run is what the user must hear, not that this cannot be written, or
+            # what another program made of the files meanwhile.
+            with contextlib.suppress(Exception):
                 writer.finish(
                     "failed",
                     str(failure) or type(failure).__name__,
@@ -253,11 +266,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,
         "versions": versions(),
-        "device": {
-            "type": resolve_device(plan.config.device).type,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "worker_threads": plan.config.client_cpus,
-        },
+        "device": device_of(plan.config),
         "model": {
             "arch": plan.config.model,
             "parameters": [

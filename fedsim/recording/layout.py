@@ -124,7 +124,12 @@ def shard_name(shard: int) -> str:
 
 def is_of_client(name: str) -> bool:
     """Say whether a file of that name in a client's folder is one that a client writes."""
-    return name in (STEPS, SKETCH, SHARD_INDEX) or bool(_SHARD.fullmatch(name))
+    return name in (STEPS, SKETCH, SHARD_INDEX) or is_shard(name)
+
+
+def is_shard(name: str) -> bool:
+    """Say whether a file of that name holds captured gradients."""
+    return bool(_SHARD.fullmatch(name))
 
 
 _SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")

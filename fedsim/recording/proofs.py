@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 NORM_TOLERANCE = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
 """Relative error of a recorded gradient's norm, by ``capture-dtype``."""
 
+BUFFERS = "buffers: their deltas follow from no gradient"
+"""What a replay leaves unproven of a model that has any."""
 _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
 
@@ -126,8 +129,9 @@ def prove_participants(run: Run, number: int, findings: Findings) -> None:
 
 def prove_initial_state(run: Run, findings: Findings) -> None:
     """Check that the state of round 0 is the model that follows from the seed."""
-    if not _same_torch(run):
-        findings.leave(INITIAL, f"it was drawn by torch {run.entry('versions')['torch']}")
+    versions, device = run.made_by(0)
+    if versions["torch"] != version("torch"):
+        findings.leave(INITIAL, f"it was drawn by torch {versions['torch']}")
         return
     run.check_sizes()
     expected = state_arrays(
@@ -138,7 +142,10 @@ def prove_initial_state(run: Run, findings: Findings) -> None:
             seed=run.config.seed,
         )
     )
-    if odd := _first_difference(arrays_of(run.round(0).state), expected):
+    odd = _first_difference(arrays_of(run.round(0).state), expected)
+    if odd and (why := _other_instructions(device)):
+        findings.leave(INITIAL, f"{odd} differs from what is drawn here: {why}")
+    elif odd:
         findings.violate(INITIAL, f"{run.layout.state(0)}: {odd} does not follow from the seed")
     else:
         findings.prove(INITIAL)
@@ -312,7 +319,7 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     start, delta = run.round(client.round - 1).state, client.delta
     path = client.delta_path
     settings = run.config.training_of(client.partition).optimizer
-    lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run)
+    lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run, client.round)
     courses = []
     for group in _groups(run, client.captured_parameters):
         what = (
@@ -357,6 +364,11 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
         findings.violate(REPLAY, f"clients.jsonl: client {client.partition} made other updates")
         return
     findings.prove(REPLAY, client.telemetry["num_steps"])
+    if not client.has_all_parameters:
+        count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"
+        findings.leave(REPLAY, f"{count} were captured: the deltas of the others are not followed")
+    if run.described.keys() - run.shapes.keys():
+        findings.leave(REPLAY, BUFFERS)
     findings.note(REPLAY, f"within rounding: {why}" if why else "bit for bit")
 
 
@@ -501,19 +513,19 @@ def _first_difference(found: Arrays, expected: Arrays) -> str | None:
     return None
 
 
-def _same_torch(run: Run) -> bool:
-    return str(run.entry("versions")["torch"]) == version("torch")
-
-
-def _why_not_exact(run: Run) -> str:
-    """Say why a replay here need not land on the very bits of the run; empty where it must."""
-    device = run.entry("device")
+def _why_not_exact(run: Run, number: int) -> str:
+    """Say why a replay here need not land on the very bits of a round; empty where it must."""
+    versions, device = run.made_by(number)
     if run.config.capture_dtype != "float32":
         return f"gradients are stored as {run.config.capture_dtype}"
-    if not _same_torch(run):
-        return f"the run has torch {run.entry('versions')['torch']}, here is {version('torch')}"
+    if versions["torch"] != version("torch"):
+        return f"the run has torch {versions['torch']}, here is {version('torch')}"
     if device["type"] != "cpu":
         return f"the run trained on {device['type']}"
+    return _other_instructions(device)
+
+
+def _other_instructions(device: Mapping[str, Any]) -> str:
     here = torch.backends.cpu.get_cpu_capability()
     if device["cpu_capability"] != here:
         return f"the run used {device['cpu_capability']} instructions, here are {here}"

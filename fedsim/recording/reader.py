@@ -32,6 +32,7 @@ from fedsim.recording.layout import (
     STEPS,
     RunLayout,
     gradient_key,
+    is_shard,
     strategy_key,
 )
 from fedsim.recording.shards import Gradient, Shard
@@ -333,7 +334,7 @@ class Client:
     @property
     def _sketches(self) -> Tensor:
         path = self.folder / SKETCH
-        if not os.path.lexists(path):
+        if SKETCH not in self.telemetry["files"] or not os.path.lexists(path):
             return torch.empty(0, 0)
         file, count = TensorFile(path), self._run.config.policy.count
         dtype, shape = file.described.get(SKETCH_KEY, ("none", ()))
@@ -367,8 +368,9 @@ class Client:
                 f"gradients of client {self.partition} in round {self.round} are on the client's "
                 f"disk; `fedsim collect` brings them"
             )
-        paths = sorted(self.folder.glob("gradients-*.safetensors"))
-        shards = [Shard(path, self._run.shapes) for path in paths]
+        # Whatever else is there, nobody listed.
+        listed = sorted(name for name in self.telemetry["files"] if is_shard(name))
+        shards = [Shard(self.folder / name, self._run.shapes) for name in listed]
         for shard in shards:
             for name in shard.packed_parameters:
                 self._check_kernel(shard, name)
@@ -532,6 +534,21 @@ class Run:
         return RunConfig.from_mapping(
             {k: v for k, v in self.entry("config").items() if v is not None}
         )
+
+    def made_by(self, round_number: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """Give the versions and the device of the part of the run that a round belongs to.
+
+        Raises
+        ------
+        InputError
+            When ``run.json`` does not tell.
+        """
+        found = self.entry("versions"), self.entry("device")
+        for entry in self.manifest.get("resumed", []):
+            if entry["after"] < round_number:
+                # Earlier versions did not tell what they went on with.
+                found = entry["versions"], entry.get("device") or found[1]
+        return found
 
     def control_before(self, round_number: int) -> dict[str, NDArray[np.generic]]:
         """Give the server's control variate of SCAFFOLD that a round began with."""

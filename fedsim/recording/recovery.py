@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording import rows
 from fedsim.recording.checksums import ChecksumLine, read_checksums
-from fedsim.recording.files import TEMPORARY, Checksum
+from fedsim.recording.files import TEMPORARY, Checksum, text_lines
 from fedsim.recording.layout import RunLayout, newest_controls
 from fedsim.recording.reader import Run
 from fedsim.recording.tensor_files import TensorFile
@@ -177,21 +178,30 @@ def _check_file(path: Path, name: str, expected: Checksum, *, grows: bool = Fals
 def _check_rows(layout: RunLayout, size: int) -> int:
     """Give the last round of the first `size` bytes of the rows, whose state must be there."""
     # They have the checksum of what was written; a forgery has that too.
-    with os.fdopen(open_regular(layout.rounds), "rb") as file:
-        content = file.read(size)
-    if not content.endswith(b"\n"):
-        raise InputError(f"{layout.rounds} ends within a line")
+    last, state_hash = -1, ""
     try:
-        found = [parse_json(line) for line in content.splitlines()]
+        for number, row in enumerate(_rows_within(layout.rounds, size)):
+            rows.check(rows.RoundRow, row, f"{layout.rounds}: line {number + 1}")
+            if row["round"] != number:
+                raise InputError(f"{layout.rounds}: rounds do not count up from 0")
+            last, state_hash = number, row["state_sha256"]
     except ValueError:
         raise InputError(f"{layout.rounds} holds a line that is not JSON") from None
-    for number, row in enumerate(found):
-        rows.check(rows.RoundRow, row, f"{layout.rounds}: line {number + 1}")
-        if row["round"] != number:
-            raise InputError(f"{layout.rounds}: rounds do not count up from 0")
-    last = len(found) - 1
+    except OSError as error:
+        raise InputError(f"{layout.rounds} cannot be read: {error.strerror}") from None
     path = layout.state(last)
     state = {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
-    if state_sha256(state) != found[last]["state_sha256"]:
+    if state_sha256(state) != state_hash:
         raise InputError(f"{path} is not the state that round {last} ended with")
     return last
+
+
+def _rows_within(path: Path, size: int) -> Iterator[Any]:
+    left = size
+    for line in text_lines(path):
+        if left <= 0:
+            break
+        left -= len(line)
+        yield parse_json(line)
+    if left or not size:
+        raise InputError(f"{path} ends within a line")

@@ -76,7 +76,8 @@ class _Device(_Row):
 
 class _Resumed(_Row):
     after: Annotated[int, Field(ge=-1, le=10**9)]
-    versions: dict[str, str]
+    versions: _Versions
+    device: _Device | None = None
 
 
 class Manifest(_Row):

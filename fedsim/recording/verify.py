@@ -35,7 +35,7 @@ from fedsim.recording.findings import (
     STEPS,
     Findings,
 )
-from fedsim.recording.layout import RunLayout, gradient_key
+from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_shard
 from fedsim.recording.reader import Client, Run, load_run
 from fedsim.recording.shards import Shard
 
@@ -432,6 +432,8 @@ class _Verifier:
             for name, file in told.items():
                 if name in self._listed and self._listed[name].to_json() != file:
                     self.findings.violate(FILES, f"clients.jsonl has another checksum of {name}")
+            for name in sorted(self._unlisted(client)):
+                self.findings.violate(FILES, f"{folder}/{name} is not listed in clients.jsonl")
             if client.telemetry.get("place") == "none":
                 self.findings.leave(STEPS, "some clients keep no record on their nodes")
                 return
@@ -439,14 +441,12 @@ class _Verifier:
             if self._whole(STEPS, [steps, "partition.safetensors"]):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
-            shards = sorted(name for name in told if "/gradients-" in name)
+            shards = sorted(
+                f"{folder}/{name}" for name in client.telemetry["files"] if is_shard(name)
+            )
             if not self._away.isdisjoint(told):
                 for check in (GRADIENTS, REPLAY) if shards else ():
                     self.findings.leave(check, self._on_clients())
-            elif shards != sorted(
-                self._name(p) for p in client.folder.glob("gradients-*.safetensors")
-            ):
-                self.findings.violate(FILES, f"{folder} has other shards than clients.jsonl says")
             elif shards and _is_replayable(client) and not run.config.clients_clip:
                 others = [name for name in told if name not in shards]
                 if self._whole(GRADIENTS, others):
@@ -455,6 +455,14 @@ class _Verifier:
             elif self._whole(GRADIENTS if shards else STEPS, list(told)):
                 with self.findings.guarded(GRADIENTS, folder):
                     self._check_some_gradients(run, client)
+
+    def _unlisted(self, client: Client) -> set[str]:
+        """Name what readers would take for the client's own, and the client did not tell of."""
+        try:
+            there = {path.name for path in client.folder.iterdir()}
+        except FileNotFoundError:
+            return set()
+        return {n for n in there if is_of_client(n) and n not in client.telemetry["files"]}
 
     def _check_some_gradients(self, run: Run, client: Client) -> None:
         kept, num_steps = run.config.capture, client.telemetry["num_steps"]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,9 @@ from fedsim.recording.shared import SharedFiles
 from fedsim.recording.tensor_files import TensorFile
 
 State = Mapping[str, NDArray[np.generic]]
+
+_LOCK_PATIENCE, _LOCK_POLL = 1.0, 0.02
+"""Seconds to wait for the lock, which whoever looks at a run holds for a moment, and between."""
 
 
 def mark_failed(root: Path, error: str) -> None:
@@ -164,6 +168,7 @@ class RunWriter:
         partition: Sequence[NDArray[np.int64]],
         recovery: Recovery,
         versions: Mapping[str, str],
+        device: Mapping[str, Any],
     ) -> RunWriter:
         """Continue a run directory after a whole round.
 
@@ -181,6 +186,8 @@ class RunWriter:
             From `find_recovery`.
         versions : mapping
             The libraries to go on with, by name; added to ``resumed`` in ``run.json``.
+        device : mapping
+            What they compute on, as ``device`` in ``run.json``; added there too.
 
         Raises
         ------
@@ -193,7 +200,7 @@ class RunWriter:
         manifest.setdefault("id", new_run_id())
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
-            {"after": recovery.round, "versions": dict(versions)},
+            {"after": recovery.round, "versions": dict(versions), "device": dict(device)},
         ]
         writer = cls(
             root, {**manifest, "status": "running", "config": dict(config), "resumed": resumed}
@@ -261,12 +268,21 @@ class RunWriter:
         """Keep every other writer out for as long as this process lives."""
         # The kernel gives the lock of a dead process back, however it died.
         self._lock_file = self.layout.lock.open("ab")
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while not self._take_lock(self._lock_file):
+            if time.monotonic() >= deadline:
+                raise InputError(
+                    f"{self.layout.root} is being written by another process; allowed is one at a "
+                    "time"
+                )
+            time.sleep(_LOCK_POLL)
+
+    def _take_lock(self, file: BinaryIO) -> bool:
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                f"{self.layout.root} is being written by another process; allowed is one at a time"
-            ) from None
+            return False
+        return True
 
     def close(self) -> None:
         """Let others write to the run."""

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
@@ -20,7 +22,8 @@ from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_resume, execute, manifest_of, versions
-from fedsim.recording.files import read_lines
+from fedsim.recording.checksums import checksum_line
+from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.verify import verify
@@ -163,7 +166,9 @@ def test_a_damaged_last_round_is_made_again(
     assert contents(tmp_path / "run") == contents(whole)
     assert verify(tmp_path / "run").violations == []
     resumed = json.loads((tmp_path / "run/run.json").read_bytes())["resumed"]
-    assert resumed == [{"after": 1, "versions": versions()}]
+    device = {"type": "cpu", "worker_threads": 1}
+    device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    assert resumed == [{"after": 1, "versions": versions(), "device": device}]
 
 
 def damage_file(path: Path, damage: str) -> None:
@@ -271,11 +276,61 @@ def test_a_run_that_was_killed_after_its_last_row_is_finished_by_a_resume(
     assert verify(path).violations == []
 
 
+def test_the_cause_is_told_whatever_became_of_the_rows(plan: RunPlan, tmp_path: Path) -> None:
+    fail = fail_in(3, plan.config.participants_of(3)[0])
+
+    def spoil_and_fail(here: int, message: Any) -> None:
+        if not spoiled and message.metadata.message_type == "train":
+            spoiled.append(here)
+            with (tmp_path / "run/rounds.jsonl").open("ab") as rows:
+                rows.write(b"garbage\n")
+        fail(here, message)
+
+    go(replace(plan, config=plan.config.model_copy(update={"rounds": 2})), tmp_path / "run")
+    spoiled: list[int] = []
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=spoil_and_fail, resume=True)
+    assert load_run(tmp_path / "run").status == "failed"
+    assert "enough" in load_run(tmp_path / "run").manifest["error"]
+
+
+def test_a_run_does_not_end_with_a_round_that_was_not_evaluated(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    seldom = replace(plan, config=plan.config.model_copy(update={"evaluate_every": 4}))
+    with pytest.raises(FedsimError, match="enough"):
+        go(seldom, path, before=fail_in(4, plan.config.participants_of(4)[0]))
+    lower = replace(seldom, config=seldom.config.model_copy(update={"rounds": 3}))
+    with pytest.raises(InputError) as refused:
+        check_resume(load_run(path), lower)
+    assert str(refused.value) == (
+        "rounds = 3 cannot be used; allowed is 4 or more: round 3 was not evaluated "
+        "(evaluate-every = 4)"
+    )
+    assert check_resume(load_run(path), seldom).round == 3
+
+
+def test_rows_of_any_length_take_little_memory(tmp_path: Path) -> None:
+    for name, size in (("rounds.jsonl", 2**29), ("clients.jsonl", 0)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    names = ("rounds.jsonl", "clients.jsonl")
+    line = checksum_line({name: Checksum.of_file(tmp_path / name) for name in names})
+    (tmp_path / "checksums.jsonl").write_bytes(line)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"rounds.jsonl cannot be read: a line has more than"):
+        find_recovery(tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**27
+
+
 def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) -> None:
     path = tmp_path / "run"
     first = RunWriter.create(path, manifest_of(plan), plan.partition)
     with pytest.raises(InputError, match="is being written by another process"):
-        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {})
+        RunWriter.reopen(path, plan.config.to_mapping(), plan.partition, Recovery(0, 1, []), {}, {})
     assert is_being_written(path)
     del first
     # The kernel gives the lock back.

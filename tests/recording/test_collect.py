@@ -26,6 +26,7 @@ from fedsim.flower.server_app import execute
 from fedsim.recording.checksums import read_checksums
 from fedsim.recording.collect import collect
 from fedsim.recording.findings import Findings
+from fedsim.recording.proofs import BUFFERS
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
@@ -200,6 +201,13 @@ def test_what_is_not_here_is_no_violation_and_is_said(away: Path) -> None:
     assert fedsim(["verify", str(run)]) == 0
 
 
+def test_what_nobody_listed_is_reported_while_files_are_at_the_nodes(here: Path) -> None:
+    added = "rounds/0001/clients/0002/gradients-00001.safetensors"
+    (here / "run" / added).parent.mkdir(exist_ok=True)
+    (here / "run" / added).write_bytes(b"anything")
+    assert verify(here / "run").violations == [f"{added} is not listed in clients.jsonl"]
+
+
 def test_a_collected_run_is_proven_whole(here: Path, plan_of_all: RunPlan, tmp_path: Path) -> None:
     run, before = here / "run", files_of(here / "run")
     told: list[tuple[int, int]] = []
@@ -217,7 +225,7 @@ def test_a_collected_run_is_proven_whole(here: Path, plan_of_all: RunPlan, tmp_p
         for p in plan_of_all.config.participants_of(r)
     )  # fmt: skip
     assert findings.violations == []
-    assert [c.unproven for c in findings.checks.values() if c.unproven] == []
+    assert [c.unproven for c in findings.checks.values() if c.unproven] == [[BUFFERS]]
     assert (proven(findings)["steps"], proven(findings)["replay"]) == (steps, steps)
     assert findings.checks["replay"].notes == ["bit for bit"]
     # All that one host would have written, but for what no two runs share.
@@ -273,7 +281,7 @@ def test_owners_are_collected_from_one_by_one(here: Path) -> None:
     assert (second.files, len(second.missing)) == (4, 2)
     assert collect(load_run(run), sources(here, 1, 3)).files == 2
     assert collect(load_run(run), sources(here, 1, 3)).files == 0
-    assert verify(run).checks["replay"].unproven == []
+    assert verify(run).checks["replay"].unproven == [BUFFERS]
 
 
 def test_a_file_that_the_client_did_not_write_is_refused(
@@ -294,7 +302,7 @@ def test_a_file_that_the_client_did_not_write_is_refused(
     whole.mkdir(parents=True)
     (whole / wrong.name).write_bytes(good)
     assert fedsim(["collect", str(run), *sources(here, 3), str(here / "whole")]) == 0
-    assert verify(run).checks["replay"].unproven == []
+    assert verify(run).checks["replay"].unproven == [BUFFERS]
 
 
 def test_what_is_broken_after_it_was_collected_is_a_violation(here: Path) -> None:
@@ -363,7 +371,8 @@ def test_a_node_that_forbids_capture_is_named_by_verify(
         collect(load_run(tmp_path / "run"), [str(root)])
     findings = verify(tmp_path / "run")
     assert findings.violations == []
-    assert findings.checks["replay"].unproven == ["some nodes do not allow capture"]
+    reasons = {BUFFERS, "some nodes do not allow capture"}
+    assert set(findings.checks["replay"].unproven) == reasons
     counted = [(1, 2), (1, 3), (2, 0)]
     assert findings.checks["replay"].proven == sum(plan_of_all.steps_of(p) for _, p in counted)
     client = load_run(tmp_path / "run").round(1).client(1)

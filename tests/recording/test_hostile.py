@@ -525,11 +525,14 @@ def test_a_round_number_alone_costs_nothing(run: Path) -> None:
 # --- continuing
 
 
+DEVICE = {"type": "cpu", "cpu_capability": "NONE", "worker_threads": 1}
+
+
 def unfinished(run: Path) -> None:
     """Let the run have a second round to go, as one that was killed in it."""
     config = load_run(run).config.to_mapping() | {"rounds": 2}
     partition = list(load_run(run).partition.values())
-    writer = RunWriter.reopen(run, config, partition, find_recovery(run), versions())
+    writer = RunWriter.reopen(run, config, partition, find_recovery(run), versions(), DEVICE)
     (run / "rounds/0002").mkdir()
     (run / "rounds/0002/half").write_text("half")
     writer.close()
@@ -622,7 +625,7 @@ def test_a_writer_looks_at_the_places_itself(run: Path, outside: Path, tmp_path:
     (run / "rounds/0002").symlink_to(outside)
     before = fuzz.snapshot(tmp_path)
     with pytest.raises(InputError, match="0002 is not a file or folder that a run writes"):
-        RunWriter.reopen(run, {}, [], recovery, versions())
+        RunWriter.reopen(run, {}, [], recovery, versions(), DEVICE)
     assert fuzz.snapshot(tmp_path) == before
 
 

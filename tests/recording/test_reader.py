@@ -31,7 +31,7 @@ from fedsim.core.partition import partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.sketch import Sketcher
 from fedsim.core.training import Step, load_batches, local_train
-from fedsim.recording.files import append_line, json_line, write_json, write_tensors
+from fedsim.recording.files import append_line, json_line, read_lines, write_json, write_tensors
 from fedsim.recording.gradients import StepRecorder
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Client
@@ -435,7 +435,8 @@ def run_of(
                     gradients=gradient,
                 )
             )
-    writer.add_client(client_row(1, 6, len(gradients)), state)
+    files = {name: checksum.to_json() for name, checksum in recorder.files.items()}
+    writer.add_client(client_row(1, 6, len(gradients), files=files), state)
     writer.add_state(1, state)
     writer.add_round(round_row(1, [6]))
     return load_run(root).round(1).client(6)
@@ -837,11 +838,23 @@ def test_a_shard_of_gigabytes_is_mapped_and_not_read(copied: Path) -> None:
         assert os.path.realpath(shard) in {m.path for m in psutil.Process().memory_maps()}
 
 
+def list_shards(root: Path, number: int, partition: int) -> None:
+    """Let the client's row list the shards that are in its folder, as any files."""
+    rows = list(read_lines(root / "clients.jsonl"))
+    (row,) = [r for r in rows if (r["round"], r["partition"]) == (number, partition)]
+    folder = RunLayout(root).client(number, partition)
+    row["files"] |= {
+        path.name: {"bytes": 1, "xxh3_128": "0" * 32} for path in folder.glob("gradients-*")
+    }
+    (root / "clients.jsonl").write_bytes(b"".join(map(json_line, rows)))
+
+
 def test_a_client_of_a_hundred_gigabytes_takes_little_memory(copied: Path) -> None:
     size, shards = 2 * 2**30, 50
     folder = copied / "rounds" / "0001" / "clients" / "0000"
     for step in range(shards):
         make_sparse(folder / f"gradients-{step:05d}.safetensors", size, step=step)
+    list_shards(copied, 1, 0)
     change_shapes(copied, {"13.weight": (size // 4 // ROW, ROW), "13.bias": (2,)})
     assert sum(path.stat().st_size for path in folder.glob("gradients-*")) > 100e9
     before = rss()
@@ -861,11 +874,14 @@ def test_opening_a_run_opens_no_tensors(copied: Path) -> None:
     assert len(run.telemetry()) == 6
     client = run.round(2).client(3)
     assert client.telemetry["num_steps"] == 6
-    assert client.captured_steps == []
-    missing = copied / "rounds" / "0002" / "clients" / "0003" / "delta.safetensors"
-    with pytest.raises(InputError) as caught:
-        _ = client.delta
-    assert str(caught.value) == f"{missing} is not there"
+    folder = copied / "rounds" / "0002" / "clients" / "0003"
+    for name, ask in (
+        ("gradients-00000.safetensors", lambda: client.captured_steps),
+        ("delta.safetensors", lambda: client.delta),
+    ):
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert str(caught.value) == f"{folder / name} is not there"
 
 
 def test_writing_into_a_tensor_does_not_change_the_file(copied: Path) -> None:
@@ -1079,6 +1095,7 @@ def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     folder = root / "rounds" / "0001" / "clients" / "0000"
     arrays = {f"{s:06d}/w": np.full(1, s, np.float32) for s in (0, 3, 6)}
     write_tensors(folder / "gradients-00000.safetensors", arrays)
+    list_shards(root, 1, 0)
     client = load_run(root).round(1).client(0)
     with pytest.raises(InputError, match=r"captured are 0, 3, 6$"):
         client.gradient(1)

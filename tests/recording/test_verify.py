@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
 from fedsim.cli import run as command
@@ -37,13 +38,13 @@ SHARD = "rounds/0001/clients/0002/gradients-00000.safetensors"
 Arrays = dict[str, NDArray[Any]]
 
 
-def record(plan: RunPlan, path: Path, **changes: Any) -> Path:
-    """Make a run of one round of the plan with some settings changed."""
+def record(plan: RunPlan, path: Path, *, to: bool = True, **changes: Any) -> Path:
+    """Make a run of one round of the plan with some settings changed, `to` its directory or not."""
     values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
     config = RunConfig.from_mapping({**values, "rounds": 1, **changes})
     changed = replace(plan, config=config)
     execute(
-        LocalGrid(app, config.clients, recordings=path.parent),
+        LocalGrid(app, config.clients, recordings=path.parent if to else None),
         changed,
         path,
         observer=Memory(),
@@ -103,7 +104,7 @@ def test_of_a_whole_run_everything_is_proven(recorded: Recorded) -> None:
     assert violations_of(findings) == {}
     assert {name: check.unproven for name, check in findings.checks.items()} == {
         name: [] for name in findings.checks
-    }
+    } | {"replay": [proofs.BUFFERS]}
     unlisted = ("checksums.jsonl", "lock")
     files = [p for p in recorded.path.rglob("*") if p.is_file() and p.name not in unlisted]
     steps = sum(row["num_steps"] for row in read_lines(recorded.path / "clients.jsonl"))
@@ -204,11 +205,30 @@ def test_a_file_that_is_gone_cut_or_no_file_is_reported(copied: Path, name: str)
     assert not verify(copied).violations
 
 
-def test_a_shard_that_nobody_listed_is_reported(copied: Path) -> None:
-    shutil.copy(copied / SHARD, copied / SHARD.replace("00000", "00001"))
-    assert verify(copied).checks["files"].violations == [
-        "rounds/0001/clients/0002 has other shards than clients.jsonl says"
-    ]
+def test_a_shard_that_nobody_listed_is_reported_and_not_read(copied: Path) -> None:
+    added = SHARD.replace("00000", "00001")
+    captured = load_run(copied).round(1).client(2).captured_steps
+    shutil.copy(copied / SHARD, copied / added)
+    assert verify(copied).violations == [f"{added} is not listed in clients.jsonl"]
+    (copied / added).write_bytes(b"no tensors")
+    assert load_run(copied).round(1).client(2).captured_steps == captured
+
+
+@pytest.mark.parametrize("recorded_by_clients", [True, False])
+def test_files_added_to_a_client_that_has_none_of_them_are_reported(
+    plan: RunPlan, recorded: Recorded, tmp_path: Path, recorded_by_clients: bool
+) -> None:
+    path = record(plan, tmp_path / "run", capture="none", to=recorded_by_clients)
+    client = load_run(path).round(1).client(2)
+    client.folder.mkdir(exist_ok=True)
+    names = ["gradients-00000.safetensors", "sketch.safetensors"]
+    names += [] if recorded_by_clients else ["steps.jsonl"]
+    for name in names:
+        shutil.copy(recorded.path / SHARD, client.folder / name)
+    folder = client.folder.relative_to(path)
+    told = [f"{folder}/{name} is not listed in clients.jsonl" for name in names]
+    assert verify(path).checks["files"].violations == told
+    assert client.captured_steps == []
 
 
 def test_a_path_out_of_the_run_is_reported_and_not_read(copied: Path) -> None:
@@ -487,6 +507,50 @@ def test_a_gradient_forged_with_its_norms_is_found_by_computing_it_again(
 # What cannot be proven is said.
 
 
+def test_an_initial_state_that_other_instructions_drew_is_no_violation(copied: Path) -> None:
+    def found(capability: str) -> Findings:
+        run, findings = load_run(copied), Findings()
+        run.manifest["device"]["cpu_capability"] = capability
+        proofs.prove_initial_state(run, findings)
+        return findings
+
+    here = torch.backends.cpu.get_cpu_capability()
+    assert found("VSX").checks["initial state"].proven == 1
+
+    def change(arrays: Arrays) -> None:
+        arrays["0.weight"][0] = np.nextafter(arrays["0.weight"][0], np.float32(9))
+
+    rewrite_tensors(copied / "rounds/0000/global.safetensors", change)
+    assert found("VSX").violations == []
+    assert found("VSX").checks["initial state"].unproven == [
+        "0.weight differs from what is drawn here: the run used VSX instructions, here are " + here
+    ]
+    (violation,) = found(here).violations
+    assert violation.endswith("global.safetensors: 0.weight does not follow from the seed")
+
+
+def test_a_round_is_judged_by_what_its_part_of_the_run_was_made_with(copied: Path) -> None:
+    manifest = json.loads((copied / "run.json").read_bytes())
+    versions, device = manifest["versions"], manifest["device"]
+    other = {**device, "cpu_capability": "VSX"}
+    manifest["resumed"] = [{"after": 1, "versions": versions, "device": other}]
+    (copied / "run.json").write_text(json.dumps(manifest))
+    assert [load_run(copied).made_by(r) for r in (0, 1, 2)] == [
+        (versions, device),
+        (versions, device),
+        (versions, other),
+    ]
+
+    def change(arrays: Arrays) -> None:
+        arrays["13.bias"][4] = np.nextafter(arrays["13.bias"][4], np.float32(9))
+
+    for client in ("0001/clients/0002", "0002/clients/0003"):
+        rewrite_tensors(copied / f"rounds/{client}/delta.safetensors", change)
+    reseal(copied)
+    (violation,) = violations_of(verify(copied))["replay"]
+    assert "rounds/0001/clients/0002/delta.safetensors: 13.bias is not where the" in violation
+
+
 def test_with_some_steps_the_norms_are_proven_and_the_replay_is_not(
     plan: RunPlan, tmp_path: Path
 ) -> None:
@@ -499,6 +563,28 @@ def test_with_some_steps_the_norms_are_proven_and_the_replay_is_not(
         "capture = 'every:2' keeps 5 of 10 steps",
     ]
     assert findings.checks["gradients"].proven == 10
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_layers_that_were_not_captured_and_buffers_are_named(
+    plan: RunPlan, tmp_path: Path, norm: str
+) -> None:
+    values = {k: v for k, v in plan.config.to_mapping().items() if v is not None}
+    changed = RunPlan.prepare(RunConfig.from_mapping({**values, "norm": norm}))
+    root = record(changed, tmp_path / "run", **{"capture-layers": ["13.*"]})
+
+    def change(arrays: Arrays) -> None:
+        arrays["0.weight"] += 1
+
+    rewrite_tensors(root / "rounds/0001/clients/0002/delta.safetensors", change)
+    reseal(root)
+    findings = verify(root)
+    assert list(violations_of(findings)) == ["aggregate"]
+    count = len(load_run(root).shapes)
+    layers = f"2 of {count} parameters were captured: the deltas of the others are not followed"
+    # Groups are normalised without any.
+    buffers = {proofs.BUFFERS} if norm == "batch" else set()
+    assert set(findings.checks["replay"].unproven) == {layers} | buffers
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -518,7 +604,7 @@ def test_steps_as_small_as_the_rounding_of_a_parameter_lead_near_the_delta(
     changes = {"capture-dtype": dtype, "optimizer": optimizer, "learning-rate": 1e-7}
     findings = verify(record(plan, tmp_path / "run", **changes))
     assert violations_of(findings) == {}
-    assert findings.checks["replay"].unproven == []
+    assert findings.checks["replay"].unproven == [proofs.BUFFERS]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -543,7 +629,7 @@ def test_gradients_that_float16_cannot_hold_prove_nothing(plan: RunPlan, tmp_pat
     assert any(norm and norm > 65504 for norm in norms)
     findings = verify(root, recompute=1)
     assert violations_of(findings) == {}
-    unproven = set(findings.checks["replay"].unproven)
+    unproven = set(findings.checks["replay"].unproven) - {proofs.BUFFERS}
     assert unproven == {"gradients are not finite, or too large for float16"}
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from fedsim.recording.checksums import read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
 from fedsim.recording.places import RUN_ID
+from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import RunWriter, is_being_written, mark_failed
 from tests.recording.conftest import Recorded
 
+VERSIONS = {"torch": "2", "numpy": "2"}
 PARTITION = [np.array([1, 4]), np.array([0, 2, 3])]
 STATE = {"w": np.array([1, -2], np.float32), "n": np.array(3)}
 
@@ -310,6 +314,17 @@ def test_a_run_that_somebody_writes_or_that_is_finished_is_not_marked(tmp_path: 
     before = contents(root)
     mark_failed(root, "the engine stopped")
     assert contents(root) == before
+
+
+def test_whoever_looks_at_a_run_keeps_no_writer_out(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    make(root).close()
+    with (root / "lock").open("rb") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, [looked_at, fcntl.LOCK_UN]).start()
+        writer = RunWriter.reopen(root, {}, PARTITION, Recovery(-1, 0, []), VERSIONS, {})
+    assert is_being_written(root)
+    writer.close()
 
 
 def test_nothing_is_marked_where_no_run_is(tmp_path: Path) -> None:
