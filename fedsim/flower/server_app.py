@@ -223,10 +223,11 @@ def execute(
                 failure = DiskFullError(f"the disk of {output} is full: {error}")
             # A round without a row is nothing; and where the disk is full, this makes room for the
             # word that the run failed.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 writer.drop_unfinished_round()
-            # Whatever ended the run is what the user must hear, not that this cannot be written.
-            with contextlib.suppress(OSError):
+            # Whatever ended the run is what the user must hear, not that this cannot be written, or
+            # what another program made of the files meanwhile.
+            with contextlib.suppress(Exception):
                 writer.finish(
                     "failed",
                     str(failure) or type(failure).__name__,

@@ -48,7 +48,7 @@ from fedsim.recording.tensor_files import TensorFile
 State = Mapping[str, NDArray[np.generic]]
 
 _LOCK_PATIENCE, _LOCK_POLL = 1.0, 0.02
-"""Seconds to wait for the lock: whoever looks whether a run is being written holds it for a moment."""
+"""Seconds to wait for the lock, that a reader may hold for a moment; and between tries."""
 
 
 def mark_failed(root: Path, error: str) -> None:

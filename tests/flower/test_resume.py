@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_resume, execute, manifest_of, versions
-from fedsim.recording.files import read_lines
+from fedsim.recording.checksums import checksum_line
+from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.verify import verify
@@ -272,6 +274,39 @@ def test_a_run_that_was_killed_after_its_last_row_is_finished_by_a_resume(
     assert load_run(path).status == "finished"
     assert contents(path) == contents(whole)
     assert verify(path).violations == []
+
+
+def test_the_cause_is_told_whatever_became_of_the_rows(plan: RunPlan, tmp_path: Path) -> None:
+    fail = fail_in(3, plan.config.participants_of(3)[0])
+
+    def spoil_and_fail(here: int, message: Any) -> None:
+        if not spoiled and message.metadata.message_type == "train":
+            spoiled.append(here)
+            with (tmp_path / "run/rounds.jsonl").open("ab") as rows:
+                rows.write(b"garbage\n")
+        fail(here, message)
+
+    go(replace(plan, config=plan.config.model_copy(update={"rounds": 2})), tmp_path / "run")
+    spoiled: list[int] = []
+    with pytest.raises(FedsimError, match="enough"):
+        go(plan, tmp_path / "run", before=spoil_and_fail, resume=True)
+    assert load_run(tmp_path / "run").status == "failed"
+    assert "enough" in load_run(tmp_path / "run").manifest["error"]
+
+
+def test_rows_of_any_length_take_little_memory(tmp_path: Path) -> None:
+    for name, size in (("rounds.jsonl", 2**29), ("clients.jsonl", 0)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    names = ("rounds.jsonl", "clients.jsonl")
+    line = checksum_line({name: Checksum.of_file(tmp_path / name) for name in names})
+    (tmp_path / "checksums.jsonl").write_bytes(line)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"rounds.jsonl cannot be read: a line has more than"):
+        find_recovery(tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**27
 
 
 def test_the_second_writer_of_a_run_is_refused(plan: RunPlan, tmp_path: Path) -> None:
