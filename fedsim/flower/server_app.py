@@ -21,7 +21,7 @@ from fedsim.flower.inventory import ask_data
 from fedsim.flower.machines import device_of, versions
 from fedsim.flower.membership import KnownMembership, KnowsPartitions
 from fedsim.flower.rounds import RoundLoop, RunObserver
-from fedsim.recording.files import DISK_FULL
+from fedsim.recording.files import DISK_FULL, read_lines
 from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.reader import Run, load_run
@@ -124,6 +124,9 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
         raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+    if last == plan.config.rounds and not _is_evaluated(run, last):
+        allowed = f"{last + 1} or more: round {last} was not evaluated (evaluate-every = "
+        raise ConfigError("rounds", last, f"{allowed}{plan.config.evaluate_every})")
     if plan.config.own_data:
         return recovery
     plan.check_budget()
@@ -134,6 +137,12 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
             "free; allowed is fewer rounds, or more room"
         )
     return recovery
+
+
+def _is_evaluated(run: Run, number: int) -> bool:
+    # Rows beyond the whole rounds may be anything.
+    row = next(row for row in read_lines(run.layout.rounds) if row["round"] == number)
+    return row["global_accuracy"] is not None
 
 
 def free_bytes(path: Path) -> int:

@@ -294,6 +294,23 @@ def test_the_cause_is_told_whatever_became_of_the_rows(plan: RunPlan, tmp_path: 
     assert "enough" in load_run(tmp_path / "run").manifest["error"]
 
 
+def test_a_run_does_not_end_with_a_round_that_was_not_evaluated(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    seldom = replace(plan, config=plan.config.model_copy(update={"evaluate_every": 4}))
+    with pytest.raises(FedsimError, match="enough"):
+        go(seldom, path, before=fail_in(4, plan.config.participants_of(4)[0]))
+    lower = replace(seldom, config=seldom.config.model_copy(update={"rounds": 3}))
+    with pytest.raises(InputError) as refused:
+        check_resume(load_run(path), lower)
+    assert str(refused.value) == (
+        "rounds = 3 cannot be used; allowed is 4 or more: round 3 was not evaluated "
+        "(evaluate-every = 4)"
+    )
+    assert check_resume(load_run(path), seldom).round == 3
+
+
 def test_rows_of_any_length_take_little_memory(tmp_path: Path) -> None:
     for name, size in (("rounds.jsonl", 2**29), ("clients.jsonl", 0)):
         with (tmp_path / name).open("wb") as file:
