@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.core.config import RunConfig, read_config_file
+from fedsim.core.config import RunConfig, flags_to_resume, read_config_file
 from fedsim.core.errors import InputError, RunInterruptedError
 from fedsim.recording.reader import Run as RecordedRun
 
@@ -268,7 +268,7 @@ def run_plan(
         except RunInterruptedError:
             raise RunInterruptedError(
                 f"interrupted; the finished rounds are kept in {output}, and "
-                f"`fedsim resume {output}` continues"
+                f"`fedsim resume {output}{flags_to_resume(plan.config)}` continues"
             ) from None
 
 

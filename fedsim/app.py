@@ -59,10 +59,9 @@ def _resumed(path: Path, context: Context) -> tuple[RunPlan, Path, Recovery]:
     check_paths(context.run_config)
     run = load_run(path)
     check_continuable(run)
-    recorded = {key: value for key, value in run.config.to_mapping().items() if value is not None}
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(
-        _checked(config_from_run_config(context.run_config, recorded)),
+        _checked(config_from_run_config(context.run_config, run.config.to_mapping())),
         download=bool(context.run_config.get("data-root")),
     )
     return plan, path, check_resume(run, plan)

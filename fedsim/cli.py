@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -16,7 +17,6 @@ from fedsim import __version__
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 
 if TYPE_CHECKING:
-    from fedsim.core.config import RunConfig
     from fedsim.core.plan import RunPlan
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
@@ -36,11 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     0 success, 1 a failure during a run, 2 bad input, 130 interrupted.
     """
+    _open_closed_streams()
     code = run(sys.argv[1:] if arguments is None else arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        if code == SUCCESS:
+            _say(f"standard output cannot be written: {error.strerror}")
+            code = FAILURE
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Flower leaves threads that wait for ever when its engine fails: end the process for certain.
     os._exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard output or errors a place for them.
+
+    Otherwise the next file that is opened gets their number, and what others print.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.set_inheritable(nothing, True)
+            setattr(sys, name, os.fdopen(nothing, "w"))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,10 +81,6 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away (`fedsim inspect RUN | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
     except SystemExit as ended:
         return int(ended.code or SUCCESS)
 
@@ -117,7 +134,7 @@ def _add_run(commands: Any, *, with_keys: bool) -> None:
         "run",
         help="run a simulation and record it",
         description="Run a simulation and record it. Flags override the file; lists and tables "
-        "are written as in TOML, like --batch-size '[16, 32]'.",
+        "are written as in TOML, like --batch-size '[16, 32]', and `none` unsets a key.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_run)
@@ -155,7 +172,9 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
         description="Continue a run after its last whole round, with the configuration that it "
         "was recorded with. --rounds may be raised, and what decides no bit of a round (workers, "
         "ray-address, data-root, max-failures, capture-budget, mirror) may change; any other "
-        "change is refused.",
+        "change is refused. What a run alone does not decide is given again: --strategy where "
+        "it is a class of your own, --mirror (`none`: no copy any more), and --ray-address "
+        "(otherwise: this machine).",
         allow_abbrev=False,
     )
     command.set_defaults(command=_resume)
@@ -408,9 +427,7 @@ def _add_push(commands: Any) -> None:
     )
     command.set_defaults(command=_push)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    command.add_argument(
-        "url", nargs="?", metavar="URL", help="like s3://bucket/run (default: the run's mirror)"
-    )
+    command.add_argument("url", metavar="URL", help="like s3://bucket/run")
 
 
 def _add_fetch(commands: Any) -> None:
@@ -430,16 +447,16 @@ def _push(parsed: argparse.Namespace) -> None:
     from fedsim.core.units import format_bytes
     from fedsim.recording.mirror import push
     from fedsim.recording.reader import load_run
+    from fedsim.recording.recovery import check_places
     from fedsim.recording.urls import RemoteFolder
     from fedsim.report.terminal import ByteProgress, make_console
 
-    url = parsed.url or load_run(parsed.run).config.mirror
-    if not url:
-        raise InputError(f"{parsed.run} was recorded without mirror; allowed is a URL after it")
+    load_run(parsed.run)
+    check_places(parsed.run)
     console = make_console()
     with ByteProgress(console, f"copying {parsed.run}") as progress:
-        size = push(parsed.run, RemoteFolder(url), progress=progress)
-    text = f"copied: {format_bytes(size)} to {url}, which is up to date"
+        size = push(parsed.run, RemoteFolder(parsed.url), progress=progress)
+    text = f"copied: {format_bytes(size)} to {parsed.url}, which is up to date"
     console.print(text, markup=False, soft_wrap=True)
 
 
@@ -480,6 +497,13 @@ def _add_deploy(commands: Any) -> None:
         help="host name or IP address of the server for the nodes (default: %(default)s)",
     )
     init.add_argument(
+        "--listen",
+        default="",
+        metavar="IP",
+        help="address of the server's host at which it takes connections (default: the address, "
+        "where that is loopback, and all of the host otherwise)",
+    )
+    init.add_argument(
         "--port",
         type=int,
         default=9092,
@@ -518,6 +542,9 @@ def _add_deploy(commands: Any) -> None:
         allow_abbrev=False,
     )
     gateway.set_defaults(command=_deploy_gateway)
+    gateway.add_argument(
+        "--listen", default="", metavar="IP", help="listen there (default: as `init` was told)"
+    )
     renew = steps.add_parser(
         "renew",
         help="make another certificate for the server, or another key for a node",
@@ -549,6 +576,7 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
         parsed.folder,
         Federation(
             address=parsed.address,
+            listen=parsed.listen,
             port=parsed.port,
             supernodes=parsed.supernodes,
             insecure=parsed.insecure,
@@ -590,12 +618,31 @@ def _deploy_renew(parsed: argparse.Namespace) -> None:
         return
     if parsed.days is not None:
         raise InputError("--days is for the server's certificate; a node's key does not expire")
-    private, public = renew_node(parsed.folder, parsed.node)
+    private, public, replaced = renew_node(parsed.folder, parsed.node)
     _tell(f"written: {private}, for the host of the node")
     _tell(f"         {public}, which `fedsim deploy register {parsed.folder}` registers")
+    if replaced:
+        _tell_how_to_unregister(parsed.folder, replaced)
+
+
+def _tell_how_to_unregister(folder: Path, public_key: bytes) -> None:
+    from fedsim.deploy.federation import CONNECTION, Federation, Places
+    from fedsim.deploy.registered import node_id_of
+
+    places = Places(folder.absolute())
+    try:
+        node: int | str | None = node_id_of(places, Federation.read(folder), public_key)
+    except FedsimError as error:
+        _tell(f"{error}; if it knows the old key, under the id that the node's log says,")
+        node = "NODE-ID"
+    if node is not None:
+        command = f"flwr supernode unregister {node} {CONNECTION}"
+        _tell(f"FLWR_HOME={shlex.quote(str(places.user))} {command}   (takes the old key away)")
 
 
 def _deploy_gateway(parsed: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from fedsim.deploy.federation import Federation, Places
 
     federation = Federation.read(parsed.folder)
@@ -604,12 +651,15 @@ def _deploy_gateway(parsed: argparse.Namespace) -> None:
 
     from fedsim.deploy.gateway import serve
 
-    serve(Places(parsed.folder.absolute()), federation)
+    listen = parsed.listen or federation.listen
+    serve(Places(parsed.folder.absolute()), replace(federation, listen=listen))
 
 
 def _tell(text: str) -> None:
     # Without what prints tables, which brings in torch.
-    print(text, flush=True)  # noqa: T201
+    # A federation goes on without a reader; what could not be written is told at the end.
+    with contextlib.suppress(OSError):
+        print(text, flush=True)  # noqa: T201
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -715,12 +765,6 @@ def _verify(parsed: argparse.Namespace) -> int:
     return FAILURE
 
 
-def _config_of(parsed: argparse.Namespace, values: dict[str, Any]) -> RunConfig:
-    from fedsim.core.config import RunConfig
-
-    return RunConfig.from_mapping({**values, **_flags_of(parsed)})
-
-
 def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Give the keys of a run that stand on the command line."""
     from fedsim.core.config import RunConfig, parse_text
@@ -731,9 +775,11 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
-    from fedsim.core.config import read_config_file
+    from fedsim.core.config import RunConfig, read_config_file
 
-    config = _config_of(parsed, read_config_file(parsed.config) if parsed.config else {})
+    flags = _flags_of(parsed)
+    values = read_config_file(parsed.config, flags) if parsed.config else {}
+    config = RunConfig.from_mapping({**values, **flags})
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -754,6 +800,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _resume(parsed: argparse.Namespace) -> None:
+    from fedsim.core.config import RunConfig, take_recorded
     from fedsim.core.plan import RunPlan
     from fedsim.flower.scratch import sweep
     from fedsim.flower.server_app import check_resume
@@ -766,14 +813,15 @@ def _resume(parsed: argparse.Namespace) -> None:
     sweep()
     run = load_run(parsed.run)
     check_continuable(run)
-    recorded = {k: v for k, v in run.config.to_mapping().items() if v is not None}
-    config = _config_of(parsed, recorded)
-    pool = fit_pool(config)
+    values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
+    config = RunConfig.from_mapping(values)
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
+    # The cluster comes last: whatever is wrong here is said before anything is asked of it.
+    pool = fit_pool(config)
     if recovery.damage:
-        make_console().print(
+        make_console(lasting=True).print(
             printable(f"continuing after round {recovery.round}: {'; '.join(recovery.damage)}"),
             markup=False,
             soft_wrap=True,
@@ -813,9 +861,9 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     console = make_console()
     print_summary(console, plan, pool.workers, output)
-    sys.stdout.flush()
     check_output(output, plan)
-    console.print(f"fits: {format_bytes(free_bytes(output))} are free on the disk of {output}")
+    free = format_bytes(free_bytes(output))
+    console.print(f"fits: {free} are free on the disk of {output}", markup=False, soft_wrap=True)
 
 
 def _compare(parsed: argparse.Namespace) -> int:
@@ -841,7 +889,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
         for name in parsed.tracker:
             check_tracker(name)
-    values = {**(read_config_file(parsed.config) if parsed.config else {}), **flags}
+    known = {*flags, *(axis.key for axis in axes)}
+    values = {**(read_config_file(parsed.config, known) if parsed.config else {}), **flags}
     named = values.pop("output", None)
     cells = make_cells(values, axes)
 
@@ -861,7 +910,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
     launch = compare.ProcessLauncher(output, more)
-    console = make_console()
+    console = make_console(lasting=True)
     progress = GridProgress(console)
     stop = threading.Event()
     _stop_on_interrupt(stop)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedsim.core.config import RunConfig
+from fedsim.core.config import RunConfig, flag_text
 from fedsim.core.errors import ConfigError, InputError, RunInterruptedError
 from fedsim.core.grid import Cell
 from fedsim.core.inputs import parse_json, read_text_bytes
@@ -221,10 +221,12 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
             raise ConfigError("rounds", cell.config.rounds, f"{last} or more: the others are there")
         # The same configuration diverges at the same round again.
         settled = run.manifest.get("diverged", False) and not cell.config.allow_divergence
-        if settled or (run.round_rows and last == cell.config.rounds):
+        whole = run.round_rows and last == cell.config.rounds
+        # One that was killed before it could say that it is finished has that left to do.
+        if settled or (whole and run.status == "finished"):
             return Work(cell, path, "none", last)
     check_machine(cell.config)
-    plan = RunPlan.prepare(cell.config)
+    plan = RunPlan.prepare(_own_config(cell))
     plan.check_budget()
     if run is None:
         check_strategy(plan.config.strategy)
@@ -233,6 +235,13 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
     done = max(check_resume(run, plan).round, 0)
     left = sum(plan.round_bytes(r) for r in range(done + 1, cell.config.rounds + 1))
     return Work(cell, path, "resume", done, left)
+
+
+def _own_config(cell: Cell) -> RunConfig:
+    """Give the configuration of a cell with a copy of its own."""
+    mirror = cell.config.mirror
+    own = f"{mirror.rstrip('/')}/{cell.name}" if mirror else mirror
+    return cell.config.model_copy(update={"mirror": own})
 
 
 def _run_at(path: Path) -> Run | None:
@@ -447,21 +456,21 @@ class ProcessLauncher:
         return "interrupted"
 
     def _arguments(self, work: Work) -> list[str]:
-        config = work.cell.config.to_mapping()
-        if config["mirror"]:
-            # A copy of its own for each cell.
-            config["mirror"] = f"{config['mirror'].rstrip('/')}/{work.cell.name}"
+        config = _own_config(work.cell).to_mapping()
+        # The class of a strategy is taken from no file of a run, ours included.
+        strategy = f"--strategy={flag_text(config['strategy'])}"
         if work.action == "resume":
-            changed = {k: config[k] for k in MAY_CHANGE if config[k] is not None and k != "output"}
-            texts = {
-                k: v if isinstance(v, str) else json.dumps(v)
-                for k, v in changed.items()  # a flag reads what TOML and JSON both write
-            }
-            return ["resume", str(work.path), *(f"--{k}={v}" for k, v in texts.items())]
+            # Also what is unset: the cell may have been recorded with a value of it.
+            texts = [f"--{k}={flag_text(config[k])}" for k in MAY_CHANGE if k != "output"]
+            return ["resume", str(work.path), strategy, *texts]
         file = self.output / _CONFIGS / f"{work.cell.name}.json"
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"config": config})
-        places = [f"--output={work.path}"]
+        places = [
+            strategy,
+            f"--ray-address={config['ray-address']}",
+            f"--output={work.path}",
+        ]
         if config["mirror"]:
             places.append(f"--mirror={config['mirror']}")
         return ["run", str(file), *places]

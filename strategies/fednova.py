@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedsim.core.aggregation import NormalisedMean, local_work
+from fedsim.recording.rows import updates_of
 from strategies.delta_fedavg import DeltaFedAvg
 from strategies.folding import DeltaFold, RoundExporter, State
 
@@ -22,7 +23,7 @@ class FedNova(DeltaFedAvg):
     parameters : collection of str
         Names of the trainable parameters.
     momentum, nesterov : float, bool
-        Of the clients' SGD. Their telemetry tells ``num_steps`` and ``learning_rate``.
+        Of the clients' SGD. Their telemetry tells the updates made and ``learning_rate``.
     exporter : RoundExporter, optional
         Receives the artifacts of every round.
     **settings
@@ -49,7 +50,7 @@ class FedNova(DeltaFedAvg):
     def work_of(self, row: Mapping[str, Any]) -> float:
         """Give the work that a client's telemetry tells of."""
         return local_work(
-            row["num_steps"],
+            updates_of(row),
             learning_rate=row["learning_rate"],
             momentum=self._momentum,
             nesterov=self._nesterov,

@@ -127,10 +127,26 @@ def usable_replies(replies: Iterable[Message]) -> Iterator[Message]:
         del reply
 
 
+MOST_TELEMETRY = 8 * 2**20
+"""Of a client's telemetry, as text and as a line of ``clients.jsonl``: 300,000 local steps."""
+
+
 def telemetry_of(reply: Message) -> dict[str, Any]:
-    """Read the telemetry that a fedsim client attaches to its reply; empty for other clients."""
+    """Read the telemetry that a fedsim client attaches to its reply; empty for other clients.
+
+    Raises
+    ------
+    ValueError
+        When it has more than `MOST_TELEMETRY` characters, or is not JSON.
+    """
     record = reply.content.config_records.get("telemetry")
-    return {} if record is None else json.loads(str(record["json"]))
+    if record is None:
+        return {}
+    text = str(record["json"])
+    if len(text) > MOST_TELEMETRY:
+        raise ValueError(f"telemetry of {len(text):,} characters; allowed are {MOST_TELEMETRY:,}")
+    row: dict[str, Any] = json.loads(text)
+    return row
 
 
 def metrics_of(reply: Message) -> MetricRecord:

@@ -16,7 +16,8 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
 from fedsim.core.aggregation import apply_delta
-from fedsim.core.rng import numpy_seed
+from fedsim.core.errors import RunFailedError
+from fedsim.core.rng import Purpose, global_seed
 from fedsim.recording.layout import CLIPPING_NORM, strategy_key
 from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
 
@@ -63,7 +64,7 @@ class Recorded(Strategy):
     exporter : RoundExporter, optional
         Receives the artifacts of every round.
     seed : int
-        Of the noise: numpy's global generator, which Flower draws from, is seeded for every
+        Of the noise: the global generators, which Flower draws from, are seeded for every
         aggregation and put back after it.
     """
 
@@ -124,8 +125,16 @@ class Recorded(Strategy):
             bare.append(self._bare_reply(reply))
             # Still bound, its buffers would live on while the next one is decoded.
             del reply
-        with numpy_seed(self._seed, server_round):
-            moved, metrics = self.strategy.aggregate_train(server_round, bare)
+        with global_seed(self._seed, Purpose.NOISE, server_round):
+            try:
+                moved, metrics = self.strategy.aggregate_train(server_round, bare)
+            except ZeroDivisionError:
+                if self._inner is self.strategy:
+                    raise
+                raise RunFailedError(
+                    f"round {server_round}: a client's update is zero, which the server's "
+                    "differential privacy cannot clip"
+                ) from None
         if moved is None:
             return None, metrics
         aggregate = fold.aggregate()

@@ -18,6 +18,7 @@ from fedsim.core.strategies import QFedAvgSettings, StrategySettings
 from strategies.delta_fedavg import DeltaFedAvg
 from strategies.fednova import FedNova
 from strategies.folding import RoundExporter
+from strategies.privacy import PRIVACY
 from strategies.recorded import Recorded
 from strategies.scaffold import Scaffold
 
@@ -45,19 +46,6 @@ FLOWERS: dict[str, type[FedAvg]] = {
     "qfedavg": flower.QFedAvg,
 }
 """Flower's own, which `Recorded` records."""
-_PRIVATE: dict[str, tuple[Any, str]] = {
-    "server-side-fixed": (flower.DifferentialPrivacyServerSideFixedClipping, "clipping_norm"),
-    "client-side-fixed": (flower.DifferentialPrivacyClientSideFixedClipping, "clipping_norm"),
-    "server-side-adaptive": (
-        flower.DifferentialPrivacyServerSideAdaptiveClipping,
-        "initial_clipping_norm",
-    ),
-    "client-side-adaptive": (
-        flower.DifferentialPrivacyClientSideAdaptiveClipping,
-        "initial_clipping_norm",
-    ),
-}
-"""Flower's wrappers, and what they call ``clipping-norm``."""
 
 
 def build_strategy(
@@ -85,7 +73,7 @@ def build_strategy(
         return _ours(config, parameters, exporter)
     strategy = _ours(config, parameters, None) if ours else _theirs(config)
     if settings.dp is not None:
-        wrapper, clipping_norm = _PRIVATE[settings.dp]
+        wrapper, clipping_norm = PRIVACY[settings.dp]
         strategy = wrapper(
             strategy,
             noise_multiplier=settings.noise_multiplier,

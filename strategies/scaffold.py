@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import ControlMean, correction_of, local_work
 from fedsim.recording.layout import strategy_key
+from fedsim.recording.rows import updates_of
 from strategies.delta_fedavg import DeltaFedAvg
 from strategies.folding import DeltaFold, RoundExporter, State
 
@@ -37,7 +38,7 @@ class Scaffold(DeltaFedAvg):
     server_learning_rate : float
         Of the server.
     momentum, nesterov : float, bool
-        Of the clients' SGD. Their telemetry tells ``num_steps`` and ``learning_rate``.
+        Of the clients' SGD. Their telemetry tells the updates made and ``learning_rate``.
     **settings
         Those of Flower's FedAvg.
     """
@@ -89,7 +90,7 @@ class Scaffold(DeltaFedAvg):
     def fold_client(self, row: Mapping[str, Any], delta: State) -> None:
         """Take one client of the round into the mean, and renew its control variate."""
         work = local_work(
-            row["num_steps"],
+            updates_of(row),
             learning_rate=row["learning_rate"],
             momentum=self._momentum,
             nesterov=self._nesterov,

@@ -2,8 +2,9 @@
 
 ``python -m tests.fuzz --inputs 10000 --seed 1 --jobs 2`` damages small runs at random, gives each
 to a command, and checks that the answer is an exit code of 0, 1 or 2 with at most one line on
-stderr, within five seconds and 500 MB, and that nothing outside of the run was opened, listed or
-changed. An input depends on the seed and its number only; ``--only K`` repeats one.
+stderr, within five seconds and 500 MB, and that nothing outside of the run, or of what it is
+copied to, was opened, listed or changed. An input depends on the seed and its number only;
+``--only K`` repeats one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import struct
 import sys
 import tempfile
@@ -30,7 +32,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,9 +64,11 @@ FORMS: list[dict[str, Any]] = [
     {"capture": "all", "local-steps": 3},
     {"capture": "sketch:16"},
 ]
+NODES = "nodes"
+"""Beside a run whose clients recorded on disks of their own: a folder for each."""
 
 
-def make_run(path: Path, form: dict[str, Any], seed: int) -> None:
+def make_run(path: Path, form: dict[str, Any], seed: int, *, nodes: Path | None = None) -> None:
     values = {
         "dataset": "synthetic:60:3",
         "model": "cnn",
@@ -78,6 +82,12 @@ def make_run(path: Path, form: dict[str, Any], seed: int) -> None:
     }
     plan = RunPlan.prepare(RunConfig.from_mapping(values))
     grid = LocalGrid(app, plan.config.clients, recordings=path.parent)
+    if nodes is not None:
+        grid = LocalGrid(
+            app,
+            plan.config.clients,
+            node_config=lambda p: {"recordings": str(nodes / str(p)), "capture": True},
+        )
     execute(grid, plan, path, observer=Memory(), workers=1, stop=threading.Event())
 
 
@@ -367,6 +377,9 @@ def damage(this: Input) -> None:
     names, weights = list(CHANGES), [weight for _, weight in CHANGES.values()]
     for _ in range(this.draw.choice([1, 1, 1, 2])):
         name = this.draw.choices(names, weights)[0]
+        # What a node sent may be one or two files, and gone after the first change.
+        if not any(p.is_file() and not p.is_symlink() for p in this.run.rglob("*.safetensors")):
+            break
         path = random_file(this, this.run)
         if name == "header":
             while path.suffix != ".safetensors":
@@ -507,8 +520,12 @@ def arguments_of(this: Input, scratch: Path) -> list[str]:
         ["resume", run],
         ["resume", run, "--rounds", "3"],
         ["plan", f"{run}/run.json"],
+        ["push", run, f"{scratch}/copy"],
+        ["fetch", run, f"{scratch}/back"],
+        ["collect", run, *(str(p) for p in sorted(scratch.glob(f"{NODES}/*")))],
     ]
-    weights = [4, 3, 4, 3, 3, 3, 3, 4, 4, 2]
+    collects = 10 if (scratch / NODES).exists() else 0
+    weights = [4, 3, 4, 3, 3, 3, 3, 4, 4, 2, 5, 5, collects]
     return this.draw.choices(commands, weights)[0]
 
 
@@ -578,6 +595,23 @@ def is_plainly_damaged(this: Input, base: Path) -> bool:
     return False
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether there are regular files and folders only."""
+    kinds = (path.lstat().st_mode for path in folder.rglob("*"))
+    return all(stat.S_ISREG(kind) or stat.S_ISDIR(kind) for kind in kinds)
+
+
+def is_fetched_otherwise(this: Input, base: Path, back: Path) -> bool:
+    """Whether what was fetched is not what was written, while its checksums are."""
+    if "reseal" in this.applied or any("checksums" in change for change in this.applied):
+        return False
+    files = [path for path in back.rglob("*") if path.is_file() and path.name != "checksums.jsonl"]
+    return any(
+        not (base / path.relative_to(back)).read_bytes().startswith(path.read_bytes())
+        for path in files
+    )
+
+
 # --- all of it
 
 
@@ -607,6 +641,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+_MADE = {
+    "push": {"copy"},
+    "fetch": {"back", "back.partial"},
+    "export": {"out", "out_01_tensors.pt", "out_01_meta.json"},
+}
+"""What a command may make beside the run."""
+
+
 class Fuzzer:
     """Makes the runs once, then inputs from them."""
 
@@ -619,6 +661,9 @@ class Fuzzer:
             for number, path in enumerate(pair):
                 make_run(path, form, seed=number)
             self._bases.append(pair)
+        away = folder / "away", folder / "other0"
+        make_run(away[0], FORMS[1], seed=0, nodes=folder / NODES)
+        self._bases.append(away)
         for number in range(20):
             # Imports and caches are not growth.
             self._answer(-1 - number, whole=True)
@@ -657,6 +702,8 @@ class Fuzzer:
         shutil.copytree(other, outside / "run")
         (outside / "secret").write_text(MARKER)
         (outside / "data").mkdir()
+        if base.name == "away":
+            shutil.copytree(self._folder / NODES, scratch / NODES)
         this = Input(number, draw, scratch / "run", other, outside)
         arguments = arguments_of(this, scratch)
         if draw.random() < 0.08 and not whole:
@@ -667,9 +714,12 @@ class Fuzzer:
             this.applied.append("toml")
             arguments = ["plan", str(config)]
         elif not whole:
-            damage(this)
+            sent = sorted(scratch.glob(f"{NODES}/*/*"))
+            broken = arguments[0] == "collect" and draw.random() < 0.7
+            damage(replace(this, run=draw.choice(sent)) if broken else this)
         problems: list[str] = []
-        beyond, within = snapshot(outside), snapshot(this.run)
+        beyond, within, sent = (snapshot(p) for p in (outside, this.run, scratch / NODES))
+        around = {path.name for path in scratch.iterdir()}
         out, err = io.StringIO(), io.StringIO()
         self._watch.heard = []
         self._watch.outside = str(outside.resolve())
@@ -706,8 +756,22 @@ class Fuzzer:
             problems.append(f"it went outside: {self._watch.heard}")
         if snapshot(outside) != beyond:
             problems.append("it changed what is outside of the run")
-        if (arguments[0] != "resume" or code != 0) and snapshot(this.run) != within:
+        writes = arguments[0] == "collect" or (arguments[0] == "resume" and code == 0)
+        if not writes and snapshot(this.run) != within:
             problems.append("it changed the run")
+        if snapshot(scratch / NODES) != sent:
+            problems.append("it changed what nodes sent")
+        made = {path.name for path in scratch.iterdir()} - around
+        if not made <= _MADE.get(arguments[0], set()):
+            problems.append(f"it made {sorted(made)}")
+        if not all(is_plain(scratch / name) for name in made):
+            problems.append("it copied what is no file")
+        if (
+            arguments[0] == "fetch"
+            and code == 0
+            and is_fetched_otherwise(this, base, scratch / "back")
+        ):
+            problems.append("it fetched what was not written")
         asked = "cannot be used" in said or "this machine" in said
         if arguments[0] == "verify" and code == 2 and not asked:
             problems.append(f"it refuses what it should judge: {said}")

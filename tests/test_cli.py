@@ -1,11 +1,21 @@
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from fedsim import cli
+from fedsim.core.config import RunConfig
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import execute
+from fedsim.recording.reader import load_run
+from fedsim.report.terminal import TerminalObserver
+from tests import fuzz
+from tests.local_grid import LocalGrid
 
 ROOT = Path(__file__).parents[1]
 
@@ -247,3 +257,82 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert sentence in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a standard output that takes nothing
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recorded") / "run"
+    fuzz.make_run(path, {"capture": "none"}, seed=1)
+    return path
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full_disk():
+    return open("/dev/full", "w")  # noqa: PTH123
+
+
+@pytest.mark.parametrize("output", [broken_pipe, full_disk])
+def test_a_run_goes_on_without_its_reader(output, tmp_path, monkeypatch):
+    values = {"dataset": "synthetic:60:3", "model": "cnn", "clients": 3, "clients-per-round": 2}
+    plan = RunPlan.prepare(RunConfig.from_mapping({**values, "rounds": 2, "batch-size": 16}))
+    with output() as dead:
+        monkeypatch.setattr(sys, "stdout", dead)
+        execute(
+            LocalGrid(app, 3, recordings=tmp_path),
+            plan,
+            tmp_path / "run",
+            observer=TerminalObserver(),
+            workers=1,
+            stop=threading.Event(),
+        )
+    assert load_run(tmp_path / "run").status == "finished"
+
+
+FULL = "fedsim: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize(("output", "code", "said"), [(broken_pipe, 0, ""), (full_disk, 1, FULL)])
+def test_a_reader_who_is_gone_is_no_failure_and_a_full_disk_is(
+    output, code, said, command, recorded, capsys, monkeypatch
+):
+    dead = output()
+    monkeypatch.setattr(sys, "stdout", dead)
+    assert cli.run([command, str(recorded)]) == code
+    assert capsys.readouterr().err == said
+    if output is broken_pipe:
+        # Nothing is left that would raise when the process ends.
+        dead.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("{fedsim} inspect {run} >&- 2>&-", 0, ""),
+        ("{fedsim} inspect {run} | true", 0, ""),
+        (
+            "ulimit -f 0; {fedsim} --version >{run}/out",
+            1,
+            "fedsim: standard output cannot be written: File too large\n",
+        ),
+    ],
+)
+def test_a_process_without_a_standard_output_ends_as_it_should(command, code, said, recorded):
+    fedsim = f"'{sys.executable}' -m fedsim"
+    finished = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.format(fedsim=fedsim, run=recorded)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        # Unbuffered, argparse itself swallows the error.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (code, "", said)

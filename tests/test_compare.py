@@ -17,9 +17,11 @@ import psutil
 import pytest
 
 from fedsim import cli, compare
+from fedsim.core.config import RunConfig, parse_text
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 from fedsim.core.grid import Axis, Cell, make_cells
 from fedsim.core.plan import RunPlan
+from fedsim.flower import simulation
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute, manifest_of
 from fedsim.recording.files import write_json
@@ -28,6 +30,7 @@ from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from fedsim.report.comparison import CellFigures
+from tests import fuzz
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -361,6 +364,30 @@ def test_a_damaged_cell_that_was_not_finished_goes_on_before_the_damage(whole, t
     assert table(output) == table(whole)
 
 
+def test_a_cell_killed_after_its_last_row_is_finished(whole, tmp_path):
+    output = copy(whole, tmp_path)
+    path = output / NAMES[1]
+    manifest = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    fuzz.reseal(path)
+    told, _ = go(output)
+    assert told.cells == [(NAMES[1], 2, 2)]
+    assert load_run(path).status == "finished"
+    assert table(output) == table(whole)
+
+
+def test_a_resumed_cell_is_set_as_the_grid_says_and_not_as_it_was_recorded(tmp_path):
+    (cell,) = cells_of([Axis("seed", (42,))], workers=2)
+    work = compare.Work(cell, tmp_path / cell.name, "resume")
+    flags = compare.ProcessLauncher(tmp_path)._arguments(work)[2:]
+    read = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert (read["workers"], read["rounds"]) == ("2", "2")
+    assert read["client-timeout"] == read["capture-budget"] == read["data-root"] == "none"
+    recorded = {**cell.config.to_mapping(), "client-timeout": 300.0, "workers": None}
+    asked = {key: parse_text(key, text) for key, text in read.items()}
+    assert RunConfig.from_mapping({**recorded, **asked}) == cell.config
+
+
 def test_a_second_process_in_the_same_folder_is_refused(whole, tmp_path):
     output = copy(whole, tmp_path)
     works = compare.find_work(output, cells_of(), lambda config: None)
@@ -427,6 +454,41 @@ def test_bad_input_is_one_sentence_and_exit_2_and_writes_nothing(
     assert said in err
     assert err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_is_taken_from_no_run_is_passed_on_to_the_cells(tmp_path, monkeypatch):
+    """Their configurations lie in run directories and files that `fedsim` trusts no more."""
+    (tmp_path / "own_class.py").write_text(
+        "from flwr.serverapp.strategy import FedAvg\nclass Own(FedAvg):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    started = []
+    monkeypatch.setattr(simulation, "simulate", lambda plan, *_, **__: started.append(plan.config))
+    output = tmp_path / "grid"
+    axes = [Axis("strategy", ({"name": "own_class:Own", "dp": None}, "fedavgm"))]
+    places = {"mirror": f"{tmp_path}/copies", "client_timeout": 60.0}
+    cells = cells_of(axes, **places)
+    own = cells[0].name
+    compare.check_grid(output, cells)
+    launcher = compare.ProcessLauncher(output)
+    works = compare.find_work(output, cells, lambda config: None)
+    output.mkdir()
+    for work in works:
+        assert cli.run(launcher._arguments(work)) == 0
+    Local((own, 1))(works[0], threading.Event(), lambda: None)
+    for asked in (cells, cells_of(axes)):
+        (resumed, _) = compare.find_work(output, asked, lambda config: None)
+        assert resumed.action == "resume"
+        assert cli.run(launcher._arguments(resumed)) == 0
+    assert [config.strategy for config in started] == [
+        cell.config.strategy for cell in (*cells, cells[0], cells[0])
+    ]
+    copy = f"{tmp_path}/copies/{own}"
+    assert [(config.mirror, config.client_timeout) for config in (started[0], *started[2:])] == [
+        (copy, 60.0),
+        (copy, 60.0),
+        (None, None),
+    ]
 
 
 REAL = {**SMALL, "rounds": 4, "workers": 2}

@@ -108,7 +108,7 @@ UNSAFE_CALLS = {"torch.load", "torch.save", "torch.serialization", "pandas.read_
 MAY_SAVE = {"fedsim.recording.export"}
 # The one room that lends the global generators out, and puts them back.
 MAY_SEED = {"fedsim.core.rng"}
-SEEDS = {f"numpy.random.{call}" for call in ("get_state", "seed", "set_state")}
+SEEDS = {f"numpy.random.{call}" for call in ("get_state", "seed", "set_state")} | {"random.seed"}
 # Drawn from or changed, a global generator makes results depend on what ran before.
 GLOBAL_DRAWS = {
     *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.random.seed"),

@@ -131,14 +131,14 @@ class NormalisedMean:
         self._weight = 0
 
     def add(self, delta: State, weight: int, work: float) -> None:
-        """Fold one client's delta in; `work` is its `local_work`."""
-        self._rates.add(delta, weight / work)
+        """Fold one client's delta in; `work` is its `local_work`, 0 where it did not move."""
+        self._rates.add(delta, weight / work if work else 0.0)
         self._work += weight * work
         self._weight += weight
 
     def mean(self) -> dict[str, Array]:
         """Give the mean, rounded once to each array's own dtype."""
-        return self._rates.divided(self._weight**2 / self._work)
+        return self._rates.divided(self._weight**2 / self._work if self._work else 1.0)
 
 
 class ControlMean:
@@ -192,7 +192,12 @@ class ControlMean:
 
 @np.errstate(all="ignore")
 def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
-    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32."""
+    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32.
+
+    One that made no update has seen no gradient to go by, and keeps its own.
+    """
+    if not work:
+        return {n: np.asarray(own[n] if own else np.zeros_like(a)) for n, a in delta.items()}
     divisor = np.float32(work)
     return {
         n: np.asarray(np.subtract(difference, np.divide(delta[n], divisor)))
@@ -225,7 +230,7 @@ def local_work(
     Parameters
     ----------
     steps : int
-        Local steps of a round, 1 or more.
+        Local steps of a round that were updates.
     learning_rate, momentum, nesterov : float, float, bool
         Of torch's SGD, without dampening.
     """

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +25,7 @@ from pydantic import (
 
 from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
-from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
     MOST,
     Count,
@@ -93,6 +95,8 @@ def _parsed_by(parser: Any) -> AfterValidator:
 
 
 LOCAL = "local"
+UNSET = "none"
+"""Text that unsets a key which a file or a run sets."""
 
 
 def _ray_address(value: str) -> str:
@@ -107,13 +111,17 @@ def _ray_address(value: str) -> str:
 
 
 def _without_secret(value: str) -> str:
-    # It is written into the run, where no secret may be.
-    host = value.partition("://")[2].partition("/")[0]
-    if "?" in value or ":" in host.rpartition("@")[0]:
+    # It is written into the run, where no secret may be. A password may have slashes, and fsspec
+    # chains URLs by "::".
+    links = re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::))", value)
+    if "?" in value or any(":" in link.partition("://")[2].rpartition("@")[0] for link in links):
         raise ValueError(
             "a URL or path without a password or '?': secrets belong into the environment"
         )
     return value
+
+
+Mirror = Annotated[Folder, AfterValidator(_without_secret)]
 
 
 def _is_port(text: str) -> bool:
@@ -261,7 +269,7 @@ class RunConfig(StrictModel):
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
     )
-    mirror: Annotated[Folder, AfterValidator(_without_secret)] | None = Field(
+    mirror: Mirror | None = Field(
         None,
         description="URL or path of a copy that is kept up to date round by round, like "
         "s3://bucket/run",
@@ -542,19 +550,22 @@ def _as_config_error(error: ValidationError) -> ConfigError:
     return ConfigError(field, given, allowed_instead(problem, annotation))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     """Read the keys of a TOML file, or of the configuration stored in a ``run.json``.
 
     Parameters
     ----------
     path : Path
         A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
-        exist already).
+        exist already; and ``ray-address``, which decides nothing of a run).
+    given : collection of str
+        Keys that the user sets beside the file.
 
     Raises
     ------
     InputError
-        When the file is missing or cannot be parsed.
+        When the file is missing or cannot be parsed, or a ``run.json`` names a class of a
+        strategy that the user does not name.
     """
     try:
         of_run = path.suffix == ".json"
@@ -569,8 +580,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".json":
             stored: dict[str, Any] = parse_json(content)["config"]
-            places = ("output", "mirror")
-            return {k: v for k, v in stored.items() if k not in places and v is not None}
+            places = ("output", "mirror", "ray-address")
+            values = {k: v for k, v in stored.items() if k not in places and v is not None}
+            _check_names_no_code(values.get("strategy"), given, path)
+            if os.path.lexists(path.with_name("checksums.jsonl")):
+                check_outside(path.parent)
+            return values
         return _parse_toml(text)
     except ValueError as error:
         hint = ""
@@ -584,6 +599,77 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def take_recorded(
+    recorded: Mapping[str, Any], given: Mapping[str, Any], run: Path
+) -> dict[str, Any]:
+    """Take the configuration of a run that may be a stranger's, and what the user gives with it.
+
+    Parameters
+    ----------
+    recorded : mapping of str to Any
+        The configuration that the run was recorded with. Its ``ray-address`` is left out: joining a
+        cluster is to trust it.
+    given : mapping of str to Any
+        What the user sets, which comes before it.
+    run : Path
+        The run directory.
+
+    Raises
+    ------
+    InputError
+        When the run names a class of a strategy or a mirror that the user does not name, or the
+        current folder lies in the run directory.
+    """
+    check_outside(run)
+    _check_names_no_code(recorded.get("strategy"), given, run)
+    if (mirror := recorded.get("mirror")) and "mirror" not in given:
+        raise InputError(
+            f"mirror = {shorten(mirror)} of {run} is a place that a run alone does not decide; "
+            f"`--mirror {shlex.quote(mirror)}` goes on copying there, `--mirror {UNSET}` does not"
+        )
+    kept = {k: v for k, v in recorded.items() if v is not None and k != "ray-address"}
+    return {**kept, **given}
+
+
+def flags_to_resume(config: RunConfig) -> str:
+    """Give what a user must say again to go on with a run, as text for a shell."""
+    values = config.to_mapping()
+    asked = {
+        "strategy": ":" in config.strategy.name,
+        "mirror": config.mirror is not None,
+        "ray-address": config.cluster is not None,
+    }
+    flags = (f" --{key} {shlex.quote(flag_text(values[key]))}" for key in asked if asked[key])
+    return "".join(flags)
+
+
+def check_outside(run: Path) -> None:
+    """Refuse a current folder inside of a run directory: Python takes code from where it starts.
+
+    Raises
+    ------
+    InputError
+        Naming the run directory.
+    """
+    if Path.cwd().is_relative_to(run.resolve()):
+        raise InputError(
+            f"the current folder lies in the run directory {run.resolve()}, from which no code "
+            "may be taken; allowed is a call from any other folder"
+        )
+
+
+def _check_names_no_code(strategy: Any, given: Collection[str], run: Path) -> None:
+    name = strategy.get("name") if isinstance(strategy, Mapping) else strategy
+    if "strategy" in given or not isinstance(name, str) or ":" not in name:
+        return
+    short = not isinstance(strategy, Mapping) or len(strategy) == 1
+    flag = shlex.quote(flag_text(name if short else strategy))
+    raise InputError(
+        f"strategy = {shorten(name)} of {run} is code, which is never taken from a run; "
+        f"`--strategy {flag}` says that your own class of that name is meant"
+    )
+
+
 def _parse_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
@@ -591,11 +677,29 @@ def _parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("its values are nested too deeply") from None
 
 
+def flag_text(value: Any) -> str:
+    """Write a value as a flag gives it: `parse_text` reads it back."""
+    if value is None:
+        return UNSET
+    return value if isinstance(value, str) else _toml(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        pairs = (f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # Of a text, a number and a truth value JSON writes what TOML reads.
+    return json.dumps(value, ensure_ascii=False)
+
+
 def parse_text(field: str, text: str) -> Any:
     """Read the value of one key from text, as a flag or a flat run-config gives it.
 
     Text fields keep the text; every other field reads it as a TOML value (``16``, ``0.1``,
     ``true``, ``[16, 32]``) and falls back to the text, which the checks then refuse by name.
+    ``none`` unsets a key that is unset by default.
 
     Raises
     ------
@@ -604,8 +708,11 @@ def parse_text(field: str, text: str) -> Any:
     """
     if field.replace("-", "_") not in RunConfig.model_fields or "_" in field:
         raise unknown_key(field, text, RunConfig)
-    annotation = RunConfig.model_fields[field.replace("-", "_")].annotation
-    if annotation is str or annotation in (str | None, Folder | None) or "\n" in text:
+    known = RunConfig.model_fields[field.replace("-", "_")]
+    if text == UNSET and known.default is None:
+        return None
+    annotation = known.annotation
+    if annotation in (str, str | None, Folder | None, Mirror | None) or "\n" in text:
         return text
     # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
     with contextlib.suppress(ValueError):

@@ -177,12 +177,13 @@ def written(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write one value for people: a strategy's table as ``fedadam(eta=0.01)``."""
-    if not (isinstance(value, dict) and "name" in value):
+    """Write one value for people, whole: a strategy's table as ``fedadam(eta=0.01)``."""
+    if isinstance(value, dict) and "name" in value:
+        settings = (f"{key}={json.dumps(v)}" for key, v in value.items() if key != "name")
+        return f"{value['name']}({','.join(settings)})"
+    if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
         return written(value)
-    settings = (f"{key}={json.dumps(v)}" for key, v in value.items() if key != "name")
-    text = f"{value['name']}({','.join(settings)})"
-    return text if len(text) <= _MOST_OF_VALUE else written(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _digest(text: str) -> str:

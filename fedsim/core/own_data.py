@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -22,8 +22,12 @@ from fedsim.core.cache import IMAGE_SHAPE, cache_root
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import open_regular, parse_json
 
-_VERSION = 1
+_VERSION = 2
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+MOST_NAME = 255
+"""Characters in the name of a class."""
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+"""Kinds of images, as Pillow names them, that have 8 bits a channel or fewer."""
 _MOST_IMAGE_BYTES = 2**20
 """Of the file of one image of 32x32 pixels."""
 
@@ -66,9 +70,9 @@ def find_own_data(folder: Path) -> OwnData:
         When there is neither, or something in it cannot be used.
     """
     file, classes = folder / "train.safetensors", folder / "train"
-    if file.exists() == classes.exists():
-        raise _error(folder, "it must have either a folder train or a file train.safetensors")
     try:
+        if file.exists() == classes.exists():
+            raise ValueError("it must have either a folder train or a file train.safetensors")
         names, paths = ([], [file]) if file.exists() else _listed(classes)
         prepared = cache_root() / f"own-{_key(folder, names, paths)}-v{_VERSION}.safetensors"
         found = _described(prepared)
@@ -123,36 +127,76 @@ def _images_of(
 
 
 def _image(path: Path) -> NDArray[np.uint8]:
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(_open(path), "rb") as file:
         content = file.read(_MOST_IMAGE_BYTES)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.size != IMAGE_SHAPE[:0:-1]:
-                width, height = image.size
-                raise ValueError(f"{path} has {width}x{height} pixels; allowed is 32x32")
-            return np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
-    except (UnidentifiedImageError, OSError, SyntaxError):
+        image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has millions of pixels; allowed is 32x32") from None
+    # Each of Pillow's decoders has exceptions of its own.
+    except Exception:
+        raise ValueError(f"{path} is no image that can be read") from None
+    if image.size != IMAGE_SHAPE[:0:-1]:
+        width, height = image.size
+        raise ValueError(f"{path} has {width}x{height} pixels; allowed is 32x32")
+    if image.mode not in _MODES:
+        # Pillow would clip what has 16 bits at 255: all of it white.
+        raise ValueError(
+            f"{path} has pixels of kind {image.mode}; allowed are 8 bits a channel, in "
+            f"Pillow's kinds {', '.join(_MODES)}"
+        )
+    try:
+        return np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
+    except Exception:
         raise ValueError(f"{path} is no image that can be read") from None
 
 
+def _open(path: Path) -> int:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+_ARRAYS = {
+    "images": ("U8", IMAGE_SHAPE, "uint8 of shape (N, 3, 32, 32)"),
+    "labels": ("I64", (), "int64 of shape (N,)"),
+}
+"""Dtype, shape of one sample, and both as a person would say it."""
+
+
 def _arrays_of(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
-    os.close(open_regular(path))
+    os.close(_open(path))
     with safe_open(path, framework="np") as file:
-        names = parse_json((file.metadata() or {}).get("classes", "null").encode())
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = _names_of(file.metadata() or {})
+        if names is None:
             raise ValueError(f"{path} has no classes in its metadata, a JSON list of names")
-        if {*file.keys()} != {"images", "labels"}:
+        if {*file.keys()} != {*_ARRAYS}:
             raise ValueError(f"{path} has {sorted(file.keys())}; allowed is images and labels")
+        # Before they are read: of some dtypes numpy has none.
+        for key, (dtype, shape, allowed) in _ARRAYS.items():
+            part = file.get_slice(key)
+            found = tuple(part.get_shape())
+            if part.get_dtype() != dtype or found != (*found[:1], *shape) or not found:
+                raise ValueError(
+                    f"{path}: {key} are {part.get_dtype()} of shape {found}; allowed is {allowed}"
+                )
         images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE:
-        raise ValueError(
-            f"{path}: images are {images.dtype} {images.shape}; allowed is uint8 (N, 3, 32, 32)"
-        )
-    if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; allowed is int64 (N,)")
+    if len(labels) != len(images):
+        raise ValueError(f"{path} has {len(images)} images and {len(labels)} labels")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
         raise ValueError(f"{path}: labels go beyond 0 to {len(names) - 1}, the classes")
     return images, labels, names
+
+
+def _names_of(metadata: dict[str, str]) -> list[str] | None:
+    try:
+        names = parse_json(metadata.get("classes", "").encode())
+    except ValueError:
+        return None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    return None
 
 
 def _save(
@@ -160,6 +204,12 @@ def _save(
 ) -> None:
     if not len(labels):
         raise ValueError("it holds no sample")
+    for name in names:
+        if len(name) > MOST_NAME or name.encode(errors="ignore").decode() != name:
+            raise ValueError(
+                f"a class is called {shorten(name)}; allowed are names in UTF-8 of at most "
+                f"{MOST_NAME} characters"
+            )
     classes = json.dumps(names)
     digest = hashlib.sha256(classes.encode())
     digest.update(np.ascontiguousarray(images).data)

@@ -23,10 +23,13 @@ from fedsim.core.images import normalise
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import KEEPS
+from fedsim.core.server_optimizer import kept_by
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
+
+_ENTRY_BYTES = 512
+"""Bytes at most of what is said of one tensor: in a header, an index, a line about its step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ class RunPlan:
     @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
-        kept = len(KEEPS.get(self.config.strategy.name, ())) + self._has_controls
+        kept = len(kept_by(self.config.strategy)) + self._has_controls
         # An adaptive clipping norm is one float64.
         norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
         return norm + kept * self._parameter_bytes
@@ -185,6 +188,24 @@ class RunPlan:
     def steps_of(self, partition: int) -> int:
         """Count the local steps of one client in a round."""
         return self.config.training_of(partition).num_steps(self.sizes[partition])
+
+    def most_files_of(self, partition: int) -> int:
+        """Bound the files that one client records in a round: a shard for each step, and two."""
+        return len(self.config.policy.kept_steps(self.steps_of(partition))) + 2
+
+    def most_bytes_of(self, partition: int) -> int:
+        """Bound the bytes of these files from above, whatever the gradients are.
+
+        No more than about twice what the densest gradients take: who lists more did not write it.
+        """
+        policy, steps = self.config.policy, self.steps_of(partition)
+        training = self.config.training_of(partition)
+        kept = len(policy.kept_steps(steps))
+        dense = self.step_bytes_of(replace(policy, encoding="dense"))
+        entries = _ENTRY_BYTES * (1 + len(self.parameters))
+        samples = 1 + min(training.batch_size, self.sizes[partition])
+        # Twice, since a shard that is closed early keeps room for the names of all of its steps.
+        return 2 * kept * (dense + entries) + steps * (entries + 16 * samples) + 2**20
 
     @cached_property
     def _local_steps(self) -> list[int]:

@@ -6,6 +6,7 @@ its clients and the number of its workers cannot change what is drawn.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -25,6 +26,7 @@ class Purpose(IntEnum):
     SYNTHETIC_DATA = 6
     SKETCH = 7
     NOISE = 8
+    MESSAGES = 9
 
 
 def generator(
@@ -66,17 +68,21 @@ def torch_seed(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def numpy_seed(seed: int, round_number: int) -> Iterator[None]:
-    """Seed numpy's global generator for the noise of a round, and put it back afterwards.
+def global_seed(seed: int, purpose: Purpose, round_number: int) -> Iterator[None]:
+    """Seed numpy's and Python's global generators for a round, and put them back afterwards.
 
-    Flower's differential privacy draws from the global generator and takes no other.
+    Strategies draw from these and take no others: Flower's differential privacy its noise, its
+    sampling the order of clients, a user's own whatever it likes.
     """
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(int(generator(seed, Purpose.NOISE, round_number).integers(2**32)))  # noqa: NPY002
+    draw = generator(seed, purpose, round_number)
+    ours, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(int(draw.integers(2**32)))  # noqa: NPY002
+    random.seed(int(draw.integers(2**32)))
     try:
         yield
     finally:
-        np.random.set_state(before)  # noqa: NPY002
+        np.random.set_state(ours)  # noqa: NPY002
+        random.setstate(pythons)
 
 
 def draw_participants(seed: int, round_number: int, clients: int, per_round: int) -> list[int]:

@@ -21,6 +21,13 @@ FedAvgM: Hsu et al. 2019, the others: Reddi et al. 2021.
 """
 
 
+def kept_by(strategy: StrategySettings) -> tuple[str, ...]:
+    """Give those names for a strategy as it is set: FedAvgM without momentum keeps nothing."""
+    if strategy.name == "fedavgm" and not strategy.own["server_momentum"]:
+        return ()
+    return KEEPS.get(strategy.name, ())
+
+
 def server_step(
     strategy: StrategySettings, parameters: State, kept: Mapping[str, State], round_number: int
 ) -> dict[str, Array]:
@@ -29,7 +36,7 @@ def server_step(
     Parameters
     ----------
     strategy : StrategySettings
-        Of one of `KEEPS`.
+        One that keeps something.
     parameters : mapping of str to ndarray
         Before the round.
     kept : mapping of str to mapping

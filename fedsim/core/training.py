@@ -192,6 +192,8 @@ class LocalResult:
         Mean loss of each step.
     batch_sizes : list of int
         Samples of each step.
+    num_updates : int
+        Steps that changed the model; with float16 those that overflowed did not.
     seconds : dict of str to float
         Wall time of ``load`` (batches), ``train`` and ``capture`` (the observer).
     """
@@ -199,6 +201,7 @@ class LocalResult:
     state: Arrays
     losses: list[float]
     batch_sizes: list[int]
+    num_updates: int
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -340,6 +343,7 @@ def local_train(
     )
     losses: list[Tensor] = []
     batch_sizes: list[int] = []
+    num_updates = 0
     seconds = {"load": 0.0, "train": 0.0, "capture": 0.0}
     clock = time.perf_counter()
 
@@ -380,12 +384,14 @@ def local_train(
         # nothing was written to, and the next step goes on from there.
         if autocast != "float16" or _are_finite(p.grad for p in named.values()):
             optimiser.step()
+            num_updates += 1
         scaler.update()
         lap("train")
     return LocalResult(
         state=state_arrays(model),
         losses=[float(value) for value in losses],
         batch_sizes=batch_sizes,
+        num_updates=num_updates,
         seconds=seconds,
     )
 
@@ -443,6 +449,8 @@ class Replay:
     ----------
     parameters : dict of str to Tensor
         Their present values; they change in place.
+    num_updates : int
+        Steps that changed them.
     """
 
     def __init__(
@@ -459,6 +467,7 @@ class Replay:
         self._optimiser = make_optimizer(list(self._leaves.values()), optimizer)
         self._may_skip = autocast == "float16"
         self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}
+        self.num_updates = 0
 
     def step(self, gradient: Mapping[str, Tensor]) -> None:
         """Make the update of one local step."""
@@ -471,6 +480,7 @@ class Replay:
         for name, leaf in self._leaves.items():
             leaf.grad = gradients[name]
         self._optimiser.step()
+        self.num_updates += 1
 
 
 def state_arrays(model: nn.Module) -> Arrays:

@@ -30,6 +30,11 @@ class Certified:
     certificate: bytes
     private_key: bytes
 
+    @property
+    def not_valid_after(self) -> datetime.datetime:
+        """Until when the certificate is valid, in UTC."""
+        return x509.load_pem_x509_certificate(self.certificate).not_valid_after_utc
+
 
 @dataclass(frozen=True)
 class NodeKey:

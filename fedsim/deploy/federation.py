@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import socket
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from fedsim.core.errors import ConfigError, InputError
 CONNECTION = "federation"
 """The name of the federation for ``flwr run``."""
 _MOST_SUPERNODES = 10_000
+_BACKLOG = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,10 @@ class Federation:
     ----------
     address : str
         Host name or IP address by which the nodes reach the server.
+    listen : str
+        IP address of the server's host at which it takes their connections, which is another one
+        in a container and behind a router. Empty for `address` where that is the host itself, and
+        all addresses of the host otherwise.
     port : int
         Port for the nodes. The next one is the SuperLink's own, on loopback only, and those that
         follow are those of SuperNodes on this machine.
@@ -40,6 +47,7 @@ class Federation:
     """
 
     address: str = "127.0.0.1"
+    listen: str = ""
     port: int = 9092
     supernodes: int = 4
     insecure: bool = False
@@ -51,7 +59,12 @@ class Federation:
         if not 1 <= self.port <= last:
             raise ConfigError("port", self.port, f"1 to {last}, the ports after it being used too")
         if not is_host(self.address):
-            raise ConfigError("address", self.address, "a host name or an IP address")
+            allowed = "a host name or an IP address by which one host is reached, without a zone"
+            raise ConfigError("address", self.address, allowed)
+        if not self.listen:
+            object.__setattr__(self, "listen", _listen_for(self.address))
+        if _ip(self.listen) is None:
+            raise ConfigError("listen", self.listen, "an IP address of the server's host")
 
     @property
     def own_port(self) -> int:
@@ -63,16 +76,25 @@ class Federation:
         return self.port + 2 + node
 
     @property
+    def here(self) -> str:
+        """Address by which the server's host itself reaches the port for the nodes."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.listen, self.listen)  # noqa: S104
+
+    @property
     def hosts(self) -> list[str]:
         """Names that the certificate of the server is valid for."""
         return list(dict.fromkeys([self.address, "localhost", "127.0.0.1"]))
 
     def to_toml(self) -> str:
         """Write it as `read` takes it."""
-        return (
-            f'address = "{self.address}"\nport = {self.port}\nsupernodes = {self.supernodes}\n'
-            f"insecure = {str(self.insecure).lower()}\n"
-        )
+        values = {
+            "address": self.address,
+            "listen": self.listen,
+            "port": self.port,
+            "supernodes": self.supernodes,
+            "insecure": self.insecure,
+        }
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -141,25 +163,68 @@ class Places:
         """Give the public key of a node, as the host of the SuperLink keeps it."""
         return self.server / "nodes" / f"{number}.pub"
 
+    def node_config(self, number: int) -> Path:
+        """Give what says which data a node has; where it is, the node is."""
+        return self.node(number) / "node.toml"
+
     def node(self, number: int) -> Path:
         """Give the folder of a node; it is all that its host needs."""
         return self.root / "nodes" / str(number)
 
 
-def is_host(text: str) -> bool:
-    """Say whether a text may be a host name or an IP address."""
+def listen_at(host: str, port: int) -> socket.socket:
+    """Listen at an address of this host; at `::`, for both kinds of addresses.
+
+    Raises
+    ------
+    InputError
+        When that cannot be.
+    """
     try:
-        ipaddress.ip_address(text)
-        return True
+        if ":" not in host:
+            return socket.create_server((host, port), backlog=_BACKLOG)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=host == "::"
+        )
+    except OSError as error:
+        raise InputError(
+            f"{at(host, port)} cannot be listened at: {os.strerror(error.errno or 0)}; allowed is "
+            "an address of this host, with a port that is free"
+        ) from None
+
+
+def _listen_for(address: str) -> str:
+    ip = _ip(address)
+    if address == "localhost" or (ip is not None and ip.is_loopback):
+        return "127.0.0.1" if ip is None else address
+    return "0.0.0.0" if ip is None or ip.version == 4 else "::"  # noqa: S104 - behind the gateway
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        # With a zone it is one host's name for one of its links.
+        return None if "%" in text else ipaddress.ip_address(text)
     except ValueError:
-        labels = text.split(".")
-        return len(text) <= 253 and all(
+        return None
+
+
+def is_host(text: str) -> bool:
+    """Say whether a text may be the name or the IP address of one host."""
+    if ip := _ip(text):
+        return not (ip.is_unspecified or ip.is_multicast)
+    labels = text.split(".")
+    # What ends in a number is a wrong IP address, and no name.
+    return (
+        len(text) <= 253
+        and not labels[-1].isdecimal()
+        and all(
             0 < len(label) <= 63
             and label.isascii()
             and label.replace("-", "a").isalnum()
             and label[0] != "-" != label[-1]
             for label in labels
         )
+    )
 
 
 def at(host: str, port: int) -> str:
@@ -169,7 +234,7 @@ def at(host: str, port: int) -> str:
 
 def superlink_command(federation: Federation) -> list[str]:
     """Give the command of the SuperLink, run in the folder of the server."""
-    host = federation.address if federation.insecure else "127.0.0.1"
+    host = federation.listen if federation.insecure else "127.0.0.1"
     command = ["flower-superlink", "--host", host, "--port", str(federation.own_port)]
     if federation.insecure:
         return [*command, "--insecure"]

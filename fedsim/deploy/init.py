@@ -54,6 +54,8 @@ def init(
     """
     _check_days(days)
     folder = folder.absolute()
+    if not str(folder).isprintable():
+        raise InputError(f"{str(folder)!r} cannot be used; allowed is a path of printable letters")
     if os.path.lexists(folder):
         raise InputError(
             f"{folder} exists already; allowed is a folder that does not, since keys are never "
@@ -88,6 +90,8 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
 
     Raises
     ------
+    ConfigError
+        When the certificate would outlive that of the authority, which nobody trusts then.
     InputError
         When there is no federation, or the key of its authority is elsewhere.
     """
@@ -99,6 +103,7 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
     try:
         authority = Certified(places.authority.read_bytes(), places.authority_key.read_bytes())
         now = now or datetime.datetime.now(datetime.UTC)
+        _check_end(authority, now, days)
         server = make_server(authority, federation.hosts, now, days)
         _replace(
             {
@@ -110,7 +115,7 @@ def renew(folder: Path, *, days: int = 365, now: datetime.datetime | None = None
         raise InputError(f"{folder} cannot be given another certificate: {error}") from None
 
 
-def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
+def renew_node(folder: Path, number: int) -> tuple[Path, Path, bytes | None]:
     """Make another key for a node, in place of one that was lost or told.
 
     Parameters
@@ -122,8 +127,8 @@ def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
 
     Returns
     -------
-    tuple of Path
-        The private and the public key.
+    tuple of Path, Path and bytes or None
+        Where the private and the public key are, and the public key that was there.
 
     Raises
     ------
@@ -141,10 +146,11 @@ def renew_node(folder: Path, number: int) -> tuple[Path, Path]:
     key = make_node_key(f"partition-{number}")
     private, public = places.node(number) / "node.key", places.public_key(number)
     try:
+        replaced = public.read_bytes() if public.exists() else None
         _replace({private: key.private_key, public: key.public_key})
     except OSError as error:
         raise InputError(f"{folder} cannot be given another key: {error}") from None
-    return private, public
+    return private, public, replaced
 
 
 def _replace(contents: Mapping[Path, bytes]) -> None:
@@ -155,6 +161,17 @@ def _replace(contents: Mapping[Path, bytes]) -> None:
         _write(beside, content)
     for path in contents:
         path.with_name(f".{path.name}").replace(path)
+
+
+def _check_end(authority: Certified, now: datetime.datetime, days: int) -> None:
+    left = (authority.not_valid_after - now).days
+    if left < 1:
+        raise InputError(
+            f"the authority of this federation ended on {authority.not_valid_after:%Y-%m-%d}; "
+            "allowed is another federation, which `fedsim deploy init` makes"
+        )
+    if days > left:
+        raise ConfigError("days", days, f"1 to {left}, as long as the authority is valid")
 
 
 def _check_days(days: int) -> None:
@@ -172,6 +189,8 @@ def _write_all(
     now: datetime.datetime,
 ) -> None:
     places, later = Places(root), Places(final)
+    # Keys and data are not for a repository that the folder happens to lie in.
+    _write(root / ".gitignore", "*\n")
     _write(places.federation, federation.to_toml())
     _write(places.user / "config.toml", texts.flower_config(federation, later.authority))
     unit = texts.superlink_unit(federation, later.server)

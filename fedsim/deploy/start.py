@@ -24,6 +24,7 @@ from fedsim.deploy.federation import (
     Federation,
     Places,
     environment,
+    listen_at,
     register_command,
     superlink_command,
     supernode_command,
@@ -38,10 +39,10 @@ _USED = "[code: 23]"
 
 
 def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> None:
-    """Run the SuperLink, its gateway and all SuperNodes on this machine until told to stop.
+    """Run the SuperLink, its gateway and the SuperNodes of this machine until told to stop.
 
-    Keys are registered at the start, for the SuperLink keeps nothing. A SuperNode that ends is
-    started again.
+    A node whose folder was moved away runs elsewhere, by Flower's own command. Keys are registered
+    at the start, for the SuperLink keeps nothing. A SuperNode that ends is started again.
 
     Parameters
     ----------
@@ -55,21 +56,24 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
     Raises
     ------
     InputError
-        When there is no federation, or a port is taken.
+        When there is no federation, a file of it is missing, a port is taken, or an address is not
+        of this host.
     RunFailedError
         When a server ended.
     """
     places = Places(folder.absolute())
     federation = Federation.read(places.root)
-    for port in _ports(federation):
-        _check_free(port, folder)
+    numbers = [n for n in range(federation.supernodes) if places.node_config(n).is_file()]
+    _check_files(places, federation, numbers)
+    for port, host in _ports(federation, numbers).items():
+        listen_at(host, port).close()
     places.logs.mkdir(mode=0o700, exist_ok=True)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     homes: set[str] = set()
 
     def run(name: str, command: Sequence[str], where: Path) -> None:
         homes.add(str(where / "flwr"))
-        with (places.logs / f"{name}.log").open("ab") as log:
+        with open(places.logs / f"{name}.log", "ab", opener=_private) as log:
             processes[name] = subprocess.Popen(  # noqa: S603 - Flower's commands and ours
                 command,
                 cwd=where,
@@ -95,17 +99,19 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
             return
         if not federation.insecure:
             register(folder, lambda line: None)
-        for number in range(federation.supernodes):
+        for number in numbers:
             run(f"supernode-{number}", supernode_command(federation, number), places.node(number))
         tell(
-            f"{federation.supernodes} SuperNodes at {federation.address}:{federation.port}; "
+            f"{len(numbers)} SuperNodes at {federation.address}:{federation.port}; "
             f"their logs are in {places.logs}"
         )
+        if away := sorted(set(range(federation.supernodes)) - set(numbers)):
+            tell(f"elsewhere, since their folders are: the nodes of partitions {_listed(away)}")
         tell(f"FLWR_HOME={places.user} flwr run . {CONNECTION} --stream   (Ctrl-C here ends all)")
         ended: dict[int, float] = {}
         while not stop.wait(_POLL):
             check()
-            for number in range(federation.supernodes):
+            for number in numbers:
                 name = f"supernode-{number}"
                 if processes[name].poll() is None:
                     continue
@@ -160,22 +166,39 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
             tell(f"partition {number}: {'registered before' if code else 'registered'}")
 
 
-def _ports(federation: Federation) -> list[int]:
-    nodes = [federation.port_of(number) for number in range(federation.supernodes)]
-    return list(dict.fromkeys([federation.port, federation.own_port, *nodes]))
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
-def _check_free(port: int, folder: Path) -> None:
-    with socket.socket() as probe:
-        # As servers do: a port whose last connections are dying is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
+def _check_files(places: Places, federation: Federation, numbers: Sequence[int]) -> None:
+    needed = [places.server]
+    if not federation.insecure:
+        needed += [
+            places.authority,
+            *(places.server / name for name in ("ca.crt", "server.crt", "server.key")),
+        ]
+        needed += [places.public_key(number) for number in range(federation.supernodes)]
+        needed += [places.node(n) / name for n in numbers for name in ("ca.crt", "node.key")]
+    for path in needed:
+        if not path.exists():
             raise InputError(
-                f"port {port} of {folder} cannot be used: {error.strerror}; allowed is one that "
-                "is free, as --port of `fedsim deploy init` chooses"
-            ) from None
+                f"{path} is not there; allowed is what `fedsim deploy init` made, of which only "
+                "whole folders of nodes may be elsewhere"
+            )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return ", ".join(map(str, numbers[:8])) + more
+
+
+def _ports(federation: Federation, numbers: Sequence[int]) -> dict[int, str]:
+    """Give the ports that are used, and at which address each."""
+    own = [federation.own_port, *map(federation.port_of, numbers)]
+    # Without a gateway the SuperLink's own port is that for the nodes.
+    return {federation.port: federation.listen} | {
+        port: "127.0.0.1" for port in own if port != federation.port
+    }
 
 
 def _wait_for_servers(

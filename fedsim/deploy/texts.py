@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fedsim.deploy.federation import (
@@ -16,12 +16,14 @@ from fedsim.deploy.federation import (
     supernode_command,
 )
 
+_SPECIAL = set(" \"'\\;")
+_ALL = "0.0.0.0"  # noqa: S104 - of a container
 _IMAGE = "${FEDSIM_IMAGE:-fedsim}"
 
 
 def flower_config(federation: Federation, authority: Path) -> str:
     """Write ``config.toml`` of ``FLWR_HOME`` for whoever starts runs on the server's host."""
-    address = federation.address if federation.insecure else "127.0.0.1"
+    address = federation.here if federation.insecure else "127.0.0.1"
     security = (
         "insecure = true"
         if federation.insecure
@@ -72,7 +74,9 @@ def supernode_unit(federation: Federation, node: int, folder: Path) -> str:
 def _unit(what: str, folder: Path, command: list[str], after: str = "") -> str:
     commands = Path(sys.executable).parent
     program, *arguments = command
-    environment = "\n".join(f"Environment={name}={value}" for name, value in VARIABLES)
+    variables = [("PATH", f"{commands}:/usr/bin:/bin"), ("FLWR_HOME", f"{folder}/flwr"), *VARIABLES]
+    environment = "\n".join(f"Environment={_word(f'{name}={value}')}" for name, value in variables)
+    words = [_word(f"{commands}/{program}"), *(_word(word, dollar="$$") for word in arguments)]
     following = f" {after}.service" if after else ""
     return f"""\
 # Change the three folders to those of the host, and User to whom they belong.
@@ -83,11 +87,9 @@ After=network-online.target{following}
 
 [Service]
 User=fedsim
-WorkingDirectory={folder}
-Environment=PATH={commands}:/usr/bin:/bin
-Environment=FLWR_HOME={folder}/flwr
+WorkingDirectory={str(folder).replace("%", "%%")}
 {environment}
-ExecStart={commands}/{shlex.join([program, *arguments])}
+ExecStart={" ".join(words)}
 # A SuperNode that was killed is refused until the SuperLink misses it, within a minute.
 Restart=always
 RestartSec=5
@@ -102,9 +104,20 @@ WantedBy=multi-user.target
 """
 
 
+def _word(text: str, dollar: str = "$") -> str:
+    """Write a word of a line of systemd's, as `systemd.syntax` and `systemd.service` want it."""
+    written = text.replace("%", "%%").replace("$", dollar)
+    if not _SPECIAL & set(text):
+        return written
+    escaped = written.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def server_compose(federation: Federation) -> str:
     """Write the compose file of the server; the SuperLink is reached through the gateway only."""
-    superlink = [*superlink_command(federation), "--database", "superlink.db"]
+    # A container has addresses of its own; the host's is what Docker listens at.
+    inside = replace(federation, listen=_ALL)
+    superlink = [*superlink_command(inside), "--database", "superlink.db"]
     text = f"""\
 services:
   superlink:
@@ -113,7 +126,7 @@ services:
     working_dir: /federation/server
     volumes: ["./server:/federation/server"]
     environment: {_variables("/federation/server/flwr")}
-    ports: ["{federation.port}:{federation.port}"]
+    ports: ["{at(federation.listen, federation.port)}:{federation.port}"]
     restart: always
     stop_signal: SIGINT
 """
@@ -124,7 +137,7 @@ services:
         + f"""\
   gateway:
     image: {_IMAGE}
-    command: ["fedsim", "deploy", "gateway", "/federation"]
+    command: ["fedsim", "deploy", "gateway", "--listen", "{_ALL}", "/federation"]
     # The SuperLink listens on loopback only: they share one.
     network_mode: "service:superlink"
     depends_on: [superlink]
@@ -159,6 +172,8 @@ def dockerfile() -> str:
     return """\
 FROM python:3.11-slim
 WORKDIR /app
-COPY . .
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY fedsim fedsim
+COPY strategies strategies
 RUN pip install --no-cache-dir --constraint constraints.txt .
 """

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -20,7 +21,7 @@ from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 from numpy.typing import NDArray
 
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, RunFailedError
 from fedsim.flower import machines, messages
 from fedsim.recording.files import temporary, write_json
 from fedsim.recording.layout import RunLayout
@@ -180,6 +181,8 @@ def bring_back(worker: Any, message: Message, recordings: str) -> None:
     ------
     RayError
         When the worker dies meanwhile.
+    RunFailedError
+        As `receive`.
     """
     if (run := _recorded(message)) is None:
         return
@@ -188,6 +191,26 @@ def bring_back(worker: Any, message: Message, recordings: str) -> None:
         path = layout.inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as unfinished, unfinished.open("wb") as file:
-            while file.tell() < size:
-                file.write(ray.get(worker.read.remote(run[0], name, file.tell())).data)
+            read = functools.partial(_read, worker, run[0], name)
+            receive(file, name, size, read)
     ray.get(worker.forget.remote())
+
+
+def _read(worker: Any, run: str, name: str, position: int) -> NDArray[np.uint8]:
+    content: NDArray[np.uint8] = ray.get(worker.read.remote(run, name, position))
+    return content
+
+
+def receive(file: BinaryIO, name: str, size: int, read: Callable[[int], NDArray[np.uint8]]) -> None:
+    """Write what `read` gives of another file, position by position, until there are `size` bytes.
+
+    Raises
+    ------
+    RunFailedError
+        When the other file ends before.
+    """
+    while (done := file.tell()) < size:
+        chunk = read(done)
+        if not len(chunk):
+            raise RunFailedError(f"{name} became shorter at its worker: {done} bytes, not {size}")
+        file.write(chunk.data)

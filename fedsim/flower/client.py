@@ -272,6 +272,8 @@ class FedSimClient(NumPyClient):
             "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
             "peak_memory": _peak_memory(workplace.device),
         }
+        if plan.config.autocast == "float16":
+            telemetry["num_updates"] = result.num_updates
         if proximal_mu:
             telemetry["proximal_mu"] = proximal_mu
         if messages.RUN_ID in config:
@@ -362,6 +364,9 @@ def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) 
     """
     after = [local[name] for name in names]
     before = [start[name] for name in names]
+    if all(np.array_equal(*pair) for pair in zip(after, before, strict=True)):
+        # Flower divides by the norm.
+        return 0
     shrunk = compute_adaptive_clip_model_update(after, before, clipping_norm)
     local.update(zip(names, after, strict=True))
     return int(shrunk)

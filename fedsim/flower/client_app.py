@@ -59,6 +59,10 @@ def _client_of(context: Context) -> FedSimClient:
 def _answer_former(message: Message, context: Context) -> Message:
     from flwr.client.message_handler.message_handler import handle_legacy_message_from_msgtype
 
+    arrays = message.content.array_records
+    # Whichever of them is used: there is one, but for who means no good.
+    for settings in message.content.config_records.values() if arrays else ():
+        _client_of(context).check_sizes(arrays, _scalars(settings))
     return handle_legacy_message_from_msgtype(_former_client, message, context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ from flwr.serverapp import Grid
 
 from fedsim.core.errors import InputError, RunFailedError, shorten
 from fedsim.core.fields import MOST
-from fedsim.core.own_data import check_classes
+from fedsim.core.inputs import MOST_JSON_BYTES
+from fedsim.core.own_data import MOST_NAME, check_classes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
 from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import cause_of
+from fedsim.recording.files import json_document
 
 
 def ask_data(
@@ -73,6 +76,12 @@ def ask_data(
                     f"class {label} is {shorten(here)} at the node of partition {partition} and "
                     f"{shorten(there)} at that of partition 0; allowed are the same names at all"
                 )
+    # Half is left for the rest of run.json, which is one JSON text.
+    if (size := len(json_document({"nodes": told}))) > MOST_JSON_BYTES // 2:
+        raise RunFailedError(
+            f"the names of the classes of {len(told)} nodes take {size:,} bytes; allowed are "
+            f"{MOST_JSON_BYTES // 2:,}, so choose shorter ones"
+        )
     return plan.of_nodes(samples, told)
 
 
@@ -92,7 +101,18 @@ def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
         ) from None
     if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
         raise RunFailedError(f"the node of partition {partition} tells no number of samples")
-    return count, {"sha256": str(sha256), "classes": [str(name) for name in classes]}
+    if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise RunFailedError(
+            f"the node of partition {partition} tells {wire.DATA_SHA256} = {shorten(sha256)}; "
+            "allowed is a SHA-256 in 64 hexadecimal digits"
+        )
+    for name in classes:
+        if not (isinstance(name, str) and len(name) <= MOST_NAME):
+            raise RunFailedError(
+                f"the node of partition {partition} tells of a class {shorten(name)}; allowed are "
+                f"names of at most {MOST_NAME} characters"
+            )
+    return count, {"sha256": sha256, "classes": classes}
 
 
 def _query() -> RecordDict:

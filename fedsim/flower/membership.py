@@ -182,6 +182,11 @@ class Membership:
         self._wait(partitions, spare, patience, alone=False)
         for failure in self._failures:
             self._tell_once(failure)
+        for partition, nodes in self._holders.items():
+            if len(nodes) > 1:
+                last = self._last[partition] == nodes[-1]
+                which = "came last has it" if last else "had it keeps it"
+                self._tell_once(f"two nodes hold partition {partition}; the one that {which}")
         return {partition: self._last[partition] for partition in partitions}
 
     def _wait(self, partitions: Sequence[int], spare: int, patience: float, *, alone: bool) -> bool:
@@ -251,7 +256,13 @@ class Membership:
                 )
                 continue
             self._holders.setdefault(claim, []).append(member.node_id)
-        self._last.update({p: nodes[-1] for p, nodes in self._holders.items()})
+        for partition, nodes in self._holders.items():
+            # Who is registered comes back under the same id: another one has another key. Without
+            # that, it is the same one as a rule, which was killed and is not missed yet.
+            if not registered:
+                self._last[partition] = nodes[-1]
+            elif self._last.get(partition) not in nodes:
+                self._last[partition] = nodes[0]
 
     def _left(self, reply: Message, member: _Member) -> bool:
         # The list of nodes may be older than the reply.

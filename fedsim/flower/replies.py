@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,15 @@ from numpy.typing import NDArray
 from fedsim.core.aggregation import check_like, first_not_finite
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError, shorten
+from fedsim.core.inputs import parse_json
+from fedsim.core.plan import RunPlan
 from fedsim.core.training import TrainingSettings
+from fedsim.core.units import format_bytes
 from fedsim.flower import messages as wire
 from fedsim.recording import rows
 from fedsim.recording.files import json_line
 from fedsim.recording.layout import is_of_client
-from strategies.folding import telemetry_of, view_of
+from strategies.folding import MOST_TELEMETRY, telemetry_of, view_of
 
 State = Mapping[str, NDArray[np.generic]]
 
@@ -76,6 +78,8 @@ def problem_of(
             return f"returned {told}; its partition has {num_samples}"
         _check_telemetry(row)
         _check_asked(row, config.training_of(partition), num_samples)
+        if (config.autocast == "float16") != ("num_updates" in row):
+            raise ValueError("its telemetry has num_updates missing or one too many")
         _check_metrics(metrics, config)
         sizes = {str(name): int(file["bytes"]) for name, file in row["files"].items()}
     except (ValueError, InputError) as error:
@@ -93,12 +97,30 @@ def problem_of(
     return None
 
 
+def problem_of_files(reply: Message, plan: RunPlan, partition: int) -> str | None:
+    """Say why no client of a plan wrote the files that a reply lists; None where one may have."""
+    files = telemetry_of(reply)["files"]
+    size = sum(file["bytes"] for file in files.values())
+    most_files, most_bytes = plan.most_files_of(partition), plan.most_bytes_of(partition)
+    if len(files) <= most_files and size <= most_bytes:
+        return None
+    return (
+        f"returned what cannot be folded: its telemetry lists {len(files):,} files of "
+        f"{format_bytes(size)}; allowed are at most {most_files:,} of {format_bytes(most_bytes)}"
+    )
+
+
 def _check_telemetry(row: dict[str, Any]) -> None:
     """Refuse what could not be read back from ``clients.jsonl``, or speaks of foreign files."""
     if "round" in row:
         raise ValueError("its telemetry names a round")
-    as_written = json.loads(json_line({"round": 0, **row}))
-    rows.check(rows.TrainedClientRow, as_written, "its telemetry")
+    line = json_line({"round": 0, **row})
+    # Letters beyond ASCII are written in more bytes than they had.
+    if len(line) > MOST_TELEMETRY:
+        raise ValueError(
+            f"its telemetry makes a line of {len(line):,} bytes; allowed are {MOST_TELEMETRY:,}"
+        )
+    rows.check_described(rows.TrainedClientRow, parse_json(line), "its telemetry")
     # One that is not finite has a name in a reply, and none in a row.
     if None in (
         *(row["local_loss"], row["gradient_norm"]),
@@ -167,7 +189,20 @@ def traceback_of(reason: str) -> str:
 
 def cause_of(reply: Message) -> str:
     """Give the sentence that ends the client's traceback, of a reply that is an error."""
-    return traceback_of(reply.error.reason or "").splitlines()[-1].strip()
+    return writable(traceback_of(reply.error.reason or "")).splitlines()[-1].strip()
+
+
+_HEAD, _TAIL = 16_384, 16_384
+"""Characters that are kept of the beginning and the end of what a client says of its failure."""
+
+
+def writable(reason: str) -> str:
+    """Make of a client's words what can be written and read back, whatever they are."""
+    # A surrogate without its other half is no Unicode, which no reader of JSON takes.
+    text = reason.encode(errors="replace").decode()
+    if len(text) <= _HEAD + _TAIL:
+        return text
+    return f"{text[:_HEAD]} ... {text[-_TAIL:]}"
 
 
 def _size_of(path: Path) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +27,12 @@ from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
+from fedsim.core.rng import Purpose, global_seed
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
 from fedsim.flower.membership import membership_of
-from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of
+from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of, problem_of_files, writable
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from strategies.folding import telemetry_of
@@ -150,8 +150,10 @@ class RoundLoop:
             self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
         else:
             state = self._writer.state(after)
-            if isinstance(self._strategy, StatefulStrategy):
-                self._strategy.load_state_arrays(self._writer.strategy_state(after))
+            # Round 0 trains nobody: what is kept begins with the next one.
+            kept = self._writer.strategy_state(after) if after else {}
+            if kept and isinstance(self._strategy, StatefulStrategy):
+                self._strategy.load_state_arrays(kept)
         for number in range(1 + (after or 0), self._config.rounds + 1):
             started = time.perf_counter()
             participants = self._config.participants_of(number)
@@ -166,6 +168,11 @@ class RoundLoop:
             arrays, _ = self._strategy.aggregate_train(
                 number, self._replies(number, participants, nodes, state, failed)
             )
+            if arrays is None and len(failed) < len(participants):
+                raise RunFailedError(
+                    f"the strategy made no model of what {len(participants) - len(failed)} of "
+                    f"{len(participants)} clients returned in round {number}"
+                )
             if arrays is None:
                 raise self._failure(f"no client of round {number} returned a model{self._last}")
             state = wire.state_of(arrays)
@@ -206,6 +213,7 @@ class RoundLoop:
                 config=self._config,
                 folder=self._writer.layout.client(number, partition),
             )
+            reason = reason or problem_of_files(reply, self._plan, partition)
             if reason is None:
                 row = telemetry_of(reply)
                 if loss := loss_of(row):
@@ -215,7 +223,7 @@ class RoundLoop:
                 del reply
                 self._observer.client_finished({"round": number, **row})
             else:
-                self._fail(number, partition, reason, failed)
+                self._fail(number, partition, writable(reason), failed)
 
     def _fail(self, number: int, partition: int, reason: str, failed: list[int]) -> None:
         if self._stop.is_set():
@@ -257,16 +265,22 @@ class RoundLoop:
         self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
     ) -> Sequence[Message]:
         """Let the strategy make the messages; each client's own are added as it is its turn."""
-        # Flower samples with Python's global generator, which is not ours to move.
-        untouched = random.getstate()
-        made = self._strategy.configure_train(
-            number,
-            wire.array_record(state),
-            ConfigRecord(),
-            ChosenNodes(self._grid, [nodes[p] for p in order]),
-        )
-        random.setstate(untouched)
+        with global_seed(self._config.seed, Purpose.MESSAGES, number):
+            made = list(
+                self._strategy.configure_train(
+                    number,
+                    wire.array_record(state),
+                    ConfigRecord(),
+                    ChosenNodes(self._grid, [nodes[p] for p in order]),
+                )
+            )
         by_node = {message.metadata.dst_node_id: message for message in made}
+        for partition in order:
+            if nodes[partition] not in by_node:
+                raise RunFailedError(
+                    f"the strategy made no message for client {partition} of round {number}; it "
+                    "must make one for each of its participants"
+                )
         return _Lazily(order, lambda p: self._addressed(by_node[nodes[p]], number, p))
 
     def _addressed(self, message: Message, number: int, partition: int) -> Message:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim.core.config import RunConfig, parse_text, read_config_file
+from fedsim.core.config import UNSET, RunConfig, parse_text, read_config_file, take_recorded
 from fedsim.core.errors import ConfigError
 
 
@@ -27,16 +27,19 @@ def config_from_run_config(
     Raises
     ------
     InputError
-        As `RunConfig.from_mapping` and `read_config_file`.
+        As `RunConfig.from_mapping`, `read_config_file` and `take_recorded`.
     """
     check_paths(run_config)
-    values: dict[str, Any] = dict(recorded or {})
+    given = {
+        key: parse_text(key, value) if isinstance(value, str) else value
+        for key, value in run_config.items()
+        if key not in ("config", "resume") and value != ""
+    }
     if file := run_config.get("config"):
-        values.update(read_config_file(Path(str(file))))
-    for key, value in run_config.items():
-        if key not in ("config", "resume") and value != "":
-            values[key] = parse_text(key, value) if isinstance(value, str) else value
-    return RunConfig.from_mapping(values)
+        given = {**read_config_file(Path(str(file)), given), **given}
+    if recorded is not None:
+        given = take_recorded(recorded, given, Path(str(run_config["resume"])))
+    return RunConfig.from_mapping(given)
 
 
 def check_paths(run_config: Mapping[str, Any]) -> None:
@@ -48,10 +51,11 @@ def check_paths(run_config: Mapping[str, Any]) -> None:
         Naming the key.
     """
     for key in ("config", "output", "data-root", "resume"):
-        if (given := run_config.get(key)) and not Path(str(given)).is_absolute():
+        given = run_config.get(key)
+        if given and given != UNSET and not Path(str(given)).is_absolute():
             raise ConfigError(key, given, "an absolute path: Flower runs a copy of the app")
     mirror = str(run_config.get("mirror") or "")
-    if mirror and "://" not in mirror and not Path(mirror).is_absolute():
+    if mirror not in ("", UNSET) and "://" not in mirror and not Path(mirror).is_absolute():
         raise ConfigError(
             "mirror", mirror, "a URL or an absolute path: Flower runs a copy of the app"
         )

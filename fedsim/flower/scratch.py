@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, BinaryIO, Self
 
 import psutil
 
@@ -44,11 +44,7 @@ class Scratch:
     def __enter__(self) -> Self:
         """Remove what dead runs left, make the folder and start its janitor."""
         sweep()
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        # The kernel gives the lock of a dead process back: a folder whose lock can be had is free
-        # to be removed.
-        self._owner = (self.path / _OWNER).open("wb")
-        fcntl.flock(self._owner, fcntl.LOCK_EX)
+        self.path, self._owner = _own_folder()
         environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
         self._janitor = subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", __name__, str(self.path)],
@@ -80,6 +76,20 @@ class Scratch:
             self._janitor.kill()
         # Where somebody killed the janitor.
         clear(self.path)
+
+
+def _own_folder() -> tuple[Path, BinaryIO]:
+    """Make a folder, and lock it for as long as this process lives."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # The kernel gives the lock of a dead process back: a folder whose lock can be had is free
+        # to be removed. So may this one be, by another run, before it is locked.
+        owner = (path / _OWNER).open("wb")
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(owner.fileno()), (path / _OWNER).stat()):
+                return path, owner
+        owner.close()
 
 
 def sweep() -> None:

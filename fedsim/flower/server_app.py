@@ -59,7 +59,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     if not plan.config.own_data:
         _check_room(path, plan)
     if plan.config.mirror:
-        open_mirror(plan.config.mirror)
+        open_mirror(plan.config.mirror, path)
 
 
 def _check_room(path: Path, plan: RunPlan) -> None:
@@ -116,8 +116,6 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
         )
-    if plan.config.mirror:
-        check_mirror(plan.config.mirror, run.path)
     recovery = find_recovery(run.path)
     last = recovery.round
     # One that was killed before it could say that it is finished has that left to do.
@@ -127,8 +125,14 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     if last == plan.config.rounds and not _is_evaluated(run, last):
         allowed = f"{last + 1} or more: round {last} was not evaluated (evaluate-every = "
         raise ConfigError("rounds", last, f"{allowed}{plan.config.evaluate_every})")
-    if plan.config.own_data:
-        return recovery
+    if not plan.config.own_data:
+        _check_room_left(run, plan, last)
+    if plan.config.mirror:
+        check_mirror(plan.config.mirror, run.path)
+    return recovery
+
+
+def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
     plan.check_budget()
     needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
     if needed > (free := free_bytes(run.path)):
@@ -136,7 +140,6 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
             "free; allowed is fewer rounds, or more room"
         )
-    return recovery
 
 
 def _is_evaluated(run: Run, number: int) -> bool:
@@ -209,12 +212,14 @@ def execute(
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
     on_open()
-    if plan.config.deterministic:
-        use_deterministic(True)
-    with mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop) as wake:
-        writer.on_change = wake
-        wake()
+    # The copy is told of the end, too: it ends last.
+    with contextlib.ExitStack() as copying:
         try:
+            if plan.config.deterministic:
+                use_deterministic(True)
+            mirror = mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop)
+            writer.on_change = copying.enter_context(mirror)
+            writer.on_change()
             observer.run_started(plan, workers, output)
             loop = RoundLoop(
                 plan,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+from fsspec.implementations.local import LocalFileSystem
+
 from fedsim.core.errors import InputError
+from fedsim.core.inputs import open_regular
 from fedsim.core.units import format_bytes
 from fedsim.recording.checksums import files_elsewhere, read_checksums
-from fedsim.recording.files import Checksum, Digest, temporary
+from fedsim.recording.files import TEMPORARY, Checksum, Digest, temporary
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Run
 from fedsim.recording.urls import file_system, reason_of
 from fedsim.recording.writer import is_being_written
@@ -19,6 +26,7 @@ from fedsim.recording.writer import is_being_written
 Progress = Callable[[int, int], None]
 
 _READ_BYTES = 4 * 2**20
+_OF_PROCESS = re.compile(rf"\.([0-9]{{1,9}}){re.escape(TEMPORARY)}\Z")
 
 
 @dataclass
@@ -72,9 +80,13 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
     wanted = {name: listed[name] for name in sorted(files_elsewhere(run.path, lines))}
     if not wanted:
         return Collected()
+    _remove_leftovers({run.layout.inside(name).parent for name in wanted})
     run_id = run.entry("id")
     folders = [folder for source in sources for folder in _Source.at(source, run_id)]
-    total, collected = sum(c.size for c in wanted.values()), Collected()
+    collected = Collected()
+    offers = {name: _offers(name, checksum, folders) for name, checksum in wanted.items()}
+    # What no source has needs no room.
+    total = sum(wanted[name].size for name, found in offers.items() if found.sources)
     if total > (free := shutil.disk_usage(run.path).free):
         raise InputError(
             f"{run.path} needs {format_bytes(total)} more and its disk has {format_bytes(free)} "
@@ -82,8 +94,9 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
         )
     done = 0
     for name, checksum in wanted.items():
-        _fetch(run, name, checksum, folders, collected)
-        done += checksum.size
+        _fetch(run, name, checksum, offers[name], collected)
+        if offers[name].sources:
+            done += checksum.size
         if progress is not None:
             progress(done, total)
     if not collected.files and not collected.wrong:
@@ -94,12 +107,21 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
     return collected
 
 
+def _remove_leftovers(folders: Iterable[Path]) -> None:
+    """Remove what collections were writing that were killed."""
+    for path in (path for folder in folders for path in folder.glob(f"*{TEMPORARY}")):
+        process = _OF_PROCESS.search(path.name)
+        if process is not None and not psutil.pid_exists(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class _Source:
     """A folder with the layout of a run directory, on any file system."""
 
     fs: Any
     path: str
+    below: str
     shown: str
 
     @classmethod
@@ -108,40 +130,70 @@ class _Source:
         fs, path = file_system(source)
         path = path.rstrip("/")
         try:
-            is_folder = fs.isdir(path)
+            is_folder = fs.isdir(path or "/")
         # Each store has exceptions of its own.
         except Exception as error:
             raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
         if not is_folder:
             raise InputError(f"{source} cannot be collected from: it is no folder")
-        yield cls(fs, f"{path}/{run_id}", f"{source.rstrip('/')}/{run_id}")
-        yield cls(fs, path, source.rstrip("/"))
+        for below in (f"/{run_id}", ""):
+            yield cls(fs, path, below, f"{source.rstrip('/')}{below}")
 
-    def chunks(self, name: str) -> Iterator[bytes] | None:
-        """Read a file; None where there is none."""
-        path = f"{self.path}/{name}"
-        if not self.fs.isfile(path):
+    def size(self, name: str) -> int | None:
+        """Count the bytes of a file; None where there is none."""
+        try:
+            if isinstance(self.fs, LocalFileSystem):
+                with self._opened(name) as file:
+                    return os.fstat(file.fileno()).st_size
+            found = self.fs.info(f"{self.path}{self.below}/{name}")
+        except FileNotFoundError:
             return None
-        return _chunks(self.fs.open(path, "rb"))
+        return int(found["size"]) if found["type"] == "file" else None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Read a file."""
+        with self._opened(name) as file:
+            while chunk := file.read(_READ_BYTES):
+                yield chunk
+
+    def _opened(self, name: str) -> IO[bytes]:
+        if not isinstance(self.fs, LocalFileSystem):
+            opened: IO[bytes] = self.fs.open(f"{self.path}{self.below}/{name}", "rb")
+            return opened
+        # What a node sent may be a stranger's, as a run directory may.
+        inside = RunLayout(Path(self.path or "/")).inside(f"{self.below}/{name}".lstrip("/"))
+        return os.fdopen(open_regular(inside), "rb")
 
 
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        while chunk := file.read(_READ_BYTES):
-            yield chunk
+@dataclass
+class _Offers:
+    """Sources that have a file of the right size, and what is wrong with the others."""
+
+    sources: list[_Source]
+    refused: list[str]
 
 
-def _fetch(
-    run: Run, name: str, checksum: Checksum, sources: Iterable[_Source], collected: Collected
-) -> None:
-    path = run.layout.inside(name)
-    refused = []
+def _offers(name: str, checksum: Checksum, sources: Iterable[_Source]) -> _Offers:
+    offers = _Offers([], [])
     for source in sources:
         try:
-            chunks = source.chunks(name)
-            if chunks is None:
-                continue
-            _copy(chunks, path, checksum)
+            size = source.size(name)
+        except Exception as error:
+            offers.refused.append(f"{source.shown}/{name} cannot be copied: {reason_of(error)}")
+            continue
+        if size == checksum.size:
+            offers.sources.append(source)
+        elif size is not None:
+            offers.refused.append(f"{source.shown}/{name} is not what the client wrote")
+    return offers
+
+
+def _fetch(run: Run, name: str, checksum: Checksum, offers: _Offers, collected: Collected) -> None:
+    path = run.layout.inside(name)
+    refused = list(offers.refused)
+    for source in offers.sources:
+        try:
+            _copy(source.chunks(name), path, checksum)
         except _OtherBytesError:
             refused.append(f"{source.shown}/{name} is not what the client wrote")
         except Exception as error:

@@ -22,6 +22,8 @@ from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording.disk import OutputFile
 
 TEMPORARY = ".partial"
+MOST_TEXT_BYTES = 4 * 2**30
+"""Of a list that is copied whole: a million rows and more."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of writing where there is no room."""
 
@@ -38,6 +40,8 @@ def temporary(path: Path) -> Iterator[Path]:
     Whatever kills the process, `path` holds a whole file or does not exist.
     """
     unfinished = _unfinished(path)
+    # Whatever somebody put there, a link too, is not written through.
+    unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
         unfinished.replace(path)
@@ -316,12 +320,33 @@ def text_lines(path: Path) -> Iterator[bytes]:
     OSError
         When the file cannot be read, or a line has more than `MOST_JSON_BYTES`.
     """
+    yield from (line for line in _lines(path) if line.endswith(b"\n"))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     with os.fdopen(open_regular(path), "rb") as file:
         while line := file.readline(MOST_JSON_BYTES + 1):
             if len(line) > MOST_JSON_BYTES:
                 raise OSError(errno.EFBIG, f"a line has more than {MOST_JSON_BYTES:,} bytes")
-            if line.endswith(b"\n"):
-                yield line
+            yield line
+
+
+def read_text(path: Path) -> bytes:
+    """Read a file of lines whole.
+
+    Raises
+    ------
+    OSError
+        As `open_regular`, or when it has more than `MOST_TEXT_BYTES` or a line has more than
+        `MOST_JSON_BYTES`: a hole, which takes no room on a disk, is one line.
+    """
+    lines, left = [], MOST_TEXT_BYTES
+    for line in _lines(path):
+        left -= len(line)
+        if left < 0:
+            raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT_BYTES:,} bytes")
+        lines.append(line)
+    return b"".join(lines)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from fedsim.recording.checksums import (
     files_elsewhere,
     read_checksums,
 )
-from fedsim.recording.files import Checksum
+from fedsim.recording.files import Checksum, read_text, temporary
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import load_run
 from fedsim.recording.urls import RemoteError, RemoteFolder
@@ -83,7 +83,7 @@ class _Lists:
         Raises
         ------
         InputError
-            When a line of the checksums is not what was written.
+            When a line of the checksums is not what was written, or lacks a list of its round.
         """
         manifest = read(MANIFEST) or b""
         rounds, clients, checksums = (read(name) or b"" for name in (ROUNDS, CLIENTS, CHECKSUMS))
@@ -95,6 +95,8 @@ class _Lists:
                 lines = list(read_checksums(path))
             except InputError as error:
                 raise InputError(f"{what}: {error}".replace(f"{folder}/", "")) from None
+        if any(line.rows is not None and CLIENTS not in line.files for line in lines):
+            raise InputError(f"{what}: {CLIENTS} is not listed with its round in {CHECKSUMS}")
         return cls(manifest, rounds, clients, lines, whole.splitlines(keepends=True))
 
     def entry(self, key: str) -> Any:
@@ -133,7 +135,7 @@ class _Lists:
 def _reader_of(root: Path) -> Callable[[str], bytes | None]:
     def read(name: str) -> bytes | None:
         try:
-            return (root / name).read_bytes()
+            return read_text(root / name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -142,16 +144,30 @@ def _reader_of(root: Path) -> Callable[[str], bytes | None]:
     return read
 
 
-def open_mirror(url: str) -> RemoteFolder:
+def _check_apart(remote: RemoteFolder, root: Path) -> None:
+    """Refuse a copy that would be written over its run, or into it."""
+    if remote.folder is None:
+        return
+    # Not `resolve`, which raises where links lead in a circle.
+    copy, run = (Path(os.path.realpath(folder)) for folder in (remote.folder, root))
+    if copy.is_relative_to(run) or run.is_relative_to(copy):
+        raise InputError(
+            f"{remote.url} is the run directory {root}, lies in it or holds it; allowed is a place "
+            "apart from it"
+        )
+
+
+def open_mirror(url: str, root: Path) -> RemoteFolder:
     """Open the URL of a copy for a run that is yet to be made.
 
     Raises
     ------
     ConfigError
-        When it cannot be written, or holds something already.
+        When it cannot be written, holds something already, or is no place apart from the run.
     """
     try:
         remote = RemoteFolder(url)
+        _check_apart(remote, root)
         present = remote.read(MANIFEST) or remote.read(CHECKSUMS)
         remote.check_writable()
     except FedsimError as error:
@@ -162,7 +178,7 @@ def open_mirror(url: str) -> RemoteFolder:
 
 
 def check_mirror(url: str, root: Path) -> None:
-    """Refuse a URL that holds another run than a run directory does.
+    """Refuse a URL that holds another run than a run directory does, or is no place apart from it.
 
     One that cannot be reached at the moment is none: the copy is brought up to date later.
 
@@ -173,6 +189,7 @@ def check_mirror(url: str, root: Path) -> None:
     """
     try:
         remote = RemoteFolder(url)
+        _check_apart(remote, root)
         with contextlib.suppress(RemoteError):
             theirs = _Lists.taken(remote.read, url)
             _check_same(theirs, _Lists.taken(_reader_of(root), str(root)), url)
@@ -218,12 +235,13 @@ def push(
     Raises
     ------
     InputError
-        When it is no run, or the copy is that of another.
+        When it is no run, or the copy is that of another or no place apart from it.
     RunFailedError
         When a file cannot be copied, or is not what was written.
     Stopped
         Once `stop` says so.
     """
+    _check_apart(remote, root)
     ours = _Lists.taken(_reader_of(root), str(root))
     if not ours.manifest:
         raise InputError(f"{root} is no run directory: it has no {MANIFEST}")
@@ -299,7 +317,7 @@ class _Push:
                 raise Stopped
             path = self._layout.inside(name)
             try:
-                whole = Checksum.of_file(path) == checksum
+                whole = _holds(path, checksum)
             except OSError as error:
                 raise RunFailedError(f"{path} cannot be read: {error.strerror}") from None
             if not whole:
@@ -373,13 +391,15 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     if os.path.lexists(folder):
         raise InputError(f"{folder} exists already; allowed is a folder that does not")
     remote = RemoteFolder(url)
+    _check_apart(remote, folder)
     lists = _consistent_lists(remote)
     rounds = len(lists.closed)
     unfinished = folder.with_name(f"{folder.name}.partial")
+    layout = RunLayout(unfinished)
+    if unfinished.is_symlink():
+        raise InputError(f"{unfinished} is a symbolic link; remove it and try again")
     try:
-        (unfinished / "rounds").mkdir(parents=True, exist_ok=True)
-        if unfinished.is_symlink():
-            raise InputError(f"{unfinished} is a symbolic link; remove it and try again")
+        layout.inside("rounds/any").parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}") from None
     there = {line.number for line in lists.closed}
@@ -387,7 +407,6 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     files = _files_of(kept)
     away = {name for line in kept for name in line.elsewhere}
     total, done = sum(checksum.size for checksum in files.values()), 0
-    layout = RunLayout(unfinished)
     for name, checksum in files.items():
         if name not in away or remote.size(name) is not None:
             _get(remote, name, layout.inside(name), checksum)
@@ -401,7 +420,8 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
         (ROUNDS, rows),
         (MANIFEST, lists.manifest),
     ):
-        (unfinished / name).write_bytes(content)
+        with temporary(unfinished / name) as path:
+            path.write_bytes(content)
     load_run(unfinished)
     unfinished.rename(folder)
     return rounds
@@ -424,25 +444,25 @@ def _consistent_lists(remote: RemoteFolder) -> _Lists:
 
 def _get(remote: RemoteFolder, name: str, path: Path, checksum: Checksum) -> None:
     with contextlib.suppress(OSError):
-        if Checksum.of_file(path) == checksum:
+        if _holds(path, checksum):
             return
     # No more than was promised, however much there is.
     if (size := remote.size(name)) != checksum.size:
         found = "is not there" if size is None else f"has {size} bytes, not {checksum.size}"
         raise RunFailedError(f"{remote.url}/{name} {found}")
-    unfinished = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remote.get(name, unfinished)
-        whole = Checksum.of_file(unfinished) == checksum
-        if whole:
-            unfinished.replace(path)
-        else:
-            unfinished.unlink()
+        with temporary(path) as unfinished:
+            remote.get(name, unfinished)
+            if not _holds(unfinished, checksum):
+                raise RunFailedError(f"{remote.url}/{name} is not what was written")
     except OSError as error:
         raise RunFailedError(f"{path} cannot be written: {error.strerror}") from None
-    if not whole:
-        raise RunFailedError(f"{remote.url}/{name} is not what was written")
+
+
+def _holds(path: Path, checksum: Checksum) -> bool:
+    # A hole of any size is read for hours.
+    return path.lstat().st_size == checksum.size and Checksum.of_file(path) == checksum
 
 
 class Mirror:

@@ -25,7 +25,7 @@ from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import KEEPS, server_step
+from fedsim.core.server_optimizer import kept_by, server_step
 from fedsim.core.support import unpack
 from fedsim.core.training import (
     Arrays,
@@ -48,6 +48,7 @@ from fedsim.recording.findings import (
 )
 from fedsim.recording.layout import strategy_key
 from fedsim.recording.reader import Client, Run
+from fedsim.recording.rows import updates_of
 from fedsim.recording.shards import Shard
 
 REPLAY_TOLERANCE = 1e-4
@@ -190,7 +191,7 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
         return apply_delta(before, aggregate | _normalised_mean(run, number))
     if strategy.name == "scaffold":
         return apply_delta(before, aggregate | _prove_controls(run, number, findings))
-    if strategy.dp is not None or strategy.name not in KEEPS:
+    if strategy.dp is not None or not kept_by(strategy):
         how = strategy.name + (f" with dp = {strategy.dp!r}" if strategy.dp else "")
         findings.leave(STATE, f"parameters: {how} moves them otherwise than by the aggregate")
         return expected | {name: state[name] for name in run.shapes}
@@ -198,7 +199,7 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
     arrays = arrays_of(this.strategy_state)
     kept = {
         what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
-        for what in KEEPS[strategy.name]
+        for what in kept_by(strategy)
     }
     return expected | server_step(strategy, {n: before[n] for n in run.shapes}, kept, number)
 
@@ -237,7 +238,7 @@ def _prove_controls(run: Run, number: int, findings: Findings) -> Arrays:
 
 def _work_of(client: Client, settings: OptimizerSettings) -> float:
     return local_work(
-        client.telemetry["num_steps"],
+        updates_of(client.telemetry),
         learning_rate=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
@@ -359,6 +360,9 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                 # Says which step it is, where statistics were measured.
                 prove_norms(run, client, findings)
                 return
+    if not lossy and any(c.replay.num_updates != updates_of(client.telemetry) for c in courses):
+        findings.violate(REPLAY, f"clients.jsonl: client {client.partition} made other updates")
+        return
     findings.prove(REPLAY, client.telemetry["num_steps"])
     if not client.has_all_parameters:
         count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"

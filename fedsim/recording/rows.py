@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Id = Annotated[int, Field(ge=0, le=10**9)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+_Sentence = Annotated[str, Field(max_length=1000)]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]
 
 
@@ -157,12 +159,13 @@ class TrainedClientRow(_ClientRow):
     num_steps_captured: _Count
     bytes_captured: _Count
     files: dict[_FileName, FileChecksum]
-    class_distribution: list[int]
+    class_distribution: list[_Count]
     seconds: dict[str, _Number]
     peak_memory: dict[str, _Count]
+    num_updates: _Count | None = None
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
     place: Literal["run", "node", "none"] = "run"
-    not_captured: str = ""
+    not_captured: _Sentence = ""
     shard: _Id | None = None
 
     @model_validator(mode="after")
@@ -170,7 +173,14 @@ class TrainedClientRow(_ClientRow):
         # Whoever makes something for each step relies on it: a number alone costs nothing.
         if not self.num_steps == len(self.loss_history) == len(self.batch_sizes):
             raise ValueError("num_steps, loss_history and batch_sizes speak of different steps")
+        if self.num_updates is not None and self.num_updates > self.num_steps:
+            raise ValueError("num_updates is more than num_steps")
         return self
+
+
+def updates_of(row: Mapping[str, Any]) -> int:
+    """Count the local steps of a client that changed its model."""
+    return int(row.get("num_updates", row["num_steps"]))
 
 
 class StepRow(_Row):
@@ -211,6 +221,21 @@ def check(model: type[BaseModel], value: Any, where: str) -> None:
             raise InputError(f"{where} has no {key}") from None
         given = f"{key} = {shorten(problem['input'])} cannot be used: " if key else ""
         raise InputError(f"{where}: {given}{problem['msg']}") from None
+
+
+def check_described(model: type[BaseModel], value: dict[str, Any], where: str) -> None:
+    """Check that a JSON object is what a model describes, and holds nothing else.
+
+    Raises
+    ------
+    InputError
+        As `check`, or naming the first key that the model does not describe all of.
+    """
+    check(model, value, where)
+    described = model.model_validate(value).model_dump(exclude_unset=True)
+    for key, entry in value.items():
+        if key not in described or described[key] != entry:
+            raise InputError(f"{where}: {shorten(key)} holds what no client tells")
 
 
 def read_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import secrets
 import shutil
@@ -15,7 +16,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from fedsim.core.errors import InputError, RunFailedError
+from fedsim.core.inputs import open_regular
+from fedsim.recording.files import MOST_TEXT_BYTES, read_text
+from fedsim.recording.layout import RunLayout
 
+_READ_BYTES = 4 * 2**20
 _GIVE_UP = datetime.timedelta(seconds=30)
 """Of trying again what an object store did not do."""
 
@@ -45,10 +50,7 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         self.url = url
         self._fs, self._root = file_system(url)
-
-    @property
-    def _is_local(self) -> bool:
-        return isinstance(self._fs, LocalFileSystem)
+        self.folder = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
     def read(self, name: str) -> bytes | None:
         """Give the content of a file; None where there is none.
@@ -60,6 +62,11 @@ class RemoteFolder:
         """
         with self._reported("read", name):
             try:
+                if self.folder is not None:
+                    return read_text(self._local(name))
+                # A store may be a stranger's, too: what it has is asked before it is taken.
+                if self._size_there(name) > MOST_TEXT_BYTES:
+                    raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT_BYTES:,} bytes")
                 return bytes(self._fs.cat_file(self._path(name)))
             except FileNotFoundError:
                 return None
@@ -74,9 +81,17 @@ class RemoteFolder:
         """
         with self._reported("read", name):
             try:
-                return int(self._fs.info(self._path(name))["size"])
+                if self.folder is not None:
+                    return self._local(name).lstat().st_size
+                return self._size_there(name)
             except FileNotFoundError:
                 return None
+
+    def _size_there(self, name: str) -> int:
+        found = self._fs.info(self._path(name))
+        if found["type"] != "file" or found["size"] is None:
+            raise OSError(errno.EINVAL, "it is no file of a known size")
+        return int(found["size"])
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file to a path on this machine.
@@ -87,7 +102,12 @@ class RemoteFolder:
             When it is not there or cannot be read.
         """
         with self._reported("read", name):
-            self._fs.get_file(self._path(name), str(path))
+            if self.folder is None:
+                self._fs.get_file(self._path(name), str(path))
+                return
+            source = os.fdopen(open_regular(self._local(name)), "rb")
+            with source, path.open("wb") as file:
+                shutil.copyfileobj(source, file, _READ_BYTES)
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file of this content.
@@ -98,7 +118,7 @@ class RemoteFolder:
             When it cannot be written.
         """
         with self._reported("written", name):
-            if self._is_local:
+            if self.folder is not None:
                 with self._replaced(name) as unfinished:
                     unfinished.write_bytes(content)
             else:
@@ -113,7 +133,7 @@ class RemoteFolder:
             When it cannot be read or written.
         """
         with self._reported("written", name):
-            if self._is_local:
+            if self.folder is not None:
                 with self._replaced(name) as unfinished:
                     shutil.copyfile(path, unfinished)
             else:
@@ -133,9 +153,13 @@ class RemoteFolder:
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
+    def _local(self, name: str) -> Path:
+        # A copy may be a stranger's, as a run directory may.
+        return RunLayout(Path(self._root)).inside(name)
+
     @contextlib.contextmanager
     def _replaced(self, name: str) -> Iterator[Path]:
-        path = Path(self._path(name))
+        path = self._local(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
@@ -160,8 +184,8 @@ class RemoteFolder:
         RemoteError
             When it cannot.
         """
-        if self._is_local:
-            path = Path(self._path(""))
+        if self.folder is not None:
+            path = self.folder
             above = next(p for p in (path, *path.parents) if os.path.lexists(p))
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
                 raise RemoteError(f"{self.url} cannot be written: {above} is no folder to write to")

@@ -16,7 +16,7 @@ from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
-from fedsim.core.server_optimizer import KEEPS
+from fedsim.core.server_optimizer import kept_by
 from fedsim.core.units import format_bytes
 from fedsim.recording import proofs
 from fedsim.recording.checksums import ChecksumLine, files_elsewhere, read_checksums
@@ -406,7 +406,7 @@ class _Verifier:
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
         needed = [state, self._name(layout.state(number - 1)), aggregate]
-        if run.config.strategy.name in KEEPS:
+        if kept_by(run.config.strategy):
             needed.append(self._name(layout.strategy(number)))
         elif run.config.strategy.name == "fednova":
             needed += deltas

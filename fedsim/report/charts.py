@@ -154,12 +154,14 @@ def _loss(studies: Studies) -> _Drawn:
 
 
 def _partition(studies: Studies) -> _Drawn:
-    first_of: dict[str, Study] = {}
+    first_of: dict[tuple[str, str], Study] = {}
     for study in studies:
-        first_of.setdefault(study.run.entry("partition")["sha256"], study)
+        # The same positions in other data are other samples.
+        of = study.run.entry("dataset")["sha256"], study.run.entry("partition")["sha256"]
+        first_of.setdefault(of, study)
     told = ""
     if len(first_of) < len(studies):
-        told = " Runs with the same partition are shown once."
+        told = " Runs with the same partition of the same data are shown once."
 
     def draw_one(study: Study) -> Iterable[View]:
         nonlocal told
@@ -611,6 +613,7 @@ def _bytes(studies: Studies) -> _Drawn:
             clients = [r for r in study.run.client_rows_of(number) if r["status"] == "ok"]
             gradients = sum(r["bytes_captured"] for r in clients)
             trained = study.run.round(number).clients.values()
+            controls = [layout.control(number, client.partition) for client in trained]
             deltas = {client.delta_path for client in trained}
             shared = {c.steps_path for c in trained if STEPS not in c.telemetry["files"]}
             listed = sum(file["bytes"] for r in clients for file in r["files"].values())
@@ -622,6 +625,7 @@ def _bytes(studies: Studies) -> _Drawn:
                     _size(layout.state(number))
                     + _size(layout.aggregate(number))
                     + _size(layout.strategy(number))
+                    + sum(map(_size, controls))
                 )
                 / 1e6,
                 "steps and headers": max(0, listed - gradients) / 1e6,

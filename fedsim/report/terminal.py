@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
 import sys
 import textwrap
 import time
@@ -26,9 +29,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
+from fedsim.recording.files import read_lines
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
 from fedsim.recording.writer import is_being_written
@@ -55,9 +60,42 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def make_console() -> Console:
-    """Make a console on standard output; a pipe or a file gets lines wide enough for tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+class _StandardOutput(Console):
+    """A console that ends nothing where nobody reads it any more."""
+
+    def __init__(self, *, lasting: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._lasting = lasting
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is still in Python's own buffer is written at the end. A test's has no number.
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if not self._lasting:
+                raise RunFailedError(
+                    f"standard output cannot be written: {error.strerror}"
+                ) from None
+            self.on_broken_pipe()
+
+
+def make_console(*, lasting: bool = False) -> Console:
+    """Make a console on standard output; a pipe or a file gets lines wide enough for tables.
+
+    Parameters
+    ----------
+    lasting : bool
+        Whether what is told of matters more than the telling: then whatever goes wrong with the
+        output, a full disk too, is not told. Otherwise it is a `RunFailedError`, but for a reader
+        who has gone away.
+    """
+    width = None if sys.stdout.isatty() else 140
+    return _StandardOutput(lasting=lasting, highlight=False, width=width)
 
 
 class TerminalObserver:
@@ -70,7 +108,7 @@ class TerminalObserver:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or make_console()
+        self._console = console or make_console(lasting=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0
@@ -87,6 +125,10 @@ class TerminalObserver:
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Print what will be run and start the progress bar."""
         print_summary(self._console, plan, workers, path)
+        rows = path / "rounds.jsonl"
+        for row in read_lines(rows) if rows.exists() else ():
+            # Of the run that is gone on with.
+            self._know(row)
         self._rounds = plan.config.rounds
         self._clients_of = plan.config.num_participants
         self._clients_total = sum(self._clients_of(r) for r in range(1, self._rounds + 1))
@@ -138,10 +180,7 @@ class TerminalObserver:
 
     def round_finished(self, row: Mapping[str, Any]) -> None:
         """Print the line of the round."""
-        if row["global_accuracy"] is not None:
-            self._last = row
-            if not self._best or row["global_accuracy"] > self._best["global_accuracy"]:
-                self._best = row
+        self._know(row)
         self._rounds_trained += row["round"] > 0
         self._console.print(Text(round_line(row, self._rounds)))
 
@@ -158,11 +197,18 @@ class TerminalObserver:
         trained = f"{self._clients_trained} trained in {rounds}"
         table.add_row("clients", trained + failed)
         table.add_row("captured", f"{format_bytes(self._bytes)} of gradients")
-        table.add_row("time", format_seconds(time.perf_counter() - self._started))
+        seconds = time.perf_counter() - self._started if self._started else 0.0
+        table.add_row("time", format_seconds(seconds))
         table.add_row("state", f"sha256 {last['state_sha256'][:16]}")
         table.add_row("run", str(path))
         self._console.print()
         self._console.print(table)
+
+    def _know(self, row: Mapping[str, Any]) -> None:
+        if row["global_accuracy"] is not None:
+            self._last = row
+            if not self._best or row["global_accuracy"] > self._best["global_accuracy"]:
+                self._best = row
 
     def close(self) -> None:
         """Remove the progress bar; call it whatever ends the run."""
@@ -353,7 +399,7 @@ class ByteProgress:
 
     def __init__(self, console: Console, description: str) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),

@@ -164,7 +164,8 @@ class Trackio:
         """Begin the run, or take up the one of that name."""
         self._run = self._trackio.init(
             project=_PROJECT,
-            name=path.name,
+            # It knows runs by their names alone, and cells of two comparisons have the same.
+            name=f"{path.name}~{run_id_of(path)[:8]}",
             group=path.absolute().parent.name,
             config=dict(config),
             resume="allow" if step else "never",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.core.capture import CapturePolicy
-from fedsim.core.config import RunConfig, parse_text, read_config_file
+from fedsim.core.config import RunConfig, flag_text, flags_to_resume, parse_text, read_config_file
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.rng import draw_participants
 from fedsim.core.training import OptimizerSettings, TrainingSettings
@@ -538,8 +538,9 @@ def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
     made = RunConfig.from_mapping(FULL)
     stored = {"format": 1, "status": "finished", "config": made.to_mapping(), "seed": 42}
     values = read_config_file(write(tmp_path, json.dumps(stored), "run.json"))
-    assert {"output", "mirror"}.isdisjoint(values)
-    elsewhere = made.model_copy(update={"output": None, "mirror": None})
+    assert {"output", "mirror", "ray-address"}.isdisjoint(values)
+    here = {"output": None, "mirror": None, "ray_address": "local"}
+    elsewhere = made.model_copy(update=here)
     assert RunConfig.from_mapping(values) == elsewhere
 
 
@@ -572,12 +573,42 @@ def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
         ("compile", "true", True),
         ("partition", "shards:2", "shards:2"),
         ("output", "", ""),
+        ("mirror", "2024", "2024"),
+        ("mirror", "none", None),
+        ("data-root", "none", None),
+        ("client-timeout", "none", None),
+        ("participants", "none", None),
+        ("capture", "none", "none"),
+        ("rounds", "none", "none"),
     ],
 )
 def test_text_is_read_as_toml_but_for_text_fields(field, text, value):
     found = parse_text(field, text)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("strategy", {"name": "own:Own", 'a"b': [1, 0.5, True, {"c": "\n'\"\\ü€"}]}),
+        ("strategy", "fedadam"),
+        ("batch-size", [16, 32]),
+        ("learning-rate", 1e-300),
+        ("client-timeout", None),
+        ("allow-divergence", False),
+        ("data-root", "/a b"),
+    ],
+)
+def test_a_value_is_read_back_from_the_text_of_a_flag(key, value):
+    assert parse_text(key, flag_text(value)) == value
+
+
+def test_to_resume_a_run_what_it_alone_does_not_decide_is_said_again():
+    assert flags_to_resume(RunConfig()) == ""
+    values = {"strategy": {"name": "own:Own", "trust": 0.5}, "mirror": "/a b"}
+    flags = flags_to_resume(RunConfig.from_mapping(values))
+    assert flags == ' --strategy \'{"name" = "own:Own", "trust" = 0.5}\' --mirror \'/a b\''
 
 
 def test_text_that_is_no_value_is_refused_by_the_checks():

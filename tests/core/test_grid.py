@@ -150,3 +150,10 @@ def test_a_strategy_with_settings_is_shown_with_them():
     assert shown({"name": "fedadam", "eta": 0.01, "tau": 1e-3}) == "fedadam(eta=0.01,tau=0.001)"
     assert shown("fedadam") == "fedadam"
     assert shown([1, 2]) == "1+2"
+    # Whole, however long: only names must be short.
+    table = {"name": "delta-fedavg", "dp": "server-side-fixed", "noise-multiplier": 0.5}
+    assert [shown({**table, "clipping-norm": norm})[-19:] for norm in (1.0, 1.5)] == [
+        ",clipping-norm=1.0)",
+        ",clipping-norm=1.5)",
+    ]
+    assert shown([[1, 2], [3]]) == "[[1, 2], [3]]"

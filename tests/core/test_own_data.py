@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,33 @@ def write_arrays(folder: Path, **changes: Any) -> None:
     arrays = {"images": pixels(5, 4, 3, 32, 32), "labels": np.array([0, 2, 2, 1])}
     metadata = {"classes": changes.pop("classes", '["a", "b", "c"]')}
     save_file({**arrays, **changes}, folder / "train.safetensors", metadata=metadata)
+
+
+def write_raw(folder: Path, dtype: str, item: int) -> None:
+    """Images of a dtype that numpy does not have."""
+    size = 3 * 32 * 32 * item
+    header = {
+        "__metadata__": {"classes": '["a"]'},
+        "images": {"dtype": dtype, "shape": [1, 3, 32, 32], "data_offsets": [0, size]},
+        "labels": {"dtype": "I64", "shape": [1], "data_offsets": [size, size + 8]},
+    }
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(size + 8)
+    (folder / "train.safetensors").write_bytes(content)
+
+
+def bomb() -> bytes:
+    """A PNG that says that it has 60,000 times 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1500])
 
 
 def test_a_folder_of_images_is_read_class_by_class(tmp_path: Path) -> None:
@@ -96,20 +125,61 @@ def test_it_is_converted_once_and_again_when_it_changed(tmp_path: Path, cache: P
         ),
         (
             lambda own: (write_images(own), (own / "train/dog/x.png").symlink_to("/etc/passwd")),
-            "it is a symbolic link",
+            "train/dog/x.png cannot be read: it is a symbolic link",
+        ),
+        (
+            lambda own: (write_images(own), os.mkfifo(own / "train/dog/x.png")),
+            "train/dog/x.png cannot be read: it is no regular file",
+        ),
+        (
+            lambda own: os.mkfifo(own / "train.safetensors"),
+            "own/train.safetensors cannot be read: it is no regular file",
+        ),
+        (
+            lambda own: (write_images(own), (own / "train/dog/x.png").write_bytes(bomb())),
+            "train/dog/x.png has millions of pixels; allowed is 32x32",
+        ),
+        (
+            lambda own: (write_images(own), cut(own / "train/cat/1.png")),
+            "train/cat/1.png is no image that can be read",
         ),
         (lambda own: (own / "train/cat").mkdir(parents=True), "it holds no sample"),
         (
             lambda own: write_arrays(own, images=np.zeros((4, 3, 28, 28), np.uint8)),
-            "images are uint8 (4, 3, 28, 28); allowed is uint8 (N, 3, 32, 32)",
+            "images are U8 of shape (4, 3, 28, 28); allowed is uint8 of shape (N, 3, 32, 32)",
         ),
         (
             lambda own: write_arrays(own, labels=np.array([0, 1], np.int64)),
-            "labels are int64 (2,); allowed is int64 (N,)",
+            "train.safetensors has 4 images and 2 labels",
+        ),
+        (
+            lambda own: write_arrays(own, labels=np.array(1)),
+            "labels are I64 of shape (); allowed is int64 of shape (N,)",
+        ),
+        (
+            lambda own: write_raw(own, "BF16", 2),
+            "images are BF16 of shape (1, 3, 32, 32); allowed is uint8 of shape (N, 3, 32, 32)",
+        ),
+        (
+            lambda own: write_raw(own, "F8_E4M3", 1),
+            "images are F8_E4M3 of shape (1, 3, 32, 32); allowed is uint8",
+        ),
+        (lambda own: write_arrays(own, classes="no JSON"), "has no classes in its metadata"),
+        (
+            lambda own: write_arrays(own, labels=np.zeros(4, np.int32)),
+            "labels are I32 of shape (4,); allowed is int64 of shape (N,)",
         ),
         (
             lambda own: write_arrays(own, labels=np.array([0, 1, 2, 3])),
             "labels go beyond 0 to 2, the classes",
+        ),
+        (
+            lambda own: write_arrays(own, classes=json.dumps(["a", "b", "c" * 256])),
+            "a class is called 'cccc",
+        ),
+        (
+            lambda own: (write_images(own), (own / "train" / "caf\udce9").mkdir()),
+            "a class is called 'caf\\udce9'; allowed are names in UTF-8 of at most 255",
         ),
         (lambda own: write_arrays(own, classes="3"), "has no classes in its metadata"),
         (
@@ -126,6 +196,40 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path, change: Any, told: 
         find_own_data(own)
     assert str(caught.value).startswith(f"data = '{own}' cannot be used: ")
     assert told in str(caught.value)
+
+
+def test_a_name_that_no_folder_has_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be used: .*File name too long"):
+        find_own_data(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str) -> None:
+    write_images(tmp_path / "own")
+    path = tmp_path / "own" / "train" / "dog" / "x.png"
+    pixels16 = np.full((32, 32), 4000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    # What a file holds decides, whatever it is called.
+    Image.fromarray(pixels16).save(path, format="PNG" if mode == "I;16" else "TIFF")
+    with Image.open(path) as image:
+        found = image.mode
+    with pytest.raises(InputError) as caught:
+        find_own_data(tmp_path / "own")
+    assert str(caught.value).endswith(
+        f"{path} has pixels of kind {found}; allowed are 8 bits a channel, in Pillow's kinds "
+        "1, L, LA, P, RGB, RGBA, CMYK"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_kind_of_8_bits_is_taken(tmp_path: Path, mode: str) -> None:
+    write_images(tmp_path / "own")
+    path = tmp_path / "own" / "train" / "dog" / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.fromarray(pixels(4, 32, 32, 3)).convert(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    own = find_own_data(tmp_path / "own")
+    np.testing.assert_array_equal(load_file(own.file)["images"][2], expected)
 
 
 def test_names_of_classes_may_be_any_text(tmp_path: Path) -> None:

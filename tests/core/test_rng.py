@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fedsim.core.datasets import load_dataset
 from fedsim.core.evaluation import evaluate
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
-from fedsim.core.rng import Purpose, draw_participants, generator, numpy_seed, torch_seed
+from fedsim.core.rng import Purpose, draw_participants, generator, global_seed, torch_seed
 from fedsim.core.training import (
     OptimizerSettings,
     TrainingSettings,
@@ -137,21 +138,25 @@ def test_torch_seed_restores_the_generator_after_an_error(global_generators):
     assert global_generators() == before
 
 
-def test_numpy_seed_gives_each_round_its_noise_and_restores_the_generator(global_generators):
+@pytest.mark.parametrize("purpose", [Purpose.NOISE, Purpose.MESSAGES])
+def test_global_seed_gives_each_round_its_draws_and_restores_them(purpose, global_generators):
     before, found = global_generators(), {}
     for number in (1, 2):
-        with numpy_seed(42, number):
-            found[number] = np.random.normal(size=4).tolist()
+        with global_seed(42, purpose, number):
+            found[number] = np.random.normal(size=4).tolist(), random.random()
         assert global_generators() == before
-        seed = int(generator(42, Purpose.NOISE, number).integers(2**32))
-        expected = np.random.RandomState(seed).normal(size=4)
-        assert found[number] == expected.tolist()
+        draw = generator(42, purpose, number)
+        numpys, pythons = (int(draw.integers(2**32)) for _ in range(2))
+        assert found[number] == (
+            np.random.RandomState(numpys).normal(size=4).tolist(),
+            random.Random(pythons).random(),
+        )
     assert found[1] != found[2]
 
 
-def test_numpy_seed_restores_the_generator_after_an_error(global_generators):
+def test_global_seed_restores_the_generator_after_an_error(global_generators):
     before = global_generators()
-    with pytest.raises(ZeroDivisionError), numpy_seed(42, 1):
+    with pytest.raises(ZeroDivisionError), global_seed(42, Purpose.NOISE, 1):
         raise ZeroDivisionError
     assert global_generators() == before
 

@@ -151,6 +151,7 @@ def expired(tmp_path):
 
 
 def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, expired):
+    until(lambda: "SuperNode ID" in lab.log("supernode-0"), lab.logs)
     other, stranger = tmp_path / "other.crt", tmp_path / "stranger.key"
     now = datetime.datetime.now(datetime.UTC)
     other.write_bytes(make_authority("other", now, 9).certificate)
@@ -236,3 +237,17 @@ def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     rows = list(read_lines(path / "rounds.jsonl"))
     assert (sorted(rows[3]["participants"]), rows[3]["failed"]) == ([0, 1, 2, 3], [])
     assert verify(path).violations == []
+
+
+def test_a_key_that_was_replaced_is_let_in_no_more(lab):
+    came = lab.log("supernode-2").count("SuperNode ID")
+    *_, command = lab.fedsim("deploy", "renew", lab.places.root, "--node", 2).splitlines()
+    # The node still signs with the key that it read when it was started, and ends; the one that is
+    # started in its place has the new one, which is not registered.
+    until(lambda: "partition 2 is here already, or its key is not" in lab.log("gateway"), lab.logs)
+    words = command.partition("   ")[0].split()
+    assert words[0] == f"FLWR_HOME={lab.places.user}"
+    taken = subprocess.run(words[1:], env=lab.environment, capture_output=True)
+    assert taken.returncode == 0, taken
+    lab.fedsim("deploy", "register", lab.places.root)
+    until(lambda: lab.log("supernode-2").count("SuperNode ID") > came, lab.logs)

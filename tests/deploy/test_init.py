@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import stat
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,10 @@ from cryptography.hazmat.primitives import serialization
 
 from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
+from fedsim.deploy.init import init
+from tests.deploy.conftest import ROOT
+
+ALL = "0.0.0.0"  # noqa: S104 - what is listened at
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def test_a_federation_has_what_its_hosts_need(made):
     of_node = {"node.toml", "node.key", "ca.crt", "fedsim-supernode.service", "compose.yaml"}
     of_server = {"ca.crt", "server.crt", "server.key", "nodes/0.pub", "nodes/1.pub"}
     assert files(folder) == {
-        *("federation.toml", "flwr/config.toml", "compose.yaml", "Dockerfile"),
+        *(".gitignore", "federation.toml", "flwr/config.toml", "compose.yaml", "Dockerfile"),
         *("ca/ca.crt", "ca/ca.key"),
         *(f"server/{name}" for name in of_server),
         *("server/fedsim-superlink.service", "server/fedsim-gateway.service"),
@@ -69,6 +77,36 @@ def test_a_private_key_is_where_it_is_needed_and_nowhere_else(made):
     private = {name for name in files(folder) if b"PRIVATE KEY" in (folder / name).read_bytes()}
     assert private == {"ca/ca.key", "server/server.key", *(f"nodes/{i}/node.key" for i in range(3))}
     assert len({(folder / name).read_bytes() for name in private}) == 5
+
+
+def test_a_repository_around_it_takes_nothing_of_it(made, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    folder, _ = made()
+    told = subprocess.run(
+        ["git", "-C", tmp_path, "status", "--short", "-uall"], capture_output=True, text=True
+    )
+    assert (told.stdout, told.stderr) == ("", "")
+    assert (folder / "server" / "server.key").is_file()
+
+
+def test_an_image_has_what_is_installed_and_nothing_that_lies_beside_it(made):
+    folder, _ = made("--supernodes", "1")
+    ignored, *kept = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert ignored == "*"
+    for path in (folder / "Dockerfile", ROOT / "examples" / "Dockerfile"):
+        copied = re.findall(r"(?m)^COPY (.*)$", path.read_text())
+        names = {name for line in copied for name in line.split()[:-1]}
+        assert {"pyproject.toml", "constraints.txt", "README.md", "fedsim", "strategies"} <= names
+        for name in names:
+            assert f"!{name}{'/' if (ROOT / name).is_dir() else ''}" in kept
+        known = subprocess.run(
+            ["git", "-C", ROOT, "ls-files", "--error-unmatch", *names], capture_output=True
+        )
+        assert known.returncode == 0
 
 
 def test_a_node_file_says_what_the_node_holds_and_allows(made, tmp_path):
@@ -127,6 +165,13 @@ def test_the_same_is_never_written_twice(made, capsys):
         (["--port", "0"], "port = 0"),
         (["--address", "a b"], "address = 'a b' cannot be used; allowed is a host name"),
         (["--address", 'x"\ny'], "address = "),
+        (["--address", 'fe80::1%"x'], "address = 'fe80::1%\"x' cannot be used"),
+        (["--address", "10.0.0.256"], "address = '10.0.0.256' cannot be used"),
+        (
+            ["--listen", "localhost"],
+            "listen = 'localhost' cannot be used; allowed is an IP address",
+        ),
+        (["--listen", "fe80::1%eth0"], "listen = 'fe80::1%eth0' cannot be used"),
         (["--days", "0"], "days = 0 cannot be used; allowed is 1 to 36500"),
     ],
 )
@@ -154,12 +199,47 @@ def test_a_certificate_is_renewed_by_the_same_authority(made, capsys):
     assert "cannot be given another certificate" in refusal(capsys, "renew", folder)
 
 
+def test_a_certificate_does_not_outlive_the_authority(made, capsys):
+    folder, _ = made("--supernodes", "1")
+    assert "days = 3650 cannot be used; allowed is 1 to 3649, as long as" in refusal(
+        capsys, "renew", folder, "--days", 3650
+    )
+    assert cli.run(["deploy", "renew", str(folder), "--days", "3649"]) == 0
+    federation = Federation.read(folder)
+    shutil.rmtree(folder)
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3650)
+    init(folder, federation, now=long_ago)
+    before = (folder / "server" / "server.crt").read_bytes()
+    assert "the authority of this federation ended on 20" in refusal(capsys, "renew", folder)
+    assert (folder / "server" / "server.crt").read_bytes() == before
+
+
+def test_a_renewal_that_was_killed_halfway_is_told_and_done_again(made, capsys):
+    folder, _ = made("--supernodes", "1")
+    server = folder / "server"
+    key = (server / "server.key").read_bytes()
+    assert cli.run(["deploy", "renew", str(folder)]) == 0
+    (server / "server.key").rename(server / ".server.key")
+    (server / "server.key").write_bytes(key)
+    told = refusal(capsys, "gateway", folder)
+    assert f"server.key of {server} cannot be used: KEY_VALUES_MISMATCH; allowed are" in told
+    assert told.count("\n") == 1
+    assert cli.run(["deploy", "renew", str(folder)]) == 0
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(server / "server.crt", server / "server.key")
+    assert not (server / ".server.key").exists()
+
+
 def test_a_node_is_given_another_key(made, capsys):
     folder, _ = made("--supernodes", "2")
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     # Its folder is on its host.
     shutil.rmtree(folder / "nodes" / "1")
     assert cli.run(["deploy", "renew", str(folder), "--node", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "does not answer" in told[-2]
+    command = "flwr supernode unregister NODE-ID federation   (takes the old key away)"
+    assert told[-1] == f"FLWR_HOME={folder}/flwr {command}"
     after = {name: (folder / name).read_bytes() for name in files(folder)}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"nodes/1/node.key", "server/nodes/1.pub"}
@@ -197,14 +277,22 @@ def test_an_insecure_federation_has_no_keys_and_no_gateway(made, capsys, step):
     [
         *((name, True) for name in ("localhost", "a-b.example.org", "10.0.0.1", "::1", "fe80::1")),
         *((name, False) for name in ("", "a_b", "-a.org", "a..b", "h:80", "ä.org", "a" * 64)),
+        *((name, True) for name in ("1.a", "a.1b", "2001:db8::1")),
+        *(
+            (name, False)
+            for name in ("10.0.0.256", "10.0.0", "7", ALL, "::", "224.0.0.1", "ff02::1")
+        ),
+        *((name, False) for name in ("fe80::1%eth0", 'fe80::1%"x', "fe80::1%")),
     ],
 )
 def test_hosts_are_names_or_addresses(text, allowed):
     assert is_host(text) is allowed
 
 
-def test_systemd_takes_the_units(made):
-    folder, _ = made("--supernodes", "1")
+@pytest.mark.parametrize("name", ["federation", "a b", "50%n", "it's $HOME", 'a "b" \\c'])
+def test_systemd_takes_the_units(tmp_path, name):
+    folder = tmp_path / name / "federation"
+    init(folder, Federation(supernodes=1))
     units = sorted(folder.rglob("*.service"))
     assert len(units) == 3
     for unit in units:
@@ -225,6 +313,59 @@ def test_commands_of_compose_files_are_those_of_the_units(made):
     ):
         command = json.loads(re.search(r"(?m)^    command: (.*)$", path.read_text())[1])
         assert " ".join(command) in (folder / unit).read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "listen"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.1.1", "127.0.1.1"),
+        ("::1", "::1"),
+        ("localhost", "127.0.0.1"),
+        ("fl.example.org", ALL),
+        ("203.0.113.7", ALL),
+        ("2001:db8::7", "::"),
+    ],
+)
+def test_it_listens_where_the_address_may_be_another_hosts(address, listen):
+    assert Federation(address=address).listen == listen
+
+
+def test_where_to_listen_is_kept_and_is_dockers_where_there_are_containers(made):
+    folder, _ = made("--address", "fl.example.org", "--listen", "10.0.0.5", "--port", "7000")
+    assert Federation.read(folder).listen == "10.0.0.5"
+    # As `fedsim deploy init` wrote it before it knew `listen`.
+    old = [x for x in (folder / "federation.toml").read_text().splitlines() if "listen" not in x]
+    (folder / "federation.toml").write_text("\n".join(old))
+    assert Federation.read(folder).listen == ALL
+    compose = (folder / "compose.yaml").read_text()
+    assert 'ports: ["10.0.0.5:7000:7000"]' in compose
+    assert '"gateway", "--listen", "0.0.0.0", "/federation"]' in compose
+
+
+def test_an_insecure_superlink_listens_there_itself(made):
+    folder, _ = made("--insecure", "--address", "fl.example.org", "--port", "7000")
+    assert "--host 0.0.0.0 --port 7000" in (folder / "server/fedsim-superlink.service").read_text()
+    user = tomllib.loads((folder / "flwr" / "config.toml").read_text())
+    assert user["superlink"]["federation"]["address"] == "127.0.0.1:7000"
+
+
+@pytest.mark.parametrize("step", ["gateway", "start"])
+def test_what_cannot_be_listened_at_is_refused_in_a_sentence(made, capsys, step):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    folder, _ = made("--port", str(port), "--supernodes", "1")
+    allowed = "allowed is an address of this host, with a port that is free\n"
+    reason = "cannot be listened at: Address already in use"
+    told = refusal(capsys, step, folder)
+    assert told == f"fedsim: 127.0.0.1:{port} {reason}; {allowed}"
+    taken.close()
+    elsewhere = replace(Federation.read(folder), listen="192.0.2.1")
+    (folder / "federation.toml").write_text(elsewhere.to_toml())
+    reason = "cannot be listened at: Cannot assign requested address"
+    told = refusal(capsys, step, folder)
+    assert told == f"fedsim: 192.0.2.1:{port} {reason}; {allowed}"
+    assert not (folder / "logs").exists()
 
 
 def test_nothing_is_left_where_it_cannot_be_made(tmp_path, capsys):

@@ -206,9 +206,25 @@ def test_a_node_that_comes_back_and_cannot_say_its_partition_is_told():
 
 def test_a_node_that_came_back_as_another_serves_its_partition():
     staying, before, after = (7, "", "a", 0), (3, "", "b", 1), (9, "", "c", 1)
-    problem, _, members = wait(Nodes([staying, before], [staying, before, after]), 2)
+    problem, told, members = wait(Nodes([staying, before], [staying, before, after]), 2)
     assert problem is None
     assert nodes_of(members, [0, 1]) == {0: 7, 1: 9}
+    assert told == ["two nodes hold partition 1; the one that came last has it"]
+
+
+def test_a_second_key_takes_a_partition_from_no_registered_node_that_is_here():
+    """As with a stolen key, which is registered for the partition too."""
+    name = "partition-0"
+    first, thief, third = [(i, name, str(i), 0) for i in (7, 3, 9)]
+    again = (7, name, "later", 0)
+    grid = Nodes([first], [first, thief], [first, thief], [again, thief], [thief, third])
+    problem, told, members = wait(grid, 1)
+    assert (problem, told) == (None, [])
+    assert [nodes_of(members, [0])[0] for _ in range(2)] == [7, 7]
+    assert told == ["two nodes hold partition 0; the one that had it keeps it"]
+    assert nodes_of(members, [0]) == {0: 7}
+    assert nodes_of(members, [0]) == {0: 3}
+    assert nodes_of(members, [0]) == {0: 3}
 
 
 def test_a_round_waits_for_a_node_where_it_needs_it():

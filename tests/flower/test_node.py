@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common import EvaluateIns, FitIns, ndarrays_to_parameters
+from flwr.compat.common.recorddict_compat import evaluateins_to_recorddict, fitins_to_recorddict
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
@@ -183,6 +185,24 @@ def test_more_bytes_than_the_model_has_are_refused_undecoded(plan, tmp_path):
         "the message brings a configuration of 2,097,154 bytes; allowed are 2,097,152"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "ins"), [("train", FitIns), ("evaluate", EvaluateIns)])
+def test_so_they_are_in_messages_of_the_former_api(plan, kind, ins):
+    asked = ins(ndarrays_to_parameters([]), {"config": plan.config.to_json()})
+    encode = fitins_to_recorddict if kind == "train" else evaluateins_to_recorddict
+    content = encode(asked, True)
+    (name,) = content.array_records
+    most = sum(8 * a.size + 256 for a in plan.initial_state.values())
+    array = Array("float32", (1,), "numpy.ndarray", b"\x00" * (most + 1))
+    content[name] = ArrayRecord({"0": array})
+    # Of another model, as nobody's strategy sends it.
+    larger = RunConfig.from_mapping({**SMALL, "model": "resnet18"})
+    content["more"] = ConfigRecord({"config": larger.to_json()})
+    assert ask(content, kind).error.reason == (
+        f"the message brings {most + 1:,} bytes of {name!r}; allowed is what the model of the run "
+        f"has, at most {most:,} bytes"
+    )
 
 
 def test_a_node_that_deals_otherwise_refuses_to_train(plan):

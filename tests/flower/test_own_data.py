@@ -1,5 +1,6 @@
 """Nodes with data of their own: what the server learns, trains on, records and proves."""
 
+import re
 import threading
 
 import numpy as np
@@ -11,6 +12,8 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.own_data import find_own_data
 from fedsim.core.plan import RunPlan
+from fedsim.flower import inventory
+from fedsim.flower import messages as wire
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_output, check_resume, execute
 from fedsim.flower.simulation import size_pool
@@ -107,6 +110,46 @@ def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp
         with pytest.raises(RunFailedError, match=told):
             go(nodes, tmp_path, without=1 if told.startswith("asks") else None)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lie", "told"),
+    [
+        ({"data-sha256": "x"}, "partition 1 tells data-sha256 = 'x'; allowed is a SHA-256 in 64"),
+        ({"data-sha256": "0" * 64 + "\n"}, "tells data-sha256 = '0000"),
+        ({"classes": ["a" * 256, *NAMES[1:]]}, "partition 1 tells of a class 'aaaa"),
+        ({"classes": [*range(10)]}, "partition 1 tells of a class 0; allowed are names"),
+    ],
+)
+def test_what_run_json_could_not_hold_ends_the_run_before_it_begins(nodes, tmp_path, lie, told):
+    class Lying(LocalGrid):
+        def _answer(self, message):
+            reply = super()._answer(message)
+            if self.partitions[message.metadata.dst_node_id] == 1:
+                reply.content.config_records[wire.CONFIG].update(lie)
+            return reply
+
+    def node(partition):
+        return {"data": str(tmp_path / str(partition) / "data")}
+
+    with pytest.raises(RunFailedError, match=re.escape(told)) as caught:
+        execute(
+            Lying(app, 3, node_config=node),
+            nodes,
+            tmp_path / "run",
+            observer=Memory(),
+            workers=1,
+            stop=threading.Event(),
+        )
+    assert len(str(caught.value)) < 300
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_that_make_run_json_too_long_are_told_before_it_is_made(nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "MOST_JSON_BYTES", 1000)
+    with pytest.raises(RunFailedError, match=r"the classes of 3 nodes take .* bytes; allowed are"):
+        go(nodes, tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_node_that_left_after_it_was_found_ends_the_run_before_it_begins(nodes, tmp_path):

@@ -7,7 +7,9 @@ from flwr.app import Array
 from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
 from fedsim.flower.client_app import app
-from fedsim.flower.replies import loss_of, problem_of, traceback_of
+from fedsim.flower.replies import loss_of, problem_of, traceback_of, writable
+from fedsim.recording.files import json_line
+from fedsim.recording.rows import read_rows
 from tests.local_grid import LocalGrid
 from tests.strategies.replies import SIZES, failure, global_state, local_state, reply
 
@@ -286,6 +288,62 @@ def test_telemetry_that_no_honest_client_sends_is_a_problem(tmp_path, changes, t
     found = problem(reply_of(**{"place": "node", **changes}), tmp_path)
     assert found.startswith("returned what cannot be folded: ")
     assert told in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"not_captured": "x" * 9_000_000}, "telemetry of 9,000,"),
+        ({"not_captured": "x" * 1001}, "not_captured = 'xxxx"),
+        ({"not_captured": "\ud800"}, "hex escape"),
+        ({"x": [[]] * 1_100_000}, "more than 1,048,576 objects and lists"),
+        ({"x": 1}, "'x' holds what no client tells"),
+        ({"x": None}, "'x' holds what no client tells"),
+        (
+            {"files": {"steps.jsonl": {"bytes": 1, "xxh3_128": HASH, "x": 1}}, "place": "node"},
+            "'files' holds what no client tells",
+        ),
+        ({"class_distribution": [10**4000] * 10}, "its telemetry: class_distribution.0 = "),
+        ({"class_distribution": [-1]}, "its telemetry: class_distribution.0 = -1"),
+        ({"learning_rate": 10**4000}, "its telemetry: learning_rate = "),
+        ({"seconds": {"load": 2**1030}}, "its telemetry: seconds.load = "),
+        ({"local_epochs": 2**63}, "its telemetry: local_epochs = "),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, changes, told):
+    found = problem(reply_of(**changes), tmp_path)
+    assert found.startswith("returned what cannot be folded: ")
+    assert told in found
+    assert len(found) < 500
+
+
+def test_it_is_the_line_whose_length_counts(tmp_path):
+    message = reply_of(not_captured="#")
+    text = message.content.config_records["telemetry"]["json"]
+    message.content.config_records["telemetry"]["json"] = text.replace("#", "é" * 1_600_000)
+    assert "its telemetry makes a line of 9,600," in problem(message, tmp_path)
+
+
+@pytest.mark.parametrize(("autocast", "told"), [("float16", {}), ("none", {"num_updates": 1})])
+def test_updates_are_told_where_steps_may_overflow_and_nowhere_else(tmp_path, autocast, told):
+    found = problem(reply_of(**told), tmp_path, autocast=autocast)
+    assert found.endswith("its telemetry has num_updates missing or one too many")
+
+
+def test_many_steps_are_no_flood(tmp_path):
+    losses = list(np.random.default_rng(0).uniform(size=300_000))
+    many = reply_of(loss_history=losses, local_steps=300_000)
+    assert problem(many, tmp_path, local_steps=300_000) is None
+
+
+@pytest.mark.parametrize("words", ["x" * 40_000_000, "\ud800", "é" * 9_000_000 + "\nlast"])
+def test_a_clients_last_words_can_be_read_back_whatever_they_are(tmp_path, words):
+    failed = {"round": 1, "partition": 1, "status": "failed", "error": writable(words)}
+    path = tmp_path / "clients.jsonl"
+    path.write_bytes(json_line(failed))
+    assert path.stat().st_size < 2**20
+    (row,) = read_rows(path, None)
+    assert row["error"][-3:] == words[-3:].replace("\ud800", "?")
 
 
 def test_an_error_is_told_as_it_is(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import re
 import threading
 from dataclasses import replace
@@ -19,6 +20,8 @@ from fedsim.core.training import load_batches, load_state, make_optimizer
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_output, execute
 from fedsim.recording.reader import load_run
+from fedsim.recording.verify import verify
+from fedsim.recording.writer import is_being_written
 from tests.flower.conftest import SMALL
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
@@ -242,6 +245,36 @@ def test_max_failures_lets_the_survivors_go_on(run_locally):
     row = next(r for r in run.client_rows if r["round"] == 1 and r["partition"] == partition)
     assert row["status"] == "failed"
     assert "the sensor is gone" in row["error"]
+
+
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_what_a_client_says_of_its_failure_leaves_the_run_readable(
+    run_locally, tmp_path, max_failures
+):
+    def before(partition, message):
+        if message.metadata.message_type == "train" and partition == first:
+            raise ValueError("\ud800" + "x" * 40_000_000)
+
+    first = draw_participants(42, 1, 6, 3)[0]
+    with contextlib.suppress(RunFailedError):
+        run_locally(before=before, max_failures=max_failures)
+    run = load_run(tmp_path / "run")
+    assert run.status == ("finished" if max_failures else "failed")
+    assert verify(tmp_path / "run").violations == []
+    assert sum((tmp_path / "run" / name).stat().st_size for name in LISTS) < 200_000
+
+
+LISTS = ("run.json", "rounds.jsonl", "clients.jsonl", "checksums.jsonl")
+
+
+def test_a_run_whose_copy_cannot_be_begun_says_so_and_is_given_free(run_locally, tmp_path):
+    told = "nothing://there is no place for a run: Protocol not known: nothing"
+    # Whatever the exception holds on to is still there.
+    with pytest.raises(InputError, match=told) as caught:
+        run_locally(mirror="nothing://there")
+    assert not is_being_written(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert (run.status, run.manifest["error"]) == ("failed", str(caught.value))
 
 
 def test_a_round_without_any_survivor_fails(run_locally):

@@ -77,6 +77,24 @@ def test_the_next_run_tidies_up_where_the_janitor_was_killed_too(folder):
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_that_another_run_removes_before_it_is_locked_is_not_used(folder, monkeypatch):
+    lock, removed = fcntl.flock, []
+
+    def late(file, how):
+        if how == fcntl.LOCK_EX and not removed:
+            removed.append(file.name)
+            sweep()
+        lock(file, how)
+
+    monkeypatch.setattr(scratch.fcntl, "flock", late)
+    with Scratch() as own:
+        assert list(folder.iterdir()) == [own.path]
+        sweep()
+        assert (own.path / "owner").exists()
+    assert removed != [str(own.path / "owner")]
+    assert list(folder.iterdir()) == []
+
+
 def test_what_is_alive_or_not_ours_is_left_alone(folder, tmp_path_factory):
     other = folder / "fedsim-other"
     other.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import FedsimError
+from fedsim.core.errors import DivergedError, FedsimError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.strategies import STRATEGIES
@@ -167,6 +168,73 @@ def test_no_variance_is_negative_and_no_loss_is_nan(
         for name, tensor in run.round(row["round"]).state.items():
             assert bool(tensor.isfinite().all()), name
             assert not name.endswith("running_var") or float(tensor.min()) >= 0, name
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"name": "fedavg", "dp": "server-side-adaptive"},
+        {"name": "fedadam", "dp": "client-side-adaptive"},
+        {"name": "fedavgm", "server-momentum": 0.0},
+        {"name": "fedavgm", "server-momentum": 0.0, "server-learning-rate": 0.5},
+        {"name": "tests.strategies.own:Counting"},
+        {"name": "tests.strategies.own:Drawing"},
+    ],
+    ids=str,
+)
+def test_a_run_stopped_in_its_first_round_ends_with_the_same_bytes(
+    table: dict[str, object], tmp_path: Path
+) -> None:
+    if "dp" in table:
+        table = {**table, "noise-multiplier": 0.1, "clipping-norm": 0.5}
+    plan = replace(plan_of("fedavg"), config=config_of(table))
+    go(plan, tmp_path / "whole")
+    path = tmp_path / "run"
+    for number in (1, 3):
+        partition = plan.config.participants_of(number)[-1]
+        with pytest.raises(FedsimError, match=FAILURE):
+            go(plan, path, before=fail_in(number, partition), resume=number > 1)
+        random.seed(number)
+    go(plan, path, resume=True)
+    assert hashes(path) == hashes(tmp_path / "whole")
+    assert contents(path) == contents(tmp_path / "whole")
+    assert verify(path).violations == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("Sampling", "the strategy made no message for client [0-3] of round 1; it must make"),
+        ("Refusing", "the strategy made no model of what 3 of 3 clients returned in round 1"),
+    ],
+)
+def test_a_strategy_that_does_not_do_its_part_is_told(kind: str, told: str, tmp_path: Path) -> None:
+    plan = replace(plan_of("fedavg"), config=config_of({"name": f"tests.strategies.own:{kind}"}))
+    with pytest.raises(RunFailedError, match=told) as failed:
+        go(plan, tmp_path / "run")
+    assert not isinstance(failed.value, DivergedError)
+    assert "diverged" not in load_run(tmp_path / "run").manifest
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fednova"])
+def test_a_step_that_overflows_is_no_work(strategy: str, tmp_path: Path) -> None:
+    changes = {"autocast": "float16", "learning_rate": 2.0, "momentum": 0.0, "weight_decay": 0.0}
+    changes |= {"local_steps": 5, "rounds": 1, "capture": "all", "allow_divergence": True}
+    go(plan_of(strategy, **changes), tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    rows = [client.telemetry for client in run.round(1).clients.values()]
+    assert any(0 < row["num_updates"] < row["num_steps"] == 5 for row in rows)
+    assert verify(tmp_path / "run").violations == []
+    if strategy == "fednova":
+        return
+    for client in run.round(1).clients.values():
+        gradients = [client.gradient(step) for step in range(5)]
+        made = [g for g in gradients if all(bool(t.isfinite().all()) for t in g.values())]
+        assert len(made) == client.telemetry["num_updates"]
+        for name, control in client.control.items():
+            # Karimireddy et al. 2020, option II: the mean of the gradients of the updates.
+            mean = torch.stack([g[name] for g in made]).mean(0)
+            torch.testing.assert_close(control, mean, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["a bit", "gone", "cut"])

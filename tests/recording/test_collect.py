@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 
 from fedsim.cli import run as fedsim
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
@@ -108,6 +113,66 @@ def test_the_run_lists_what_is_on_the_clients_disks(away: Path) -> None:
         run.round(1).client(1).gradient(0)
 
 
+def test_what_clients_record_is_well_within_what_they_may_list(
+    away: Path, plan_of_all: RunPlan
+) -> None:
+    for number in (1, 2):
+        for client in load_run(away / "run").round(number).clients.values():
+            files = client.telemetry["files"]
+            found, most = (
+                sum(f["bytes"] for f in files.values()),
+                (plan_of_all.most_bytes_of(client.partition)),
+            )
+            assert found < most < 3 * found + 2**20
+            assert len(files) <= plan_of_all.most_files_of(client.partition)
+
+
+LISTS = [
+    ({"steps.jsonl": 2**62}, "lists 1 files of 4611686.0 TB; allowed are at most 8 of 2."),
+    ({f"gradients-{n:05d}.safetensors": 1 for n in range(9)}, "lists 9 files of 9 B; allowed"),
+]
+
+
+@pytest.mark.parametrize(("listed", "told"), LISTS)
+def test_a_client_lists_no_more_than_it_can_have_written(
+    plan_of_all: RunPlan, tmp_path: Path, listed: dict[str, int], told: str
+) -> None:
+    class Lying(LocalGrid):
+        def _answer(self, message: Message) -> Message:
+            reply = super()._answer(message)
+            telemetry = reply.content.config_records.get("telemetry")
+            if telemetry is not None and self.partitions[message.metadata.dst_node_id] == 3:
+                row = json.loads(str(telemetry["json"]))
+                row["files"] = {n: {"bytes": s, "xxh3_128": "0" * 32} for n, s in listed.items()}
+                telemetry["json"] = json.dumps(row)
+            return reply
+
+    with pytest.raises(RunFailedError, match=re.escape(told)):
+        execute(
+            Lying(app, 4, node_config=own_folder(tmp_path / "nodes")),
+            plan_of_all,
+            tmp_path / "run",
+            observer=Memory(),
+            workers=2,
+            stop=threading.Event(),
+        )
+
+
+def test_what_the_sources_have_not_needs_no_room(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(here / "run")
+    (folder,) = (here / "nodes" / "1").iterdir()
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    usage = shutil.disk_usage(here)._replace(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"run needs .* more and its disk has .* free"):
+        collect(run, sources(here, 1, 2))
+    told: list[tuple[int, int]] = []
+    collected = collect(run, sources(here, 1), lambda *now: told.append(now))
+    assert (collected.files, collected.size, told[-1]) == (4, size, (size, size))
+
+
 def test_the_model_is_that_of_a_run_recorded_in_one_place(
     away: Path, plan_of_all: RunPlan, tmp_path: Path
 ) -> None:
@@ -182,6 +247,25 @@ def test_nothing_is_written_through_a_link_and_verify_names_it(here: Path, tmp_p
     assert collect(load_run(here / "run"), sources(here, 0, 1, 2, 3)).files == 4
     assert list(outside.iterdir()) == []
     assert f"{clients} is a symbolic link" in " ".join(verify(here / "run").violations)
+
+
+def test_what_a_killed_collection_was_writing_is_removed(here: Path) -> None:
+    run, killed = here / "run", subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    folder = run / "rounds/0001/clients/0003"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (
+        f"steps.jsonl.{killed.pid}.partial",
+        f"steps.jsonl.{os.getppid()}.partial",
+        "mine.partial",
+    ):
+        (folder / name).write_bytes(b"half")
+    # None of the client's own files is in this source.
+    assert collect(load_run(run), sources(here, 1)).files == 4
+    assert sorted(p.name for p in folder.glob("*.partial")) == [
+        "mine.partial",
+        f"steps.jsonl.{os.getppid()}.partial",
+    ]
 
 
 def test_owners_are_collected_from_one_by_one(here: Path) -> None:
@@ -294,3 +378,24 @@ def test_a_node_that_forbids_capture_is_named_by_verify(
     client = load_run(tmp_path / "run").round(1).client(1)
     assert client.captured_steps == []
     assert len(client.steps) == plan_of_all.steps_of(1)
+
+
+def test_what_a_node_sent_is_not_followed_out_of_it(here: Path) -> None:
+    (folder,) = (here / "nodes" / "2").iterdir()
+    links = sorted(folder.rglob("steps.jsonl")), sorted(folder.rglob("gradients-*"))
+    for number, path in enumerate([*links[0], *links[1]]):
+        path.rename(here / f"secret{number}")
+        path.symlink_to(here / f"secret{number}")
+    collected = collect(load_run(here / "run"), sources(here, 2))
+    assert collected.files == 0
+    assert [what.rpartition(": ")[2] for what in collected.wrong] == ["it is a symbolic link"] * 2
+    # Nor is what lies where a file is made.
+    shutil.rmtree(folder)
+    shutil.copytree(here / "nodes" / "1", here / "nodes" / "2", dirs_exist_ok=True)
+    target = here / "run/rounds/0001/clients/0001"
+    target.mkdir(exist_ok=True)
+    (here / "untouched").write_text("mine")
+    (target / f"steps.jsonl.{os.getpid()}.partial").symlink_to(here / "untouched")
+    assert collect(load_run(here / "run"), sources(here, 2)).wrong == []
+    assert (here / "untouched").read_text() == "mine"
+    assert (target / "steps.jsonl").is_file()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsim import cli, load_run
+from fedsim import cli, load_run, simulate
 from fedsim.core.config import RunConfig, read_config_file
 from fedsim.core.datasets import load_dataset
 from fedsim.core.errors import InputError
@@ -29,6 +31,7 @@ from fedsim.core.inputs import (
     read_text_bytes,
 )
 from fedsim.flower import simulation
+from fedsim.flower.run_config import config_from_run_config
 from fedsim.flower.server_app import versions
 from fedsim.recording import rows
 from fedsim.recording.checksums import checksum_line, read_checksums
@@ -830,3 +833,201 @@ def test_a_resealed_row_without_its_end_is_no_row(run: Path) -> None:
     reseal(run)
     with pytest.raises(InputError, match=r"rounds\.jsonl ends within a line"):
         find_recovery(run)
+
+
+# --- code
+
+CODE = """\
+from pathlib import Path
+from flwr.serverapp.strategy import FedAvg
+Path(__file__).with_name("it-ran").touch()
+class Theirs(FedAvg):
+    def __init__(self, trust=1.0, **others):
+        super().__init__(**others)
+"""
+
+
+@pytest.fixture
+def named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run that names a class, of a module that lies in it and in the current folder."""
+    for folder in (run, tmp_path):
+        (folder / "planted.py").write_text(CODE)
+    strategy = {"name": "planted:Theirs", "trust": 0.5}
+    edit(run / "run.json", lambda manifest: manifest["config"].update(strategy=strategy))
+    reseal(run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield run
+    sys.modules.pop("planted", None)
+
+
+def ran(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("it-ran"))
+
+
+NAMED = """\
+fedsim: strategy = 'planted:Theirs' of {where} is code, which is never taken from a run; \
+`--strategy '{{"name" = "planted:Theirs", "trust" = 0.5}}'` says that your own class of that name \
+is meant
+"""
+
+
+def test_a_class_that_a_run_names_is_taken_from_the_command_line_alone(
+    named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = named / "run.json"
+    for where, arguments in (
+        (named, ["resume", named, "--rounds=2"]),
+        (manifest, ["run", manifest, f"--output={tmp_path}/out"]),
+        (manifest, ["plan", manifest]),
+        (manifest, ["compare", manifest, "--seeds=1,2", f"--output={tmp_path}/out"]),
+    ):
+        assert command(*arguments) == 2
+        assert capsys.readouterr().err == NAMED.format(where=where)
+    assert ran(tmp_path) == []
+    # What it says is what to type.
+    flag = shlex.split(NAMED.split("`")[1].format())
+    assert command("resume", named, "--rounds=2", "--strategy", "planted:Theirs") == 2
+    assert "allowed is {'name': 'planted:Theirs', 'trust': 0.5}" in capsys.readouterr().err
+    assert ran(tmp_path) == []
+    assert command("resume", named, "--rounds=2", *flag) == 0
+    assert command("plan", manifest, *flag) == 0
+    assert ran(tmp_path) == [tmp_path / "it-ran"]
+
+
+def test_from_inside_of_a_run_directory_no_code_can_come(
+    named: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules would come before all others in Ray's workers, which start in the folder."""
+    flag = shlex.split(NAMED.split("`")[1].format())
+    for folder in (named, named / "rounds/0001"):
+        monkeypatch.chdir(folder)
+        for arguments in (["resume", named, "--rounds=2"], ["plan", named / "run.json"]):
+            assert command(*arguments, *flag) == 2
+            assert capsys.readouterr().err == (
+                f"fedsim: the current folder lies in the run directory {named}, from which no code "
+                "may be taken; allowed is a call from any other folder\n"
+            )
+    assert ran(named) == []
+
+
+def test_nor_does_flower_or_python_take_a_class_from_a_run(named: Path, tmp_path: Path) -> None:
+    recorded = load_run(named).config.to_mapping()
+    with pytest.raises(InputError, match="is code, which is never taken from a run"):
+        config_from_run_config({"resume": str(named), "rounds": 2}, recorded)
+    with pytest.raises(InputError, match="is code, which is never taken from a run"):
+        config_from_run_config({"config": str(named / "run.json")})
+    with pytest.raises(InputError, match="is code, which is never taken from a run"):
+        simulate(named / "run.json")
+    mine = {"resume": str(named), "strategy": "{name = 'planted:Theirs', trust = 0.5}"}
+    assert config_from_run_config(mine, recorded).strategy.name == "planted:Theirs"
+    assert ran(tmp_path) == []
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("damage", [be_link, be_pipe, be_terabyte])
+@pytest.mark.parametrize("name", FILES)
+def test_a_copy_there_and_back_follows_no_link_and_waits_for_nothing(
+    name: str,
+    damage: Callable[[Path, Path, Path], None],
+    run: Path,
+    outside: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy, back = tmp_path / "copy", tmp_path / "back"
+    assert command("push", run, copy) == 0
+    for place, arguments in ((run, ["push", run, tmp_path / "new"]), (copy, ["fetch", copy, back])):
+        damage(place / name, place, outside)
+        beyond = fuzz.snapshot(outside)
+        capsys.readouterr()
+        assert command(*arguments) in (1, 2)
+        err = capsys.readouterr().err
+        assert (err[:8], err.count("\n")) == ("fedsim: ", 1)
+        assert Path(name).name in err
+        assert fuzz.snapshot(outside) == beyond
+    # A copy has its run.json last.
+    assert not (tmp_path / "new/run.json").exists()
+    assert not back.exists()
+
+
+@pytest.mark.parametrize("name", ["rounds", "rounds/0001", "rounds/0001/clients"])
+def test_a_copy_leads_through_no_folder_that_is_a_link(
+    name: str, run: Path, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    assert command("push", run, copy) == 0
+    (other / name).parent.mkdir(parents=True)
+    (other / name).symlink_to(outside / name)
+    (tmp_path / "back.partial" / name).parent.mkdir(parents=True)
+    (tmp_path / "back.partial" / name).symlink_to(outside / name)
+    before = fuzz.snapshot(outside)
+    assert command("push", run, other) == 1
+    assert command("fetch", copy, tmp_path / "back") == 2
+    for place in (run, copy):
+        shutil.rmtree(place / name)
+        (place / name).symlink_to(outside / name)
+    assert command("push", run, tmp_path / "new") == 2
+    assert command("fetch", copy, tmp_path / "back2") == 1
+    assert capsys.readouterr().err.count("\n") == 4
+    assert fuzz.snapshot(outside) == before
+
+
+def test_what_lies_where_a_fetched_file_is_made_is_not_written_through(
+    run: Path, outside: Path, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "back.partial"
+    before = fuzz.snapshot(outside)
+    for name in FILES:
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / name).symlink_to(outside / name)
+        (unfinished / f"{name}.{os.getpid()}.partial").symlink_to(outside / name)
+    assert command("fetch", run, tmp_path / "back") == 0
+    assert verify(tmp_path / "back").violations == []
+    assert fuzz.snapshot(outside) == before
+
+
+def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = f"{tmp_path}/its place"
+    edit(run / "run.json", lambda manifest: manifest["config"].update(mirror=there))
+    reseal(run)
+    before = fuzz.snapshot(tmp_path)
+    said = (
+        f"mirror = {there!r} of {run} is a place that a run alone does not decide; "
+        f"`--mirror '{there}'` goes on copying there, `--mirror none` does not"
+    )
+    assert command("resume", run, "--rounds=2") == 2
+    assert capsys.readouterr().err == f"fedsim: {said}\n"
+    recorded = load_run(run).config.to_mapping()
+    with pytest.raises(InputError, match="is a place that a run alone does not decide"):
+        config_from_run_config({"resume": str(run), "mirror": ""}, recorded)
+    assert fuzz.snapshot(tmp_path) == before
+    for said_again, mirror in ((there, there), ("none", None)):
+        values = {"resume": str(run), "mirror": said_again}
+        assert config_from_run_config(values, recorded).mirror == mirror
+        assert command("resume", run, "--rounds=2", "--mirror", said_again) == 0
+        assert load_run(run).config.mirror == mirror
+    assert command("resume", run, "--rounds=2") == 0
+
+
+def test_a_cluster_that_a_run_names_is_not_asked_for_anything(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        head.setblocking(False)
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        manifest = run / "run.json"
+        edit(manifest, lambda manifest: manifest["config"].update({"ray-address": address}))
+        reseal(run)
+        assert command("plan", manifest) == 0
+        # Given, it comes after all that is checked here.
+        assert command("resume", run, "--ray-address", address, "--rounds=1") == 2
+        assert "rounds = 1 cannot be used" in capsys.readouterr().err
+        assert command("resume", run, "--rounds=2") == 0
+        with pytest.raises(BlockingIOError):
+            head.accept()
+    assert load_run(run).config.ray_address == "local"

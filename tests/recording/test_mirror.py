@@ -1,10 +1,12 @@
 """A copy of a run at a URL: whatever cuts it off, what is there is a run; and the way back."""
 
 import json
+import os
 import shutil
 import threading
 
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
@@ -12,8 +14,8 @@ from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.recording import mirror
-from fedsim.recording.checksums import checksum_line
+from fedsim.recording import mirror, urls
+from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.mirror import Mirror, Stopped, check_mirror, fetch, open_mirror, push
 from fedsim.recording.reader import load_run
@@ -246,18 +248,18 @@ def test_another_run_is_never_overwritten(recorded, copied, tmp_path):
     )
     check_mirror(url, recorded.path)
     with pytest.raises(ConfigError, match="allowed is a URL that holds no run, since none is ever"):
-        open_mirror(url)
+        open_mirror(url, tmp_path / "run")
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     url = f"{tmp_path}/file/copy"
     with pytest.raises(ConfigError, match=r"^mirror = '.* cannot be used; allowed is a URL that"):
-        open_mirror(url)
-    open_mirror(str(tmp_path / "new"))
+        open_mirror(url, tmp_path / "run")
+    open_mirror(str(tmp_path / "new"), tmp_path / "run")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match=r"Protocol not known: nowhere"):
-        open_mirror("nowhere://x/y")
+        open_mirror("nowhere://x/y", tmp_path / "run")
 
 
 def test_a_run_with_a_mirror_ends_with_its_whole_copy(plan, tmp_path):
@@ -329,13 +331,57 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_copy(recorded, tmp_path):
     assert "the run was stopped" in told[-1]
 
 
+@pytest.mark.parametrize("name", ["run.json", "clients.jsonl"])
+def test_a_store_is_asked_how_much_it_has_before_any_of_it_is_taken(
+    recorded, tmp_path, monkeypatch, name
+):
+    store = RemoteFolder("memory://of a stranger")
+    push(recorded.path, store)
+    monkeypatch.setattr(urls, "MOST_TEXT_BYTES", store.size(name) - 1)
+    monkeypatch.setattr(MemoryFile, "read", lambda self, size=-1: pytest.fail("it was read"))
+    told = rf"^memory://of a stranger/{name} cannot be read: it has more than [0-9,]+ bytes$"
+    with pytest.raises(RemoteError, match=told):
+        store.read(name)
+
+
+def test_no_pipe_of_a_chained_url_is_waited_for(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    url = f"dir://.::file://{tmp_path}/copy"
+    for name in ("run.json", "rounds/0001/global.safetensors"):
+        content = (tmp_path / "copy" / name).read_bytes()
+        (tmp_path / "copy" / name).unlink()
+        os.mkfifo(tmp_path / "copy" / name)
+        with pytest.raises(RunFailedError, match=f"{name} cannot be read: it is no file of a"):
+            fetch(url, tmp_path / "back")
+        (tmp_path / "copy" / name).unlink()
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert fetch(url, tmp_path / "back") == 3
+
+
 @pytest.mark.parametrize(
-    "url", ["s3://key:secret@bucket/run", "https://host/run?token=secret", "a?b"]
+    "url",
+    [
+        "s3://key:secret@bucket/run",
+        "https://host/run?token=secret",
+        "a?b",
+        "dir://x::sftp://u:secret@h/y",
+        "simplecache::dir::sftp://u:secret@h/y",
+        "sftp://u:sec/ret@h/y",
+        "sftp://u:sec@ret@h/y",
+        "sftp://u:sec::ret@h/y",
+    ],
 )
 def test_a_url_with_a_secret_is_refused(url):
     with pytest.raises(ConfigError, match="a URL or path without a password or"):
         RunConfig.from_mapping({"mirror": url})
-    assert RunConfig.from_mapping({"mirror": "abfs://box@account/run"}).mirror is not None
+    for url in (
+        "abfs://box@account/run",
+        "dir://x::sftp://u@h:2222/y",
+        "simplecache::s3://bucket/a:b",
+        "/mnt/a:b@c",
+        "s3://bucket/2026-11-23T10:04:17",
+    ):
+        assert RunConfig.from_mapping({"mirror": url}).mirror == url
 
 
 def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
@@ -351,6 +397,48 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"fedsim: {back} exists already; allowed is a folder that does not",
-        f"fedsim: {run} was recorded without mirror; allowed is a URL after it",
-        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no run.json",
+        "fedsim: the following arguments are required: URL; `fedsim push --help` lists what is "
+        "allowed",
+        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no whole run.json",
     ]
+
+
+@pytest.mark.parametrize("place", ["run", "run/copy", "run/rounds", ".", "link", "link/rounds/new"])
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_a_copy_is_never_made_over_its_run(copied, place, form, tmp_path, capsys, monkeypatch):
+    assert copied == tmp_path / "run"
+    (tmp_path / "link").symlink_to(copied)
+    url = form.format(tmp_path / place)
+    before = files_of(tmp_path)
+    said = f"{url} is the run directory {copied}, lies in it or holds it; allowed is a place apart "
+    assert cli.run(["push", str(copied), url]) == 2
+    assert capsys.readouterr().err == f"fedsim: {said}from it\n"
+    with pytest.raises(ConfigError, match="lies in it or holds it"):
+        check_mirror(url, copied)
+    with pytest.raises(ConfigError, match="lies in it or holds it"):
+        open_mirror(url, copied)
+    if place.startswith("run"):
+        flags = ["--model=cnn", f"--output={tmp_path}/new", f"--mirror={tmp_path}/new/copy"]
+        assert cli.run(["run", *flags]) == 2
+        assert "lies in it or holds it" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_is_not_fetched_into_itself(finished):
+    with pytest.raises(InputError, match="lies in it or holds it"):
+        fetch(str(finished), finished / "back")
+    assert not (finished / "back.partial").exists()
+
+
+def test_a_round_whose_line_lacks_a_list_is_refused(copied, tmp_path):
+    lines = list(read_checksums(copied / "checksums.jsonl"))
+    kept = [
+        {n: c for n, c in line.files.items() if n != "clients.jsonl" or not line.rows}
+        for line in lines
+    ]
+    (copied / "checksums.jsonl").write_bytes(b"".join(checksum_line(files) for files in kept))
+    said = f"^{copied}: clients.jsonl is not listed with its round in checksums.jsonl$"
+    with pytest.raises(InputError, match=said):
+        push(copied, RemoteFolder(str(tmp_path / "copy")))
+    with pytest.raises(InputError, match=said):
+        fetch(str(copied), tmp_path / "back")

@@ -93,7 +93,7 @@ def run(plan, path, memory, **values):
 
 def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_path):
     memory = Memory()
-    open_mirror("s3://bucket/of/run")
+    open_mirror("s3://bucket/of/run", Path("run"))
     run(plan, tmp_path / "run", memory, mirror="s3://bucket/of/run")
     assert memory.of("warned") == []
     assert fetch("s3://bucket/of/run", tmp_path / "back") == 3
@@ -102,7 +102,7 @@ def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_
     assert load_run(tmp_path / "back").status == "finished"
     assert push(tmp_path / "run", RemoteFolder("s3://bucket/of/run")) == 0
     with pytest.raises(ConfigError, match="allowed is a URL that holds no run"):
-        open_mirror("s3://bucket/of/run")
+        open_mirror("s3://bucket/of/run", Path("run"))
 
 
 def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
@@ -133,13 +133,11 @@ def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
 def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):
     with pytest.raises(InputError, match=r"^s3://bucket/none holds no run: it has no run\.json$"):
         fetch("s3://bucket/none", tmp_path / "back")
-    with pytest.raises(
-        RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be written: "
-    ) as caught:
+    with pytest.raises(RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be read: ") as caught:
         push(recorded.path, RemoteFolder("s3://nowhere/run"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^mirror = 's3://nowhere/run' cannot be used"):
-        open_mirror("s3://nowhere/run")
+        open_mirror("s3://nowhere/run", Path("run"))
 
 
 def test_a_store_that_is_gone_harms_no_run(store, plan, tmp_path):

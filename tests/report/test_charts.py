@@ -91,9 +91,16 @@ def test_the_partition_counts_every_sample(small: Path) -> None:
 def test_the_same_partition_is_shown_once(small: Path, other: Path, make_run: Any) -> None:
     figure = drawn("partition", small, other)
     assert len(figure.views) == 1
-    assert "Runs with the same partition are shown once." in figure.caption
+    assert "Runs with the same partition of the same data are shown once." in figure.caption
     skewed = make_run("skewed", rounds=1, alpha=0.2)
     assert [v.name for v in drawn("partition", small, skewed).views] == ["small", "skewed"]
+    made = [
+        make_run(name, rounds=1, partition="iid", dataset=name, capture="none")
+        for name in ("synthetic:60:3", "synthetic:60:5")
+    ]
+    # The same positions are other samples in other data.
+    assert len({load_run(path).entry("partition")["sha256"] for path in made}) == 1
+    assert [len(matrix_of(drawn("partition", *made), v).columns) for v in (0, 1)] == [3, 5]
 
 
 def test_participation_tells_who_trained_and_who_failed(other: Path) -> None:
@@ -247,11 +254,13 @@ def test_the_time_of_clients_is_added_up(small: Path) -> None:
     assert train.y[1] == pytest.approx(sum(row["seconds"]["train"] for row in rows))
 
 
-def test_bytes_are_those_on_the_disk(small: Path) -> None:
-    bars = drawn("bytes", small).views[0].marks
+@pytest.mark.parametrize("strategy", ["delta-fedavg", "scaffold"])
+def test_bytes_are_those_on_the_disk(small: Path, make_run: Any, strategy: str) -> None:
+    path = small if strategy == "delta-fedavg" else make_run(rounds=3, strategy=strategy)
+    bars = drawn("bytes", path).views[0].marks
     assert all(isinstance(bar, Bars) for bar in bars)
     for number in range(4):
-        folder = small / "rounds" / f"{number:04d}"
+        folder = path / "rounds" / f"{number:04d}"
         on_disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         told = 1e6 * sum(bar.y[number] for bar in bars)  # type: ignore[union-attr, misc]
         assert told == pytest.approx(on_disk)

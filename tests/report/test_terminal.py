@@ -21,6 +21,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
+from fedsim.recording.files import json_line
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.writer import RunWriter
 from fedsim.report.terminal import (
@@ -388,6 +389,27 @@ def play(observer: TerminalObserver) -> None:
             )
         observer.round_finished(row_of(number, global_accuracy=0.75 / number))
     observer.run_finished(Path("runs/one"))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_run_that_was_gone_on_with_tells_of_all_its_rounds(more: int, tmp_path: Path) -> None:
+    accuracies = [0.1, 0.75, 0.5]
+    rows = [json_line(row_of(n, global_accuracy=a)) for n, a in enumerate(accuracies)]
+    (tmp_path / "rounds.jsonl").write_bytes(b"".join(rows))
+    console = console_of()
+    observer = TerminalObserver(console)
+    observer.run_started(plan_of(clients_per_round=2, rounds=2 + more), 2, tmp_path)
+    for number in range(3, 3 + more):
+        observer.round_started(number, [2, 0])
+        observer.round_finished(row_of(number, global_accuracy=0.625))
+    observer.run_finished(tmp_path)
+    lines = lines_of(console)
+    last = next(i for i, line in enumerate(lines) if line.endswith(" at the end"))
+    assert lines[last : last + 2] == [
+        f"accuracy  {0.625 if more else 0.5:.4f} at the end",
+        "          0.7500 at best, in round 1",
+    ]
+    assert "time      0.0 s" in lines or more
 
 
 def test_a_file_gets_plain_lines_and_the_closing_table() -> None:

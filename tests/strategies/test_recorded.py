@@ -1,4 +1,5 @@
 import gc
+import math
 import random
 from itertools import pairwise
 
@@ -9,7 +10,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from fedsim.core.rng import numpy_seed
+from fedsim.core.errors import RunFailedError
+from fedsim.core.rng import Purpose, global_seed
 from fedsim.core.server_optimizer import KEEPS, server_step
 from fedsim.core.strategies import strategy_table
 from fedsim.flower import messages as wire
@@ -45,11 +47,28 @@ PLAIN = {
     "bulyan": flower.Bulyan,
     "qfedavg": lambda: flower.QFedAvg(client_learning_rate=0.01, train_loss_key="loss"),
 }
+
+
+class Turned:
+    """Andrew et al. 2021: the norm shrinks where most updates are below it."""
+
+    def _geometric_update(self, clipped_fraction):
+        self.clipping_norm *= math.exp(-0.2 * (1 - clipped_fraction - 0.5))
+
+
+class TurnedServerSide(Turned, flower.DifferentialPrivacyServerSideAdaptiveClipping):
+    pass
+
+
+class TurnedClientSide(Turned, flower.DifferentialPrivacyClientSideAdaptiveClipping):
+    pass
+
+
 PRIVATE = {
     "server-side-fixed": flower.DifferentialPrivacyServerSideFixedClipping,
     "client-side-fixed": flower.DifferentialPrivacyClientSideFixedClipping,
-    "server-side-adaptive": flower.DifferentialPrivacyServerSideAdaptiveClipping,
-    "client-side-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
+    "server-side-adaptive": TurnedServerSide,
+    "client-side-adaptive": TurnedClientSide,
 }
 
 
@@ -277,7 +296,7 @@ def test_privacy_is_flowers_own_with_seeded_noise(kind):
         bare = {n: state[n] for n in TRAINABLE}
         started(theirs, state=bare, round_number=number)
         sent = with_norm_bits(bare_replies(state, number))
-        with numpy_seed(42, number):
+        with global_seed(42, Purpose.NOISE, number):
             expected = wire.state_of(theirs.aggregate_train(number, sent)[0])
         plain = wire.state_of(one_round(built("fedadam", None, TRAINABLE), state, number)[0])
         for name in TRAINABLE:
@@ -302,6 +321,39 @@ def test_a_private_strategy_goes_on_from_what_another_kept(kind):
     if kind.endswith("adaptive"):
         assert list(first.state_arrays())[-1] == "clipping-norm"
         assert second.strategy.clipping_norm != 0.5
+
+
+@pytest.mark.parametrize("kind", ["server-side-adaptive", "client-side-adaptive"])
+def test_an_adaptive_norm_goes_where_half_of_the_updates_are_above_it(kind):
+    state = {name: np.zeros(4, np.float32) for name in TRAINABLE}
+    norms = [0.5, 1.0, 2.0, 4.0, 8.0]
+
+    def last_norm(start):
+        settings = {"dp": kind, "noise_multiplier": 0.0, "clipping_norm": start}
+        strategy = built("fedavg", None, TRAINABLE, **settings)
+        for number in range(1, 121):
+            clipping_norm = strategy.strategy.clipping_norm
+            sent = []
+            for partition, norm in enumerate(norms):
+                moved = state | {"fc.bias": np.array([norm, 0, 0, 0], np.float32)}
+                sent.append(reply(partition, state=moved))
+                sent[-1].content["metrics"]["norm_bit"] = int(norm > clipping_norm)
+            started(strategy, state=state, round_number=number)
+            strategy.aggregate_train(number, sent)
+        return strategy.strategy.clipping_norm
+
+    # The one in the middle of the five, give or take a step of a tenth of 0.2.
+    for start in (0.01, 100.0):
+        assert last_norm(start) == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["server-side-fixed", "server-side-adaptive"])
+def test_an_update_of_zero_is_told_where_the_server_cannot_clip_it(kind):
+    strategy, state = private(kind), global_state()
+    started(strategy, state=state, round_number=4)
+    told = "round 4: a client's update is zero, which the server's differential privacy cannot"
+    with pytest.raises(RunFailedError, match=told):
+        strategy.aggregate_train(4, [reply(0, state=state), reply(1, state=state)])
 
 
 def test_what_a_private_strategy_records_is_what_the_clients_sent():
