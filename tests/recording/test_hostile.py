@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fedsim import cli, load_run, simulate
 from fedsim.core.config import RunConfig, read_config_file
 from fedsim.core.datasets import load_dataset
-from fedsim.core.errors import InputError
+from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import (
     MOST_JSON_BYTES,
     MOST_JSON_CONTAINERS,
@@ -997,7 +997,7 @@ def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
     reseal(run)
     before = fuzz.snapshot(tmp_path)
     said = (
-        f"mirror = {there!r} of {run} is a place that a run alone does not decide; "
+        f"mirror = {shorten(there)} of {run} is a place that a run alone does not decide; "
         f"`--mirror '{there}'` goes on copying there, `--mirror none` does not"
     )
     assert command("resume", run, "--rounds=2") == 2
