@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,6 +12,19 @@ from fedsim.core.errors import InputError
 FILES, PARTITION, PARTICIPANTS = "files", "partition", "participants"
 INITIAL, STEPS, GRADIENTS = "initial state", "steps", "gradients"
 REPLAY, AGGREGATE, STATE, RECOMPUTED = "replay", "aggregate", "state", "recomputed"
+ROWS = "rows"
+
+# What is left open until something else settles it: by which words both know it.
+BUFFERS = "buffers: their deltas follow from no gradient"
+"""Under `REPLAY`, by client."""
+SOURCES = (
+    "gradients, sketches: that they are of the data is seen only where the step is computed again"
+)
+"""Under `RECOMPUTED`, by step of a client."""
+LOSSES = "loss, loss_history, local_loss: seen only where the step is computed again"
+"""Under `ROWS`, by step of a client."""
+SCORES = "global_loss, global_accuracy: seen only where the state is evaluated again"
+"""Under `ROWS`, by round."""
 
 _CHECKS = {
     FILES: ("files", "bytes equal their checksums"),
@@ -24,7 +37,45 @@ _CHECKS = {
     AGGREGATE: ("rounds", "equal to the weighted mean of the deltas, bit for bit"),
     STATE: ("rounds", "equal to the state before plus the update, bit for bit, and its hash"),
     RECOMPUTED: ("steps", "gradients computed once more from data, draws and parameters"),
+    ROWS: ("rows", "numbers equal to those that the files and the configuration lead to"),
 }
+_MOST_PARTS, _MOST_RANGES = 6, 8
+"""Of a list of places, and of one of rounds or clients in it, that are written out."""
+
+Place = tuple[int | None, int | None]
+"""A round and a client in it; None where a round, or the run, is meant as a whole."""
+WHOLE_RUN: Place = (None, None)
+Roll = dict[int, frozenset[int]]
+"""The clients that trained in each round."""
+
+
+@dataclass
+class _Left:
+    """Where one thing is not proven."""
+
+    steps: dict[Place, int | None] = field(default_factory=dict)
+    settled: dict[Place, set[int | None]] = field(default_factory=dict)
+
+    def open(self) -> dict[Place, int | None]:
+        """Give the places that nobody has settled, and how many steps are left of each."""
+        found = {}
+        for place, steps in self.steps.items():
+            settled = self.settled.get(place, set())
+            if None in settled or (steps is not None and len(settled) >= steps):
+                continue
+            found[place] = None if steps is None else steps - len(settled)
+        return found
+
+    def where(self, roll: Mapping[int, Collection[int]]) -> str:
+        """Write the places that are open, and how many steps of them."""
+        places = self.open()
+        parts = []
+        if counted := [steps for steps in places.values() if steps is not None]:
+            left, total = sum(counted), sum(steps or 0 for steps in self.steps.values())
+            of = f" of {total:,}" if left < total else ""
+            parts.append(f"{left:,}{of} {'step' if left == total == 1 else 'steps'}")
+        parts += _described(places, roll)
+        return "; ".join(parts)
 
 
 @dataclass
@@ -43,8 +94,6 @@ class Check:
         How many times it held.
     notes : list of str
         How strictly.
-    unproven : list of str
-        What could not be proven, and why.
     violations : list of str
         What is wrong: file, tensor, step.
     """
@@ -54,8 +103,23 @@ class Check:
     meaning: str
     proven: int = 0
     notes: list[str] = field(default_factory=list)
-    unproven: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    left: dict[str, _Left] = field(default_factory=dict, repr=False)
+    roll: Roll = field(default_factory=dict, repr=False)
+
+    @property
+    def reasons(self) -> list[str]:
+        """What could not be proven and why, once each."""
+        return [reason for reason, left in self.left.items() if left.open()]
+
+    @property
+    def unproven(self) -> list[str]:
+        """The same, each with the rounds and clients that it is about."""
+        lines = []
+        for reason in self.reasons:
+            where = self.left[reason].where(self.roll)
+            lines.append(f"{reason} ({where})" if where else reason)
+        return lines
 
 
 @dataclass
@@ -64,17 +128,25 @@ class Findings:
 
     Parameters
     ----------
-    checks : dict of str to Check
-        One for each kind, by name.
+    roll : dict of int to frozenset of int
+        The clients that trained in each round: when all of them are meant, it is said so.
     bytes_read : int
         Bytes of the files that were read.
+
+    Attributes
+    ----------
+    checks : dict of str to Check
+        One for each kind, by name.
     """
 
-    checks: dict[str, Check] = field(
-        default_factory=lambda: {name: Check(name, *about) for name, about in _CHECKS.items()}
-    )
+    roll: Roll = field(default_factory=dict, repr=False)
     bytes_read: int = 0
+    checks: dict[str, Check] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        """Begin with one check of each kind."""
+        self.checks = {n: Check(n, *about, roll=self.roll) for n, about in _CHECKS.items()}
 
     @property
     def violations(self) -> list[str]:
@@ -97,11 +169,53 @@ class Findings:
             if note not in self.checks[check].notes:
                 self.checks[check].notes.append(note)
 
-    def leave(self, check: str, reason: str) -> None:
-        """Say once what could not be proven, and why."""
+    def leave(
+        self,
+        check: str,
+        reason: str,
+        *,
+        at: Place = WHOLE_RUN,
+        steps: int | None = None,
+    ) -> None:
+        """Say what could not be proven, and why.
+
+        Parameters
+        ----------
+        check : str
+            The check that would have proven it.
+        reason : str
+            What is left and why. The same reason is one line, whatever the number of places.
+        at : tuple of (int or None, int or None)
+            Round and client; a round as a whole has no client, the run as a whole neither.
+        steps : int, optional
+            How many local steps of the client are meant, each of which may be settled alone.
+        """
         with self._lock:
-            if reason not in self.checks[check].unproven:
-                self.checks[check].unproven.append(reason)
+            left = self.checks[check].left.setdefault(reason, _Left())
+            left.steps[at] = steps
+
+    def settle(
+        self,
+        check: str,
+        reason: str,
+        *,
+        at: Place = WHOLE_RUN,
+        step: int | None = None,
+    ) -> None:
+        """Take back what `leave` said or is going to say of a place: something else proved it.
+
+        Parameters
+        ----------
+        check, reason : str
+            As for `leave`, to the letter.
+        at : tuple of (int or None, int or None)
+            The same place.
+        step : int, optional
+            One step of those that were left; without it, the place as a whole.
+        """
+        with self._lock:
+            left = self.checks[check].left.setdefault(reason, _Left())
+            left.settled.setdefault(at, set()).add(step)
 
     @contextmanager
     def guarded(self, check: str, what: str) -> Iterator[None]:
@@ -112,3 +226,56 @@ class Findings:
             self.violate(check, str(error))
         except Exception as error:
             self.violate(check, f"{what} cannot be checked: {type(error).__name__}: {error}")
+
+
+def _described(places: Iterable[Place], roll: Mapping[int, Collection[int]]) -> list[str]:
+    """Write places in a few words, however many there are.
+
+    Rounds all of whose clients are among them come first, then what is left by client.
+    """
+    rounds: set[int] = set()
+    clients: dict[int, set[int]] = {}
+    for number, client in places:
+        if number is None:
+            continue
+        if client is None:
+            rounds.add(number)
+        else:
+            clients.setdefault(number, set()).add(client)
+    parts = [f"{_named('round', rounds)}"] if rounds else []
+    whole = {n for n, found in clients.items() if len(found) > 1 and found == roll.get(n)}
+    if whole:
+        parts.append(f"all clients of {_named('round', whole)}")
+    of_client: dict[int, list[int]] = {}
+    for number in sorted(clients.keys() - whole):
+        for client in clients[number]:
+            of_client.setdefault(client, []).append(number)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for client in sorted(of_client):
+        alike.setdefault(tuple(of_client[client]), []).append(client)
+    groups = list(alike.items())
+    room = _MOST_PARTS if len(groups) <= _MOST_PARTS else _MOST_PARTS - 1
+    parts += [f"{_named('client', who)} of {_named('round', when)}" for when, who in groups[:room]]
+    if rest := sum(len(who) * len(when) for when, who in groups[room:]):
+        parts.append(f"and {rest:,} more")
+    return parts
+
+
+def _named(what: str, numbers: Collection[int]) -> str:
+    """Write ``rounds 1 to 4, 7``."""
+    ordered = sorted(numbers)
+    ranges: list[list[int]] = []
+    for number in ordered:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    # Two neighbours are no shorter as a range.
+    written = [
+        " to ".join(map(str, r)) if r[-1] - r[0] > 1 else ", ".join(map(str, r)) for r in ranges
+    ]
+    if len(written) > _MOST_RANGES:
+        shown = ranges[: _MOST_RANGES - 1]
+        rest = len(ordered) - sum(r[-1] - r[0] + 1 for r in shown)
+        written = [*written[: len(shown)], f"and {rest:,} more"]
+    return f"{what}{'s' if len(ordered) > 1 else ''} {', '.join(written)}"

@@ -36,12 +36,14 @@ from fedsim.core.training import (
 )
 from fedsim.recording.findings import (
     AGGREGATE,
+    BUFFERS,
     GRADIENTS,
     INITIAL,
     PARTICIPANTS,
     PARTITION,
     RECOMPUTED,
     REPLAY,
+    SOURCES,
     STATE,
     STEPS,
     Findings,
@@ -62,8 +64,6 @@ RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 NORM_TOLERANCE = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
 """Relative error of a recorded gradient's norm, by ``capture-dtype``."""
 
-BUFFERS = "buffers: their deltas follow from no gradient"
-"""What a replay leaves unproven of a model that has any."""
 _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
 
@@ -193,9 +193,17 @@ def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays
         return apply_delta(before, aggregate | _prove_controls(run, number, findings))
     if strategy.dp is not None or not kept_by(strategy):
         how = strategy.name + (f" with dp = {strategy.dp!r}" if strategy.dp else "")
-        findings.leave(STATE, f"parameters: {how} moves them otherwise than by the aggregate")
+        findings.leave(
+            STATE,
+            f"parameters: {how} moves them otherwise than by the aggregate",
+            at=(number, None),
+        )
         return expected | {name: state[name] for name in run.shapes}
-    findings.leave(STATE, "strategy.safetensors: it follows from the deltas up to rounding only")
+    findings.leave(
+        STATE,
+        "strategy.safetensors: it follows from the deltas up to rounding only",
+        at=(number, None),
+    )
     arrays = arrays_of(this.strategy_state)
     kept = {
         what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
@@ -288,7 +296,8 @@ def prove_norms(run: Run, client: Client, findings: Findings) -> None:
     for step in client.captured_steps:
         told = client.steps[step].get("per_layer_norms")
         if told is None:
-            findings.leave(GRADIENTS, "gradient-statistics = false: no norms to compare with")
+            reason = "gradient-statistics = false: no norms to compare with"
+            findings.leave(GRADIENTS, reason, at=client.place)
             return
         for name in client.captured_parameters:
             shard = client.shard(step, name)
@@ -348,7 +357,8 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                 allowed += REPLAY_ROUNDINGS * course.spread(name)
                 if not course.finite or not math.isfinite(allowed):
                     dtype = run.config.capture_dtype
-                    findings.leave(REPLAY, f"gradients are not finite, or too large for {dtype}")
+                    reason = f"gradients are not finite, or too large for {dtype}"
+                    findings.leave(REPLAY, reason, at=client.place)
                     prove_norms(run, client, findings)
                     return
             off = _norm(moved - delta[name])
@@ -366,9 +376,10 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     findings.prove(REPLAY, client.telemetry["num_steps"])
     if not client.has_all_parameters:
         count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"
-        findings.leave(REPLAY, f"{count} were captured: the deltas of the others are not followed")
+        reason = f"{count} were captured: the deltas of the others are not followed"
+        findings.leave(REPLAY, reason, at=client.place)
     if run.described.keys() - run.shapes.keys():
-        findings.leave(REPLAY, BUFFERS)
+        findings.leave(REPLAY, BUFFERS, at=client.place)
     findings.note(REPLAY, f"within rounding: {why}" if why else "bit for bit")
 
 
@@ -464,6 +475,7 @@ def prove_recomputed(
         )
         return
     findings.prove(RECOMPUTED)
+    findings.settle(RECOMPUTED, SOURCES, at=client.place, step=step)
     findings.note(RECOMPUTED, f"some within {tolerance:.1e}" if off else "bit for bit")
 
 

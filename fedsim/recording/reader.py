@@ -67,6 +67,11 @@ class Client:
         self.telemetry = telemetry
         self.partition: int = telemetry["partition"]
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its round and its partition id."""
+        return self.round, self.partition
+
     @cached_property
     def delta(self) -> Mapping[str, Tensor]:
         """Local minus global state, ``state_dict`` names."""

@@ -27,13 +27,19 @@ from fedsim.recording.findings import (
     FILES,
     GRADIENTS,
     INITIAL,
+    LOSSES,
     PARTICIPANTS,
     PARTITION,
     RECOMPUTED,
     REPLAY,
+    ROWS,
+    SCORES,
+    SOURCES,
     STATE,
     STEPS,
+    WHOLE_RUN,
     Findings,
+    Place,
 )
 from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_shard
 from fedsim.recording.reader import Client, Run, load_run
@@ -263,6 +269,7 @@ class _Verifier:
             for client in run.round(number).clients.values()
             if clients is None or client.partition in clients
         ]
+        self.findings.roll.update((n, frozenset(run.round(n).clients)) for n in numbers)
         self._to_do = sum(self._listed[name].size for name in self._listed)
         # Replaying a gradient is work like reading it.
         self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen if _is_replayable(c))
@@ -326,13 +333,15 @@ class _Verifier:
 
     # Files
 
-    def _whole(self, check: str, names: Sequence[str]) -> bool:
+    def _whole(self, check: str, names: Sequence[str], at: Place = WHOLE_RUN) -> bool:
         """Say whether all files a check needs can be relied on, reading each once."""
         whole = True
         for name in names:
             if not self._is_whole(name):
-                away = name in self._away
-                self.findings.leave(check, self._on_clients() if away else f"{name} is damaged")
+                if name in self._away:
+                    self.findings.leave(check, self._on_clients(), at=at)
+                else:
+                    self.findings.leave(check, f"{name} is damaged")
                 whole = False
         return whole
 
@@ -387,6 +396,8 @@ class _Verifier:
 
     def _check_round_files(self, run: Run, number: int) -> None:
         findings, layout = self.findings, run.layout
+        if run.round(number).row["global_accuracy"] is not None:
+            findings.leave(ROWS, SCORES, at=(number, None))
         state = self._name(layout.state(number))
         if number == 0:
             if self._whole(INITIAL, [state]):
@@ -402,7 +413,8 @@ class _Verifier:
         deltas = [
             *dict.fromkeys(self._name(c.delta_path) for c in run.round(number).clients.values())
         ]
-        if self._whole(AGGREGATE, [aggregate, "partition.safetensors", *deltas]):
+        at = (number, None)
+        if self._whole(AGGREGATE, [aggregate, "partition.safetensors", *deltas], at):
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
         needed = [state, self._name(layout.state(number - 1)), aggregate]
@@ -412,7 +424,7 @@ class _Verifier:
             needed += deltas
         elif run.config.strategy.name == "scaffold":
             needed += [*deltas, *self._controls(run, number)]
-        if self._whole(STATE, needed):
+        if self._whole(STATE, needed, at):
             with findings.guarded(STATE, state):
                 proofs.prove_state(run, number, findings)
 
@@ -427,6 +439,10 @@ class _Verifier:
 
     def _check_client(self, run: Run, client: Client) -> None:
         with self.findings.guarded(FILES, f"client {client.partition} of round {client.round}"):
+            num_steps = client.telemetry["num_steps"]
+            self.findings.leave(ROWS, LOSSES, at=client.place, steps=num_steps)
+            if captured := client.telemetry["num_steps_captured"]:
+                self.findings.leave(RECOMPUTED, SOURCES, at=client.place, steps=captured)
             folder = self._name(client.folder)
             told = {f"{folder}/{name}": file for name, file in client.telemetry["files"].items()}
             for name, file in told.items():
@@ -435,10 +451,10 @@ class _Verifier:
             for name in sorted(self._unlisted(client)):
                 self.findings.violate(FILES, f"{folder}/{name} is not listed in clients.jsonl")
             if client.telemetry.get("place") == "none":
-                self.findings.leave(STEPS, "some clients keep no record on their nodes")
+                self.findings.leave(STEPS, "clients keep no record on their nodes", at=client.place)
                 return
             steps = self._name(client.steps_path)
-            if self._whole(STEPS, [steps, "partition.safetensors"]):
+            if self._whole(STEPS, [steps, "partition.safetensors"], client.place):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
             shards = sorted(
@@ -446,7 +462,7 @@ class _Verifier:
             )
             if not self._away.isdisjoint(told):
                 for check in (GRADIENTS, REPLAY) if shards else ():
-                    self.findings.leave(check, self._on_clients())
+                    self.findings.leave(check, self._on_clients(), at=client.place)
             elif shards and _is_replayable(client) and not run.config.clients_clip:
                 others = [name for name in told if name not in shards]
                 if self._whole(GRADIENTS, others):
@@ -466,19 +482,20 @@ class _Verifier:
 
     def _check_some_gradients(self, run: Run, client: Client) -> None:
         kept, num_steps = run.config.capture, client.telemetry["num_steps"]
+        at = client.place
         if not run.config.policy.keeps_gradients:
-            self.findings.leave(REPLAY, f"capture = {kept!r} keeps no gradients")
+            self.findings.leave(REPLAY, f"capture = {kept!r} keeps no gradients", at=at)
         elif client.telemetry.get("not_captured"):
             if client.captured_steps:
                 self.findings.violate(GRADIENTS, f"{self._name(client.folder)} has gradients")
-            self.findings.leave(REPLAY, "some nodes do not allow capture")
+            self.findings.leave(REPLAY, "nodes do not allow capture", at=at)
         elif self._holds_what_is_kept(run, client):
-            reason = f"capture = {kept!r} keeps {len(client.captured_steps)} of {num_steps} steps"
+            reason = f"capture = {kept!r} keeps some of the steps"
             if len(client.captured_steps) == num_steps:
                 reason = "autocast = 'float16' takes all layers to tell which steps made an update"
             if run.config.clients_clip:
                 reason = f"with strategy.dp = {run.config.strategy.dp!r} clients clip their deltas"
-            self.findings.leave(REPLAY, reason)
+            self.findings.leave(REPLAY, reason, at=at)
             proofs.prove_norms(run, client, self.findings)
 
     def _holds_what_is_kept(self, run: Run, client: Client) -> bool:
@@ -496,7 +513,9 @@ class _Verifier:
     def _check_replay(self, run: Run, client: Client, shards: Sequence[str]) -> None:
         start = self._name(run.layout.state(client.round - 1))
         delta = self._name(client.delta_path)
-        if not self._whole(REPLAY, [start, delta]) or not self._holds_what_is_kept(run, client):
+        if not self._whole(REPLAY, [start, delta], client.place) or not self._holds_what_is_kept(
+            run, client
+        ):
             return
         try:
             proofs.prove_replay(run, client, self._whole_shards(run, shards), self.findings)

@@ -18,7 +18,7 @@ from fedsim.core.server_optimizer import KEEPS
 from fedsim.core.strategies import STRATEGIES
 from fedsim.recording import proofs
 from fedsim.recording.files import write_tensors
-from fedsim.recording.findings import Findings
+from fedsim.recording.findings import BUFFERS, Findings
 from fedsim.recording.reader import load_run
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
@@ -103,7 +103,7 @@ def test_the_whole_run_is_proven_and_what_is_kept_is_of_the_parameters(
     assert findings.violations == []
     assert findings.checks["state"].proven == ROUNDS + 1
     assert findings.checks["aggregate"].proven == ROUNDS
-    assert findings.checks["state"].unproven == [
+    assert findings.checks["state"].reasons == [
         "strategy.safetensors: it follows from the deltas up to rounding only"
     ]
 
@@ -329,7 +329,7 @@ def test_clients_clip_the_update_of_the_parameters_alone(kind: str, tmp_path: Pa
         assert float(client.delta["1.running_var"].abs().max()) > 0.01
     findings = verify(path)
     assert findings.violations == []
-    assert findings.checks["replay"].unproven == [
+    assert findings.checks["replay"].reasons == [
         f"with strategy.dp = {kind!r} clients clip their deltas"
     ]
 
@@ -341,7 +341,7 @@ def test_fednovas_state_is_proven_and_a_changed_one_found(tmp_path: Path) -> Non
     findings = verify(path)
     assert findings.violations == []
     assert findings.checks["state"].proven == 3
-    assert findings.checks["state"].unproven == []
+    assert findings.checks["state"].reasons == []
     run = load_run(path)
     steps = {client.telemetry["num_steps"] for client in run.round(1).clients.values()}
     assert len(steps) > 1
@@ -359,9 +359,9 @@ def test_scaffold_is_replayed_with_its_corrections_and_proven(tmp_path: Path) ->
     findings = verify(path, recompute=1)
     assert findings.violations == []
     assert findings.checks["replay"].notes == ["bit for bit"]
-    assert findings.checks["replay"].unproven == [proofs.BUFFERS]
+    assert findings.checks["replay"].reasons == [BUFFERS]
     assert findings.checks["state"].proven == ROUNDS + 1
-    assert findings.checks["state"].unproven == []
+    assert findings.checks["state"].reasons == []
     run = load_run(path)
     for client in run.round(ROUNDS).clients.values():
         data, whole = client.gradient(1), client.gradient(1, objective=True)

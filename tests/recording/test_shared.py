@@ -233,7 +233,7 @@ def test_steps_that_are_not_what_the_client_wrote_end_the_run(
 
 
 def unproven(findings: Findings) -> dict[str, set[str]]:
-    return {n: set(c.unproven) for n, c in findings.checks.items()}
+    return {n: set(c.reasons) for n, c in findings.checks.items()}
 
 
 def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Path) -> None:
