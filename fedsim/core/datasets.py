@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import platform
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -78,10 +81,40 @@ class Dataset:
 
     def sha256(self) -> str:
         """Hash both splits: images, labels of training, then of test, as raw bytes."""
-        digest = hashlib.sha256()
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return self._sha256
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        return _hashed(hashlib.sha256(), [getattr(self, name) for name in _TENSORS])
+
+    def check_official(self) -> None:
+        """Refuse what has the name of a public dataset and not its samples.
+
+        A cache file that was altered together with its own hash is found here alone.
+
+        Raises
+        ------
+        InputError
+            Naming the cache file.
+        """
+        name = self.spec.name
+        known = official_sha256(name)
+        if known is not None and self.sha256() != known:
+            raise InputError(
+                f"{_cache_file(name, 0)} is not the official {name}: its samples have sha256 "
+                f"{self.sha256()[:16]}..., not {known[:16]}...; remove the file and try again"
+            )
+
+
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+_XXH3 = "xxh3_128"
+"""Key in the metadata of a cache file: the hash of its four tensors in that order."""
+
+
+def _hashed(digest: Any, tensors: Iterable[Tensor]) -> str:
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return str(digest.hexdigest())
 
 
 _CIFAR100 = DatasetSpec(
@@ -112,6 +145,17 @@ _DIGITS = DatasetSpec(
     test_size=359,
     flip=False,
 )
+
+_OFFICIAL = {
+    "cifar100": "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
+    "digits": "2424bc720d76768867b002c30f5d7cfae5f33e810064ccf0d1e05b8049476456",
+}
+"""`Dataset.sha256` of what is the same for everybody. CIFAR-10 is held to the MD5 of its files."""
+
+
+def official_sha256(name: str) -> str | None:
+    """Give the hash of a public dataset as everybody has it; None where none is known."""
+    return _OFFICIAL.get(name)
 
 
 def parse_name(text: str) -> DatasetSpec:
@@ -167,13 +211,24 @@ def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool 
     Raises
     ------
     InputError
-        When CIFAR is neither found nor downloadable, or the cache cannot be written.
+        When CIFAR is neither found nor downloadable, or is damaged, or the cache cannot be written.
+
+    Notes
+    -----
+    What is mapped is compared with the hash in its file, 10 ms for CIFAR, by every process that
+    maps it: none has to rely on another. `Dataset.check_official` is for the one that begins a run.
     """
     spec = parse_name(name)
-    cached = _map_cache(_cache_file(name, seed), spec)
+    path = _cache_file(name, seed)
+    cached = _map_cache(path, spec)
     if cached is not None:
         return cached
-    tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed, download)
+    try:
+        tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed, download)
+    except InputError as error:
+        if not path.exists():
+            raise
+        raise InputError(f"the dataset cache {path} is damaged, and {error}") from None
     return store_dataset(name, tensors, seed=seed)
 
 
@@ -197,15 +252,22 @@ def store_dataset(name: str, tensors: Mapping[str, Tensor], *, seed: int) -> Dat
     Raises
     ------
     InputError
-        When the cache cannot be written.
+        When the cache cannot be written, or a public dataset has other samples than is known.
     """
     path = _cache_file(name, seed)
+    ordered = [tensors[key] for key in _TENSORS]
+    known = official_sha256(name)
+    if known is not None and (found := _hashed(hashlib.sha256(), ordered)) != known:
+        raise InputError(
+            f"dataset = {name!r} cannot be used: its samples have sha256 {found[:16]}..., and the "
+            f"official ones {known[:16]}..."
+        )
     # Processes that start together may all convert, on several machines with one disk too; each
     # renames a whole file into place.
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial)
+        save_file(dict(tensors), partial, metadata={_XXH3: _hashed(xxhash.xxh3_128(), ordered)})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
@@ -245,6 +307,7 @@ def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in shapes}
+            recorded = (file.metadata() or {}).get(_XXH3)
     except (OSError, SafetensorError):
         return None
     dtypes = {"images": torch.uint8, "labels": torch.int64}
@@ -252,6 +315,8 @@ def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:
         tensor = tensors[key]
         if tuple(tensor.shape) != shape or tensor.dtype != dtypes[key.partition("_")[2]]:
             return None
+    if _hashed(xxhash.xxh3_128(), [tensors[key] for key in _TENSORS]) != recorded:
+        return None
     return Dataset(spec=spec, **tensors)
 
 
@@ -284,32 +349,86 @@ def _load_digits(
 def _load_cifar(
     spec: DatasetSpec, data_root: str | None, seed: int, download: bool
 ) -> dict[str, Tensor]:
-    """Read CIFAR (Krizhevsky 2009) through torchvision, which checks the official MD5 sums."""
+    """Read CIFAR (Krizhevsky 2009) through torchvision, once its files have their official MD5."""
     import torchvision
 
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[
+        spec.name
+    ]
     given = data_root or os.environ.get("FEDSIM_DATA_ROOT")
-    root = Path(given) if given else cache_root()
-    folder = root / source[spec.name].base_folder
-    splits = []
-    for train in (True, False):
+    folder = _cifar_folder(Path(given) if given else cache_root(), kind)
+    home, files = folder.parent, _cifar_files(kind)
+    advice = (
+        "put the official files there or name their folder with --data-root or FEDSIM_DATA_ROOT"
+    )
+    wrong = _wrong_files(folder, files)
+    there = any(os.path.lexists(folder / name) for name in files)
+    if wrong and not there and os.path.lexists(home / kind.filename):
+        # torchvision unpacks an archive that was put there, and downloads over one that is damaged.
+        wrong = _wrong_files(home, {kind.filename: kind.tgz_md5}) or wrong
+        there = kind.filename in wrong
+    if wrong and there and (given or not download):
+        # Nothing in a folder of the user's is overwritten.
+        raise InputError(f"dataset = {spec.name!r} cannot be read from {folder}: {wrong}; {advice}")
+    if wrong and not download:
+        raise InputError(
+            f"dataset = {spec.name!r} was not found in {folder} and is not downloaded for a "
+            f"recorded run; {advice}"
+        )
+    try:
+        if wrong:
+            home.mkdir(parents=True, exist_ok=True)
+            for name in files:
+                (folder / name).unlink(missing_ok=True)
+            kind(root=str(home), train=False, download=True)
+        # torchvision knows a folder by its official name; a user's may have another.
+        named = type(kind.__name__, (kind,), {"base_folder": folder.name})
+        splits = [named(root=str(home), train=train) for train in (True, False)]
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        what = f"cannot be read from {folder}"
+        if wrong:
+            what = f"was not found in {folder} and could not be downloaded"
+        raise InputError(
+            f"dataset = {spec.name!r} {what} ({_first_line(error)}); {advice}"
+        ) from None
+    train, test = ((s.data.transpose(0, 3, 1, 2), np.asarray(s.targets)) for s in splits)
+    return _tensors(train, test)
+
+
+def _cifar_files(kind: Any) -> dict[str, str]:
+    """List the official files with their MD5 sums."""
+    return {**dict(kind.train_list + kind.test_list), kind.meta["filename"]: kind.meta["md5"]}
+
+
+def _cifar_folder(root: Path, kind: Any) -> Path:
+    """Find the folder of the files: `root` itself, or the one of the official name in it."""
+    inner = root / str(kind.base_folder)
+    if inner.exists():
+        return inner
+    # One file alone may be anything: CIFAR-100's are called train, test and meta.
+    holds = sum((root / name).is_file() for name in _cifar_files(kind)) >= 2
+    return root if holds or root.name == kind.base_folder else inner
+
+
+def _wrong_files(folder: Path, files: Mapping[str, str]) -> str:
+    """Say which of the files are missing, unreadable or damaged; empty where none is."""
+    missing, damaged = [], []
+    for name, md5 in files.items():
+        path = folder / name
         try:
-            try:
-                split = source[spec.name](root=str(root), train=train, download=False)
-            except RuntimeError:
-                if not download:
-                    raise
-                root.mkdir(parents=True, exist_ok=True)
-                split = source[spec.name](root=str(root), train=train, download=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            why = "could not be downloaded" if download else "is not downloaded for a recorded run"
-            raise InputError(
-                f"dataset = {spec.name!r} was not found in {folder} and {why} "
-                f"({_first_line(error)}); put the official files there or name their folder with "
-                "--data-root or FEDSIM_DATA_ROOT"
-            ) from None
-        splits.append((split.data.transpose(0, 3, 1, 2), np.asarray(split.targets)))
-    return _tensors(splits[0], splits[1])
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+                size = file.tell()
+        except FileNotFoundError:
+            missing.append(name)
+        except OSError as error:
+            damaged.append(f"{name} cannot be opened ({error.strerror})")
+        else:
+            if found.hexdigest() != md5:
+                damaged.append(f"{name} is damaged ({size:,} bytes, not of the official MD5)")
+    if missing:
+        damaged.append(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    return ", ".join(damaged)
 
 
 def _first_line(error: BaseException) -> str:

@@ -211,12 +211,9 @@ def _save(
                 f"{MOST_NAME} characters"
             )
     classes = json.dumps(names)
-    digest = hashlib.sha256(classes.encode())
-    digest.update(np.ascontiguousarray(images).data)
-    digest.update(np.ascontiguousarray(labels).data)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    about = {"classes": classes, "sha256": digest.hexdigest()}
+    about = {"classes": classes, "sha256": _sha256(classes, images, labels)}
     try:
         save_file({"images": images, "labels": labels}, partial, metadata=about)
         partial.replace(path)
@@ -224,16 +221,26 @@ def _save(
         partial.unlink(missing_ok=True)
 
 
+def _sha256(classes: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256(classes.encode())
+    digest.update(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(labels).data)
+    return digest.hexdigest()
+
+
 def _described(path: Path) -> OwnData | None:
+    """Say what a prepared file holds; None where it is not there, or not what was written."""
     try:
         with safe_open(path, framework="np") as file:
-            about = file.metadata()
-            (samples,) = file.get_slice("labels").get_shape()
+            about = file.metadata() or {}
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
     except (OSError, SafetensorError):
+        return None
+    if about.get("sha256") != _sha256(about.get("classes", ""), images, labels):
         return None
     return OwnData(
         file=path,
-        samples=samples,
+        samples=len(labels),
         classes=tuple(json.loads(about["classes"])),
         sha256=about["sha256"],
     )

@@ -36,7 +36,7 @@ def default_output() -> Path:
 
 
 def check_output(path: Path, plan: RunPlan) -> None:
-    """Refuse a directory that exists, a strategy that cannot be made, and what has no room.
+    """Refuse a directory that exists, a strategy that cannot be made, false data, and no room.
 
     Raises
     ------
@@ -44,6 +44,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
     check_strategy(plan.config.strategy)
+    plan.dataset.check_official()
     try:
         path.lstat()
     except FileNotFoundError:
@@ -108,6 +109,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
     check_strategy(plan.config.strategy)
+    plan.dataset.check_official()
     if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
     if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedsim.core.datasets import Dataset, load_dataset
+from fedsim.core.datasets import Dataset, load_dataset, official_sha256
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
@@ -273,6 +273,7 @@ class _Verifier:
         self._to_do = sum(self._listed[name].size for name in self._listed)
         # Replaying a gradient is work like reading it.
         self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen if _is_replayable(c))
+        self._check_official(run)
         dataset = self._dataset_of(run, data_root, asked_to_recompute=recompute > 0)
         if self._whole(PARTITION, ["partition.safetensors"]):
             with self.findings.guarded(PARTITION, "partition.safetensors"):
@@ -302,6 +303,16 @@ class _Verifier:
             done, total = self._done, max(self._done, self._to_do)
         if self._progress is not None:
             self._progress(done, total)
+
+    def _check_official(self, run: Run) -> None:
+        """Tell where a run has the name of a public dataset and was trained on other samples."""
+        name, told = run.config.dataset, run.entry("dataset")["sha256"]
+        known = official_sha256(name)
+        if known is not None and told != known:
+            self.findings.violate(
+                PARTITION,
+                f"run.json: the data has sha256 {told[:16]}..., which is not the official {name}",
+            )
 
     def _dataset_of(
         self, run: Run, data_root: str | None, *, asked_to_recompute: bool

@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import xxhash
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from fedsim.core.datasets import cache_root, load_dataset, parse_name
+from fedsim.core import datasets
+from fedsim.core.datasets import cache_root, load_dataset, parse_name, store_dataset
 from fedsim.core.errors import InputError
+
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @pytest.fixture
@@ -200,6 +206,161 @@ def test_data_root_goes_before_the_environment_and_that_before_the_cache(
     monkeypatch.setenv("FEDSIM_DATA_ROOT", str(tmp_path / "environment"))
     assert folder_looked_in(None) == str(tmp_path / "environment")
     assert folder_looked_in(str(tmp_path / "given")) == str(tmp_path / "given")
+
+
+def corrupt(path, at=-1):
+    """Change one byte of a file that others may have mapped."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic:50:5"])
+@pytest.mark.parametrize("at", [-1, -5000], ids=["image", "label"])
+def test_a_cache_file_with_another_pixel_is_rebuilt(name, at, own_cache):
+    whole = load(name).sha256()
+    (path,) = own_cache.iterdir()
+    content = path.read_bytes()
+    corrupt(path, at)
+    assert load(name).sha256() == whole
+    assert path.read_bytes() == content
+
+
+def test_a_cache_file_of_other_samples_with_a_hash_of_its_own_is_not_official(own_cache):
+    whole = load()
+    (path,) = own_cache.iterdir()
+    arrays = {name: getattr(whole, name).clone() for name in TENSORS}
+    arrays["train_images"][0] ^= 1
+    digest = xxhash.xxh3_128(b"".join(arrays[name].numpy().tobytes() for name in TENSORS))
+    path.unlink()
+    save_file(arrays, path, metadata={"xxh3_128": digest.hexdigest()})
+    altered = load()
+    assert altered.sha256() != whole.sha256()
+    with pytest.raises(InputError, match=f"^{path} is not the official digits: .* remove the file"):
+        altered.check_official()
+    whole.check_official()
+    load("synthetic:50:5").check_official()
+
+
+def test_samples_that_are_not_the_official_ones_are_not_put_into_the_cache(own_cache):
+    arrays = {name: getattr(load(), name).clone() for name in TENSORS}
+    (path,) = own_cache.iterdir()
+    before = path.read_bytes()
+    arrays["test_labels"][3] += 1
+    with pytest.raises(InputError, match="dataset = 'digits' cannot be used: its samples have"):
+        store_dataset("digits", arrays, seed=0)
+    assert path.read_bytes() == before
+
+
+FILES = {
+    "cifar100": ("cifar-100-python", ["train", "test", "meta"]),
+    "cifar10": (
+        "cifar-10-batches-py",
+        [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"],
+    ),
+}
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    """Let torchvision's MD5 sums be those of small files of the official layout."""
+
+    def write(name, folder):
+        folder.mkdir(parents=True)
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+        sums = {}
+        for file in FILES[name][1]:
+            rows = 50 if file == "train" else 10
+            labels = "labels" if name == "cifar10" else "fine_labels"
+            entry = {"data": np.zeros((rows, 3072), np.uint8), labels: [0] * rows}
+            if "meta" in file:
+                entry = {"label_names": ["a"], "fine_label_names": ["a"]}
+            (folder / file).write_bytes(pickle.dumps(entry))
+            sums[file] = hashlib.md5(
+                (folder / file).read_bytes(), usedforsecurity=False
+            ).hexdigest()
+        *train, test, meta = FILES[name][1]
+        monkeypatch.setattr(kind[name], "train_list", [[file, sums[file]] for file in train])
+        monkeypatch.setattr(kind[name], "test_list", [[test, sums[test]]])
+        monkeypatch.setattr(
+            kind[name], "meta", {**kind[name].meta, "filename": meta, "md5": sums[meta]}
+        )
+        monkeypatch.setattr(datasets, "_OFFICIAL", {})
+        spec = f"_{name.upper()}"
+        small = replace(getattr(datasets, spec), train_size=50, test_size=10)
+        monkeypatch.setattr(datasets, spec, small)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", ["parent", "itself", "itself under another name"])
+def test_the_folder_of_cifar_and_its_parent_are_accepted(
+    name, where, small_cifar, own_cache, no_network, tmp_path
+):
+    official = FILES[name][0]
+    folder = small_cifar(name, tmp_path / "data" / ("c" if "another" in where else official))
+    data = load(name, data_root=str(folder.parent if where == "parent" else folder))
+    assert data.train_images.shape == (50, 3, 32, 32)
+    assert [path.name for path in own_cache.iterdir()] == [f"{name}-v1.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("download", [True, False])
+def test_what_is_wrong_with_cifar_is_named_and_left_as_it_is(
+    name, download, small_cifar, own_cache, no_network, tmp_path
+):
+    folder = small_cifar(name, tmp_path / "data" / FILES[name][0])
+    first, *_, meta = FILES[name][1]
+
+    def refusal(root=folder.parent):
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with pytest.raises(InputError) as caught:
+            load_dataset(name, data_root=str(root), seed=0, download=download)
+        after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        assert after == before
+        assert not own_cache.exists()
+        return str(caught.value)
+
+    whole = (folder / first).read_bytes()
+    (folder / first).write_bytes(whole[:1000])
+    told = f"dataset = {name!r} cannot be read from {folder}: "
+    truncated = f"{first} is damaged (1,000 bytes, not of the official MD5)"
+    assert refusal().startswith(f"{told}{truncated}; put the official files there")
+    assert refusal(folder).startswith(f"{told}{truncated}; put")
+    (folder / meta).unlink()
+    assert refusal().startswith(f"{told}{truncated}, {meta} is missing; put")
+    (folder / first).write_bytes(whole)
+    corrupt(folder / first)
+    assert f"{told}{first} is damaged ({len(whole):,} bytes, not of the" in refusal()
+    (folder / first).unlink()
+    assert refusal().startswith(f"{told}{first} and {meta} are missing; put")
+    (folder / first).mkdir()
+    assert f"{first} cannot be opened (Is a directory), {meta} is missing;" in refusal()
+
+
+def test_a_damaged_archive_is_named(own_cache, no_network, tmp_path):
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"half")
+    with pytest.raises(InputError) as caught:
+        load("cifar100", data_root=str(tmp_path))
+    assert "cifar-100-python.tar.gz is damaged (4 bytes, not of the official MD5)" in str(
+        caught.value
+    )
+
+
+def test_a_damaged_cache_without_its_source_is_said(small_cifar, own_cache, no_network, tmp_path):
+    folder = small_cifar("cifar10", tmp_path / "data" / FILES["cifar10"][0])
+    load("cifar10", data_root=str(folder))
+    (path,) = own_cache.iterdir()
+    corrupt(path)
+    with pytest.raises(InputError) as caught:
+        load("cifar10", data_root=str(tmp_path / "elsewhere"))
+    assert str(caught.value).startswith(
+        f"the dataset cache {path} is damaged, and dataset = 'cifar10' was not found in {tmp_path}"
+    )
+    load("cifar10", data_root=str(folder))
 
 
 def test_a_download_with_the_wrong_md5_is_an_input_error(own_cache, tmp_path, monkeypatch):

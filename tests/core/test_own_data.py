@@ -103,6 +103,19 @@ def test_it_is_converted_once_and_again_when_it_changed(tmp_path: Path, cache: P
     assert sorted(os.listdir(cache)) == sorted([first.file.name, second.file.name])  # noqa: PTH208
 
 
+def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) -> None:
+    write_images(tmp_path / "own")
+    first = find_own_data(tmp_path / "own")
+    whole = first.file.read_bytes()
+    for position in (-1, len(whole) // 2):
+        content = bytearray(whole)
+        content[position] ^= 1
+        first.file.unlink()
+        first.file.write_bytes(content)
+        assert find_own_data(tmp_path / "own") == first
+        assert first.file.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
