@@ -368,12 +368,15 @@ class RunConfig(StrictModel):
                     strategy.noise_multiplier,
                     f"a value below {most:g}, a tenth of the participants, where clipping adapts",
                 )
-        if isinstance(strategy, KrumSettings) and min(numbers) < strategy.least_participants():
-            raise ConfigError(
-                "strategy",
-                strategy.name,
-                f"another, or {strategy.least_participants()} participants in every round",
-            )
+        if isinstance(strategy, KrumSettings):
+            strategy.check_participants(min(numbers))
+            needed = strategy.least_participants()
+            allowed = f"{needed} or more with strategy = {strategy.name!r}"
+            for number, clients in enumerate(self.participants or (), start=1):
+                if len(clients) < needed and number <= self.rounds:
+                    raise ConfigError(f"participants of round {number}", clients, allowed)
+            if min(numbers) < needed:
+                raise ConfigError("clients-per-round", self.clients_per_round, allowed)
         by_work = isinstance(strategy, FedNovaSettings | ScaffoldSettings)
         if by_work and self.optimizer != "sgd":
             raise ConfigError("optimizer", self.optimizer, f"'sgd' with {strategy.name}")

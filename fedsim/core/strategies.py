@@ -135,9 +135,29 @@ class KrumSettings(StrategySettings):
     paper = "Blanchard et al. 2017"
     num_malicious_nodes: Nodes = 0
 
+    per_malicious: ClassVar[int] = 2
+    """Participants for each malicious one, beside three."""
+
     def least_participants(self) -> int:
         """Count the participants that its guarantee takes."""
-        return 2 * self.num_malicious_nodes + 3
+        return self.per_malicious * self.num_malicious_nodes + 3
+
+    def check_participants(self, fewest: int) -> None:
+        """Refuse settings that take more participants than the smallest round has.
+
+        Raises
+        ------
+        ConfigError
+            Naming the key, unless not even 0 malicious ones would do.
+        """
+        most = (fewest - 3) // self.per_malicious
+        if 0 <= most < self.num_malicious_nodes:
+            raise ConfigError(
+                "strategy.num-malicious-nodes",
+                self.num_malicious_nodes,
+                f"at most {most} where a round has {fewest} participants; {self.name} takes "
+                f"{self.per_malicious} for each, and 3 more",
+            )
 
 
 class MultiKrumSettings(KrumSettings):
@@ -145,19 +165,22 @@ class MultiKrumSettings(KrumSettings):
 
     num_nodes_to_select: Annotated[int, Field(ge=1, le=1_000_000)] = 2
 
-    def least_participants(self) -> int:
-        """Count the participants that its guarantee and its choice take."""
-        return max(super().least_participants(), self.num_nodes_to_select)
+    def check_participants(self, fewest: int) -> None:
+        """Refuse settings whose guarantee or choice takes more participants."""
+        super().check_participants(fewest)
+        if self.num_nodes_to_select > fewest >= 3:
+            raise ConfigError(
+                "strategy.num-nodes-to-select",
+                self.num_nodes_to_select,
+                f"at most {fewest}, the participants of a round",
+            )
 
 
 class BulyanSettings(KrumSettings):
     """Flower's Bulyan: a trimmed mean of what Krum chooses."""
 
     paper = "El Mhamdi et al. 2018"
-
-    def least_participants(self) -> int:
-        """Count the participants that it takes."""
-        return 4 * self.num_malicious_nodes + 3
+    per_malicious = 4
 
 
 class QFedAvgSettings(StrategySettings):

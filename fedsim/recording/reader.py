@@ -213,8 +213,8 @@ class Client:
         gradient = Gradient(self.shards, step, list(self._run.shapes))
         if not gradient:
             raise InputError(
-                f"step {step} of client {self.partition} in round {self.round} was not captured; "
-                f"captured are {_ranges(self.captured_steps)}"
+                f"step {step} of client {self.partition} in round {self.round} was "
+                f"{self._why_without(step)}"
             )
         if not (weight_decay or objective):
             return gradient
@@ -226,6 +226,25 @@ class Client:
             return whole
         decay = self._run.config.weight_decay
         return {n: g.add(parameters[n], alpha=decay) for n, g in whole.items()}
+
+    def _why_without(self, step: int) -> str:
+        made = self.telemetry["num_steps"]
+        if not 0 <= step < made:
+            return f"not made; it made 0 to {made - 1}"
+        kept = f"capture = {self._run.config.capture!r} keeps steps {_ranges(self.captured_steps)}"
+        return f"not captured: {self._why_no_gradients() or kept}"
+
+    def _why_no_gradients(self) -> str:
+        """Say why nothing of the client was captured; empty where something was."""
+        if self.captured_steps:
+            return ""
+        if not self._run.config.policy.keeps_gradients:
+            return f"capture = {self._run.config.capture!r} keeps no gradients"
+        return str(self.telemetry.get("not_captured", "the client kept none"))
+
+    def _what_layers(self) -> str:
+        globs = list(self._run.config.capture_layers)
+        return f"capture-layers = {globs} keeps {', '.join(self.captured_parameters)}"
 
     def layer(self, parameter: str, steps: slice = slice(None)) -> Tensor:
         """Stack the gradients of one parameter over captured steps, reading no other parameter.
@@ -248,8 +267,8 @@ class Client:
         """
         if parameter not in self.captured_parameters:
             raise InputError(
-                f"{parameter} of client {self.partition} in round {self.round} was not captured; "
-                f"captured are {', '.join(self.captured_parameters) or 'none'}"
+                f"{parameter} of client {self.partition} in round {self.round} was not captured: "
+                f"{self._why_no_gradients() or self._what_layers()}"
             )
         # Says whether the shape is true before there is memory of that shape.
         self.shards[gradient_key(self.captured_steps[0], parameter)].packed(

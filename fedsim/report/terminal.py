@@ -372,9 +372,11 @@ def print_findings(console: Console, findings: Findings, seconds: float) -> None
     for name, justify in (("check", "left"), ("proven", "right"), ("", "left"), ("what", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for check in findings.checks.values():
-        outcome = "none" if not check.proven else f"{check.proven:,} {check.unit}"
+        outcomes = [f"{check.proven:,} {check.unit}"] if check.proven else []
         if check.violations:
-            outcome += f", {len(check.violations)} wrong"
+            outcomes.append(f"{len(check.violations)} wrong")
+        # Of what was not recorded there is nothing to prove: that is no failure.
+        outcome = ", ".join(outcomes) or ("not proven" if check.unproven else "-")
         detail = "; ".join([check.meaning, *check.notes])
         table.add_row(check.name, outcome, "", Text(printable(detail)))
     console.print(table)

@@ -210,6 +210,30 @@ BAD_COMBINATIONS = [
     ({"client": {"-1": {}}}, "client", "-1", TABLES),
     ({"client": {"3": {}, "03": {}}}, "client", "03", TABLES),
     ({"client": {"10": {"batch-size": 8}}}, "client.10", {"batch-size": 8}, "clients 0 to 9"),
+    (
+        {"strategy": {"name": "krum", "num-malicious-nodes": 1}},
+        *("strategy.num-malicious-nodes", 1, "at most 0 where a round has 4 participants; krum "),
+    ),
+    (
+        {"strategy": {"name": "multikrum", "num-malicious-nodes": 3}, "clients-per-round": 8},
+        *("strategy.num-malicious-nodes", 3, "at most 2 where a round has 8 participants; multi"),
+    ),
+    (
+        {"strategy": {"name": "bulyan", "num-malicious-nodes": 2}, "clients-per-round": 10},
+        *("strategy.num-malicious-nodes", 2, "at most 1 where a round has 10 participants; bul"),
+    ),
+    (
+        {"strategy": {"name": "multikrum", "num-nodes-to-select": 5}},
+        *("strategy.num-nodes-to-select", 5, "at most 4, the participants of a round"),
+    ),
+    (
+        {"strategy": "krum", "clients-per-round": 2},
+        *("clients-per-round", 2, "3 or more with strategy = 'krum'"),
+    ),
+    (
+        {"strategy": "bulyan", "participants": [[0, 1, 2], [3, 4]], "rounds": 2},
+        *("participants of round 2", [3, 4], "3 or more with strategy = 'bulyan'"),
+    ),
     ({"clients_per_round": 3}, "clients_per_round", 3, "perhaps clients-per-round"),
     ({"a1": 3}, "a1", 3, "one of dataset"),
     ({"": 3}, "''", 3, "one of dataset"),
@@ -270,6 +294,15 @@ def test_a_list_that_is_too_short_is_refused(field, value, allowed):
     assert error.field == field
     assert error.allowed == allowed
     assert "\n" not in str(error)
+
+
+def test_krum_takes_as_many_malicious_nodes_as_its_papers_allow():
+    for name, malicious, participants in (("krum", 3, 9), ("multikrum", 3, 9), ("bulyan", 1, 7)):
+        table = {"name": name, "num-malicious-nodes": malicious}
+        made = config(strategy=table, clients_per_round=participants)
+        assert made.strategy.num_malicious_nodes == malicious
+        error = refused({"strategy": table, "clients-per-round": participants - 1})
+        assert error.field == "strategy.num-malicious-nodes"
 
 
 def test_every_key_is_among_the_bad_values():

@@ -542,25 +542,34 @@ def test_what_was_not_kept_is_named_with_what_was(tmp_path: Path) -> None:
     none = run_of(tmp_path / "none", gradients, capture="none")
     sketch = run_of(tmp_path / "sketch", gradients, capture="sketch:3")
     of = "of client 6 in round 1"
+    left_out = "was not captured: capture = 'last:2' keeps steps 2 to 3"
+    keeps_none = "capture = 'none' keeps no gradients"
     asked: list[tuple[Callable[[], Any], str]] = [
-        (lambda: some.gradient(1), f"step 1 {of} was not captured; captured are 2 to 3"),
-        (lambda: some.gradient(-1), f"step -1 {of} was not captured; captured are 2 to 3"),
+        (lambda: some.gradient(1), f"step 1 {of} {left_out}"),
+        (lambda: some.gradient(-1), f"step -1 {of} was not made; it made 0 to 3"),
+        (lambda: some.gradient(4), f"step 4 {of} was not made; it made 0 to 3"),
         (
             lambda: some.gradient(2, weight_decay=True),
-            f"step 0 {of} was not captured; captured are 2 to 3",
+            f"step 0 {of} {left_out}",
         ),
-        (lambda: some.parameters_at(1), f"step 0 {of} was not captured; captured are 2 to 3"),
-        (lambda: next(some.replay()), f"step 0 {of} was not captured; captured are 2 to 3"),
+        (lambda: some.parameters_at(1), f"step 0 {of} {left_out}"),
+        (lambda: next(some.replay()), f"step 0 {of} {left_out}"),
         (lambda: some.parameters_at(5), f"step 5 {of} was not made; allowed is 0 to 4"),
         (lambda: some.parameters_at(-1), f"step -1 {of} was not made; allowed is 0 to 4"),
-        (lambda: some.layer("stem"), f"stem {of} was not captured; captured are head"),
-        (lambda: none.layer("stem"), f"stem {of} was not captured; captured are none"),
-        (lambda: none.parameters_at(0), f"step 0 {of} was not captured; captured are none"),
-        (lambda: next(none.replay()), f"step 0 {of} was not captured; captured are none"),
+        (
+            lambda: some.layer("stem"),
+            f"stem {of} was not captured: capture-layers = ['head'] keeps head",
+        ),
+        (lambda: none.layer("stem"), f"stem {of} was not captured: {keeps_none}"),
+        (lambda: none.parameters_at(0), f"step 0 {of} was not captured: {keeps_none}"),
+        (lambda: next(none.replay()), f"step 0 {of} was not captured: {keeps_none}"),
         (lambda: some.sketch(0), f"step 0 {of} has no sketch; there are 0"),
         (lambda: sketch.sketch(4), f"step 4 {of} has no sketch; there are 4"),
         (lambda: sketch.sketch(-1), f"step -1 {of} has no sketch; there are 4"),
-        (lambda: sketch.gradient(0), f"step 0 {of} was not captured; captured are none"),
+        (
+            lambda: sketch.gradient(0),
+            f"step 0 {of} was not captured: capture = 'sketch:3' keeps no gradients",
+        ),
         (lambda: some.shard(3, "stem"), f"{some.folder} holds no gradient 000003/stem"),
     ]
     for ask, sentence in asked:
@@ -914,7 +923,7 @@ def test_unknown_rounds_clients_and_steps_are_named_with_what_there_is(recorded:
         ),
         (
             lambda: run.round(1).client(0).gradient(5),
-            "step 5 of client 0 in round 1 was not captured; captured are 0 to 4",
+            "step 5 of client 0 in round 1 was not made; it made 0 to 4",
         ),
         (
             lambda: run.round(0).aggregate,
@@ -1085,19 +1094,20 @@ def test_captured_steps_with_gaps_are_listed_one_by_one(tmp_path: Path) -> None:
     root = tmp_path / "run"
     parameters = [{"name": "w", "shape": [1], "dtype": "float32"}]
     model = {"arch": "cnn", "parameters": parameters, "buffers": []}
-    writer = RunWriter.create(root, {"model": model}, [])
+    config = RunConfig.from_mapping({"capture": "every:3"}).to_mapping()
+    writer = RunWriter.create(root, {"model": model, "config": config}, [])
     writer.add_client(client_row(1, 0, 7), {"w": np.zeros(1)})
     rows = root / "rounds.jsonl"
     append_line(rows, json_line(round_row(1, [0])), at=rows.stat().st_size)
     client = load_run(root).round(1).client(0)
-    with pytest.raises(InputError, match=r"step 0 of .* was not captured; captured are none$"):
+    with pytest.raises(InputError, match=r"was not captured: the client kept none$"):
         client.gradient(0)
     folder = root / "rounds" / "0001" / "clients" / "0000"
     arrays = {f"{s:06d}/w": np.full(1, s, np.float32) for s in (0, 3, 6)}
     write_tensors(folder / "gradients-00000.safetensors", arrays)
     list_shards(root, 1, 0)
     client = load_run(root).round(1).client(0)
-    with pytest.raises(InputError, match=r"captured are 0, 3, 6$"):
+    with pytest.raises(InputError, match=r"captured: capture = 'every:3' keeps steps 0, 3, 6$"):
         client.gradient(1)
     assert client.gradient(6)["w"].tolist() == [6.0]
 

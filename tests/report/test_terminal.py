@@ -22,6 +22,7 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.files import json_line
+from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.writer import RunWriter
 from fedsim.report.terminal import (
@@ -29,6 +30,7 @@ from fedsim.report.terminal import (
     format_seconds,
     make_console,
     partition_table,
+    print_findings,
     print_run,
     print_summary,
     round_line,
@@ -285,6 +287,30 @@ def test_globs_of_layers_are_printed_as_they_are() -> None:
     print_summary(console, plan, 1, Path("run"))
     line = "capture    all of [cf]*.weight, float32, support, 22.2 kB a step"
     assert any(found.startswith(line) for found in lines_of(console))
+
+
+# --- what was verified
+
+
+def test_what_was_left_out_is_no_failure() -> None:
+    console, findings = console_of(), Findings()
+    findings.prove("replay", 377)
+    findings.leave("recomputed", "the data is not at hand")
+    findings.violate("state", "rounds/0001/global.safetensors: fc.weight is another")
+    findings.prove("aggregate")
+    findings.violate("aggregate", "rounds/0002/aggregate.safetensors: fc.weight is another")
+    print_findings(console, findings, 1.0)
+    # The right edge of the column is where the heading ends.
+    heading, *lines = lines_of(console)
+    edge = heading.index("proven") + len("proven")
+    found = {line[:14].strip(): line[14:edge].strip() for line in lines if line[:14].strip()}
+    assert {name: found[name] for name in ("gradients", "replay", "recomputed", "state")} == {
+        "gradients": "-",
+        "replay": "377 steps",
+        "recomputed": "not proven",
+        "state": "1 wrong",
+    }
+    assert found["aggregate"] == "1 rounds, 1 wrong"
 
 
 # --- the partition
