@@ -182,7 +182,8 @@ def _add_resume(commands: Any, *, with_keys: bool) -> None:
     command.add_argument("--verbose", action="store_true", help="show what Flower and Ray log")
     _add_tracker(command)
     if with_keys:
-        _add_keys(command)
+        # What is not given is as it was recorded.
+        _add_keys(command, with_defaults=False)
 
 
 def _add_compare(commands: Any, *, with_keys: bool) -> None:
@@ -229,28 +230,52 @@ def _add_tracker(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_keys(command: argparse.ArgumentParser, *, but: Sequence[str] = ()) -> None:
-    from fedsim.core.config import RunConfig
+_GROUPS = {
+    "dataset": "data and clients",
+    "model": "model and local training",
+    "capture": "captured gradients",
+    "strategy": "aggregation",
+    "workers": "machine",
+    "evaluate-every": "course of the run",
+    "output": "output",
+}
+"""Headings of the help, each by the first key below it, in the order of the configuration."""
 
+
+def _add_keys(
+    command: argparse.ArgumentParser, *, but: Sequence[str] = (), with_defaults: bool = True
+) -> None:
+    from fedsim.core.config import RunConfig, flag_text
+    from fedsim.core.fields import choices_of
+
+    defaults = RunConfig().to_mapping()
+    # As a flag takes it.
+    defaults["strategy"] = defaults["strategy"]["name"]
+    defaults["capture-layers"] = ",".join(defaults["capture-layers"])
+    group: Any = command
     for name, field in RunConfig.model_fields.items():
         key = name.replace("_", "-")
+        if key in _GROUPS:
+            group = command.add_argument_group(_GROUPS[key])
         if key in but:
             continue
-        default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, {}) else f" (default: {_shown(default)})"
+        default = defaults[key]
+        shown = f" (default: {flag_text(default)})"
+        if default in (None, {}) or not with_defaults:
+            shown = ""
+        choices = choices_of(field.annotation)
+        metavar = "{" + ",".join(choices) + "}" if choices else "VALUE"
         # `--nesterov` alone means true.
-        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        command.add_argument(
+        alone: dict[str, Any] = {}
+        if field.annotation is bool:
+            alone, metavar = {"nargs": "?", "const": "true"}, "{true,false}"
+        group.add_argument(
             f"--{key}",
-            metavar="VALUE",
+            metavar=metavar,
             dest=key,
             **alone,
             help=f"{field.description}{shown}".replace("%", "%%"),
         )
-
-
-def _shown(default: Any) -> str:
-    return ",".join(default) if isinstance(default, tuple) else str(default)
 
 
 def _add_inspect(commands: Any) -> None:

@@ -8,7 +8,6 @@ be done is read from the folders alone, so whoever asks again goes on where the 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
@@ -30,6 +29,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.server_app import MAY_CHANGE, check_resume, free_bytes
 from fedsim.recording.files import TEMPORARY, temporary, write_json
+from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import check_continuable
 from fedsim.report.comparison import (
@@ -111,8 +111,8 @@ class GridObserver(Protocol):
 
 
 def default_output() -> Path:
-    """Name the folder of a comparison by the present time, under ``runs/``."""
-    return Path("runs") / datetime.datetime.now().strftime("compare-%Y%m%d-%H%M%S")
+    """Name a comparison as no other is named, by the present time, under ``runs/``."""
+    return Path("runs") / f"compare-{dated_name()}"
 
 
 def check_grid(output: Path, cells: Sequence[Cell]) -> None:

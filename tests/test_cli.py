@@ -10,6 +10,7 @@ import pytest
 from fedsim import cli
 from fedsim.core.config import RunConfig
 from fedsim.core.plan import RunPlan
+from fedsim.core.strategies import STRATEGIES
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import load_run
@@ -162,6 +163,34 @@ def test_help_lists_every_key_and_an_unknown_command_is_refused(capsys):
     assert code == 2
     assert "'walk'" in err
     assert call(["--version"], capsys)[:2] == (0, "fedsim 0.1.0\n")
+
+
+def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
+    out = call(["run", "--help"], capsys)[1]
+    headings = [line for line in out.splitlines() if line.endswith(":") and line[:1].isalpha()]
+    assert headings == [
+        *("positional arguments:", "options:", "data and clients:"),
+        *("model and local training:", "captured gradients:", "aggregation:", "machine:"),
+        *("course of the run:", "output:"),
+    ]
+    text = " ".join(out.split())
+    for shown in (
+        "--model {resnet18,resnet18-cifar,cnn} resnet18 (torchvision's)",
+        "--norm {batch,group} normalisation layers (default: batch)",
+        "--optimizer {sgd,adam} local optimiser (default: sgd)",
+        "--device {auto,cpu,cuda,mps} where training",
+        "--nesterov [{true,false}] Nesterov momentum (default: false)",
+        "kernel taps that never get a gradient: lossless) or dense (default: support)",
+        "(default: *)",
+        "(default: 0.0005)",
+        "or a table [strategy] with its name and settings (default: delta-fedavg)",
+    ):
+        assert shown in text
+    assert all(name in text.partition("aggregation: --strategy")[2] for name in STRATEGIES)
+    assert "name='" not in text
+    # A run is gone on with as it was recorded, whatever the defaults are.
+    resumed = " ".join(call(["resume", "--help"], capsys)[1].split())
+    assert "--norm {batch,group} normalisation layers --optimizer" in resumed
 
 
 def test_the_command_line_starts_quickly_without_torch():

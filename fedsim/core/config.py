@@ -42,6 +42,7 @@ from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
 from fedsim.core.strategies import (
+    STRATEGIES,
     DeltaFedAvgSettings,
     FedNovaSettings,
     FedProxSettings,
@@ -228,7 +229,8 @@ class RunConfig(StrictModel):
     )
     strategy: Annotated[SerializeAsAny[StrategySettings], BeforeValidator(strategy_table)] = Field(
         default_factory=lambda: DeltaFedAvgSettings(name="delta-fedavg"),
-        description="aggregation: a name, or a table [strategy] with its name and settings",
+        description=f"aggregation: {', '.join(STRATEGIES)}, or a class as package.module:Class; or "
+        "a table [strategy] with its name and settings",
     )
     workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"

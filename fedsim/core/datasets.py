@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import os
-import platform
+import secrets
 import urllib.error
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -264,7 +264,7 @@ def store_dataset(name: str, tensors: Mapping[str, Tensor], *, seed: int) -> Dat
         )
     # Processes that start together may all convert, on several machines with one disk too; each
     # renames a whole file into place.
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), partial, metadata={_XXH3: _hashed(xxhash.xxh3_128(), ordered)})

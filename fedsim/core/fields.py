@@ -87,7 +87,7 @@ def allowed_instead(problem: Mapping[str, Any], annotation: Any) -> str:
         return "a list of one or more"
     # Of several texts none is chosen by what is no Unicode at all.
     if kind in ("literal_error", "string_unicode"):
-        return "one of " + ", ".join(repr(option) for option in _options(annotation))
+        return "one of " + ", ".join(repr(option) for option in choices_of(annotation))
     if kind == "value_error":
         return str(context["error"])
     bounds = [f"{name} {context[bound]}" for bound, name in _BOUNDS.items() if bound in context]
@@ -96,7 +96,8 @@ def allowed_instead(problem: Mapping[str, Any], annotation: Any) -> str:
     return _TYPES.get(kind) or str(problem["msg"])
 
 
-def _options(annotation: Any) -> list[str]:
+def choices_of(annotation: Any) -> list[str]:
+    """List the texts of a literal type; none of a type that takes more than those."""
     if isinstance(annotation, str):
         return [annotation]
-    return [option for part in get_args(annotation) for option in _options(part)]
+    return [choice for part in get_args(annotation) for choice in choices_of(part)]

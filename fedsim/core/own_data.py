@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def _save(
             )
     classes = json.dumps(names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     about = {"classes": classes, "sha256": _sha256(classes, images, labels)}
     try:
         save_file({"images": images, "labels": labels}, partial, metadata=about)

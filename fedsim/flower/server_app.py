@@ -24,6 +24,7 @@ from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL, read_lines
 from fedsim.recording.layout import format_of
 from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
+from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
@@ -31,8 +32,8 @@ from strategies.registry import build_strategy, check_strategy
 
 
 def default_output() -> Path:
-    """Name a run directory by the present time, under ``runs/``."""
-    return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    """Name a run directory as no other is named, by the present time, under ``runs/``."""
+    return Path("runs") / dated_name()
 
 
 def check_output(path: Path, plan: RunPlan) -> None:

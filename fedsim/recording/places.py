@@ -24,6 +24,14 @@ def new_run_id() -> str:
     return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
+def dated_name() -> str:
+    """Make a name for what nobody named: the local time, and 32 bits of chance.
+
+    Runs that are started in the same second, on any host, have different ones.
+    """
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a client leaves its files of a run.
