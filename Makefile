@@ -24,13 +24,15 @@ format: $(STAMP)
 install: $(STAMP)
 
 # uv where it is installed, venv and pip otherwise; constraints.txt pins every version.
+# What is downloaded is shown: torch alone brings gigabytes.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing fedsim and what it needs into $(VENV): about 6 GB the first time"
 	@if command -v uv >/dev/null 2>&1; then \
 		{ [ -x $(BIN)/python ] || uv venv --python $(PYTHON) $(VENV); } && \
 		uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
 	else \
 		{ [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(BIN)/python -m pip install --disable-pip-version-check \
 			--constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $(STAMP)

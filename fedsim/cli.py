@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fedsim.recording.recovery import Recovery
 
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+PREPARING = "preparing  {dataset}, the partition and the model"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -799,12 +802,15 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
     return {key: parse_text(key, text) for key, text in texts.items() if text is not None}
 
 
-def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
+def _prepared(
+    parsed: argparse.Namespace, tell: Callable[[str], None] = lambda _: None
+) -> tuple[RunPlan, WorkerPool, Path]:
     from fedsim.core.config import RunConfig, read_config_file
 
     flags = _flags_of(parsed)
     values = read_config_file(parsed.config, flags) if parsed.config else {}
     config = RunConfig.from_mapping({**values, **flags})
+    tell(PREPARING.format(dataset=config.dataset))
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -816,7 +822,8 @@ def _prepared(parsed: argparse.Namespace) -> tuple[RunPlan, WorkerPool, Path]:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    plan, pool, output = _prepared(parsed)
+    # Data may be downloaded, and loading takes seconds: whoever waits sees for what.
+    plan, pool, output = _prepared(parsed, _tell)
 
     from fedsim.flower.server_app import check_output
 
@@ -840,6 +847,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
     config = RunConfig.from_mapping(values)
+    _tell(PREPARING.format(dataset=config.dataset))
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
@@ -930,6 +938,7 @@ def _compare(parsed: argparse.Namespace) -> int:
     folder = RunConfig.from_mapping({"output": named} if named is not None else {}).output
     output = Path(folder) if folder else compare.default_output()
     compare.check_grid(output, cells)
+    _tell(f"preparing  {len(cells)} cells")
     sweep()
     works = compare.find_work(output, cells, fit_pool)
     more = [f"--tracker={name}" for name in parsed.tracker]

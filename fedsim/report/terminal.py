@@ -146,6 +146,10 @@ class TerminalObserver:
             self._task = self._progress.add_task(
                 "starting workers", total=self._clients_total, left=""
             )
+            return
+        # Nothing moves in a file or a pipe: what the next seconds are for is said beforehand.
+        then = "" if self._last else ", then evaluating the untrained model"
+        self._console.print(Text(f"starting   the workers{then}"))
 
     def warned(self, text: str) -> None:
         """Print it."""
