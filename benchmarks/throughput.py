@@ -91,7 +91,9 @@ def _sequential(seconds: float, ready: Barrier, results: Any) -> None:
     from torchvision import transforms
     from torchvision.transforms.functional import to_pil_image
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    from fedsim.core.allowance import usable_cpus
+
+    torch.set_num_threads(usable_cpus())
     transform = transforms.Compose(
         [
             transforms.RandomCrop(32, padding=4),
@@ -180,7 +182,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of fedsim in a turn, 2 or more")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    workers = os.cpu_count() or 1
+    from fedsim.core.allowance import usable_cpus
+
+    workers = usable_cpus()
     rates: dict[str, list[float]] = {
         "fedsim": [],
         "limit": [],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.core.allowance import usable_cpus
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.plan import RunPlan
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     config = plan.config
     observer = TerminalObserver()
     # Flower sizes the workers here; this bounds the messages under way, and so our memory.
-    workers = config.workers or min(config.num_participants(1), os.cpu_count() or 1)
+    workers = config.workers or min(config.num_participants(1), usable_cpus())
     try:
         execute(
             grid,

@@ -174,6 +174,18 @@ def test_torchs_global_generator_is_named_in_the_room_of_randomness_alone():
     assert users == ["fedsim.core.rng"]
 
 
+COUNTS_OF_THE_MACHINE = {
+    *("os.cpu_count", "multiprocessing.cpu_count", "psutil.cpu_count", "joblib.cpu_count"),
+    "psutil.virtual_memory",
+}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_one_module_alone_counts_cores_and_memory(module):
+    used = names_used(parse(MODULES[module])) & COUNTS_OF_THE_MACHINE
+    assert (used == set()) != (module == "fedsim.core.allowance")
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [

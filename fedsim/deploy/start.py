@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from fedsim.core.allowance import usable_cpus
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.deploy.federation import (
     CONNECTION,
@@ -159,7 +160,7 @@ def register(folder: Path, tell: Callable[[str], None]) -> None:
         said = re.sub("[\u2500-\u257f]", " ", done.stdout + done.stderr)
         return done.returncode, " ".join(said.split())
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         for number, (code, said) in enumerate(pool.map(one, range(federation.supernodes))):
             if code and _USED not in said:
                 raise RunFailedError(f"the key of partition {number} was not registered: {said}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from flwr.simulation import run_simulation
 from ray._private import worker as ray_worker
 
 from fedsim.core.allocator import keep_freed_memory
+from fedsim.core.allowance import usable_cpus, usable_memory
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
 from fedsim.core.models import resolve_device
@@ -56,6 +58,8 @@ from fedsim.recording.writer import mark_failed
 
 _POLL, _PATIENCE, _TEARDOWN = 0.5, 10.0, 60.0
 """Seconds between looks at Ray's processes, to notice a stop, and to end the engine."""
+_WORKER_BYTES, _AMPLE = 2**30, 2**62
+"""What a worker takes that trains a small model (0.7 GB and what it reads), and no bound at all."""
 _ENGINE = ("gcs_server", "raylet")
 """Names of the processes that Ray cannot do without."""
 
@@ -79,16 +83,20 @@ class WorkerPool:
     gpus: float
 
 
-def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> WorkerPool:
-    """Fit the workers to the machine.
+def size_pool(
+    config: RunConfig, *, cpus: int, machine_gpus: int, memory: int = _AMPLE
+) -> WorkerPool:
+    """Fit the workers to what this process may use of the machine.
 
     Parameters
     ----------
     config : RunConfig
         ``workers``, ``client-cpus`` and ``client-gpus``; what is unset is chosen: as many
-        workers as there are cores and participants, sharing the GPUs equally.
-    machine_cpus, machine_gpus : int
-        What this machine has.
+        workers as there are cores, participants and memory for, sharing the GPUs equally.
+    cpus, memory : int
+        CPU cores and bytes that this process may use.
+    machine_gpus : int
+        GPUs of this machine.
 
     Returns
     -------
@@ -105,9 +113,9 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
             config.partition,
             "a split of the dataset: data of their own is for clients on nodes of their own",
         )
-    if config.client_cpus > machine_cpus:
+    if config.client_cpus > cpus:
         raise ConfigError(
-            "client-cpus", config.client_cpus, f"1 to the {machine_cpus} CPU cores of this machine"
+            "client-cpus", config.client_cpus, f"1 to {cpus}, the CPU cores that may be used here"
         )
     if config.client_gpus == 0 and machine_gpus:
         raise ConfigError(
@@ -117,10 +125,13 @@ def size_pool(config: RunConfig, *, machine_cpus: int, machine_gpus: int) -> Wor
         has = f"at most {machine_gpus}, the GPUs here" if machine_gpus else "0: no GPU is here"
         raise ConfigError("client-gpus", config.client_gpus, has)
     # More only take turns: some are enough to keep every core busy while others write.
-    most = machine_cpus + 4
+    most = cpus + 4
     if config.workers is not None and config.workers > most:
-        raise ConfigError("workers", config.workers, f"1 to {most} on this machine")
-    fitting = min(machine_cpus // config.client_cpus, _most_participants(config), most)
+        cores = "1 CPU core" if cpus == 1 else f"{cpus} CPU cores"
+        raise ConfigError("workers", config.workers, f"1 to {most} with the {cores} for use here")
+    # The server needs memory as well.
+    room = memory // _WORKER_BYTES - 1
+    fitting = min(cpus // config.client_cpus, _most_participants(config), room)
     if config.client_gpus:
         slots = _gpu_slots(machine_gpus, config.client_gpus)
         if config.workers is not None and config.workers > slots:
@@ -188,7 +199,10 @@ def fit_pool(config: RunConfig) -> WorkerPool:
     """
     if config.cluster is None:
         return size_pool(
-            config, machine_cpus=os.cpu_count() or 1, machine_gpus=machine_gpus(config)
+            config,
+            cpus=usable_cpus(),
+            machine_gpus=machine_gpus(config),
+            memory=usable_memory(),
         )
     with joined(config.cluster):
         return size_cluster_pool(config, present_nodes())
@@ -455,11 +469,23 @@ def _backend(
             "address": "local",
             "num_cpus": pool.workers * pool.cpus,
             "num_gpus": ray_gpus,
+            **_memory_for_ray(),
             "_temp_dir": scratch,
             "log_to_driver": verbose,
             "logging_level": "INFO" if verbose else "ERROR",
         },
     }
+
+
+def _memory_for_ray() -> dict[str, int]:
+    """Divide what this process may use between Ray's object store and everything else."""
+    memory = usable_memory()
+    # Ray's own share. It reads the limit of the topmost group only, and refuses a store of more
+    # than 10 GB where shared memory has no room for it.
+    store = min(int(0.3 * memory), 200 * 10**9)
+    with contextlib.suppress(OSError):
+        store = min(store, max(int(0.95 * shutil.disk_usage("/dev/shm").free), 10**10))  # noqa: S108
+    return {"object_store_memory": store, "_memory": memory - store}
 
 
 def _resources_of(pool: WorkerPool) -> dict[str, float]:

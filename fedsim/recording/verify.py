@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fedsim.core.allowance import usable_cpus
 from fedsim.core.datasets import Dataset, load_dataset, official_sha256
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
@@ -76,7 +77,7 @@ def verify(
     data_root : str, optional
         Folder of the data, where it is not the one of the run.
     jobs : int, optional
-        Threads; as many as there are cores by default.
+        Threads; by default as many as there are cores that this process may use.
     progress : callable, optional
         Told bytes done and bytes in all, from several threads.
 
@@ -92,7 +93,7 @@ def verify(
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder; allowed is a run directory")
-    verifier = _Verifier(path, jobs or os.cpu_count() or 1, progress)
+    verifier = _Verifier(path, jobs or usable_cpus(), progress)
     # Each thread of ours works on one client: more threads inside would only compete.
     with _torch_threads(1):
         run = verifier.open()

@@ -261,7 +261,7 @@ def entries(folder: Path) -> list[str]:
 def planned(values: Values) -> tuple[RunPlan, Path]:
     """Do what `fedsim run` does before it writes."""
     config = RunConfig.from_mapping(values)
-    size_pool(config, machine_cpus=2, machine_gpus=machine_gpus(config))
+    size_pool(config, cpus=2, machine_gpus=machine_gpus(config))
     plan = RunPlan.prepare(config)
     output = Path(config.output or "default")
     check_output(output, plan)

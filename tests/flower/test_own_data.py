@@ -203,7 +203,7 @@ def test_data_that_changes_during_a_run_is_refused_by_the_node(nodes, tmp_path):
 
 def test_a_machine_has_no_nodes_of_its_own(nodes, capsys):
     with pytest.raises(ConfigError, match="partition = 'nodes' cannot be used; allowed is a split"):
-        size_pool(nodes.config, machine_cpus=2, machine_gpus=0)
+        size_pool(nodes.config, cpus=2, machine_gpus=0)
 
 
 def test_a_resumed_run_asks_for_the_same_data(nodes, tmp_path):

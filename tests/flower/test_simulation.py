@@ -18,7 +18,8 @@ import pytest
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.rng import draw_participants
-from fedsim.flower.simulation import WorkerPool, size_pool
+from fedsim.flower import simulation
+from fedsim.flower.simulation import WorkerPool, _backend, size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 
@@ -319,8 +320,21 @@ def config(**values):
     ],
 )
 def test_the_pool_fits_the_machine(values, cpus, gpus, expected):
-    pool = size_pool(config(**values), machine_cpus=cpus, machine_gpus=gpus)
+    pool = size_pool(config(**values), cpus=cpus, machine_gpus=gpus)
     assert pool == WorkerPool(workers=expected[0], cpus=expected[1], gpus=expected[2])
+
+
+@pytest.mark.parametrize(("gib", "workers"), [(0.5, 1), (2, 1), (3, 2), (8, 4)])
+def test_a_limit_of_memory_bounds_the_workers(gib, workers):
+    pool = size_pool(config(), cpus=64, machine_gpus=0, memory=int(gib * 2**30))
+    assert pool.workers == workers
+
+
+def test_ray_is_told_of_no_more_memory_than_may_be_used(monkeypatch):
+    monkeypatch.setattr(simulation, "usable_memory", lambda: 2 * 10**9)
+    told = _backend(WorkerPool(workers=1, cpus=1, gpus=0), "x", verbose=False, ray_gpus=0)
+    shares = [told["init_args"][name] for name in ("object_store_memory", "_memory")]
+    assert shares == [600_000_000, 1_400_000_000]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +350,7 @@ def test_the_pool_fits_the_machine(values, cpus, gpus, expected):
 )
 def test_what_the_machine_does_not_have_is_refused(values, cpus, gpus, said):
     with pytest.raises(ConfigError, match=said):
-        size_pool(config(**values), machine_cpus=cpus, machine_gpus=gpus)
+        size_pool(config(**values), cpus=cpus, machine_gpus=gpus)
 
 
 @pytest.mark.slow
