@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from fedsim.core.plan import RunPlan
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
+    from fedsim.recording.runs import FoundRun
 
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 PREPARING = "preparing  {dataset}, the partition and the model"
+
+
+_RUNS = Path("runs")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,6 +109,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_resume(commands, with_keys="resume" in arguments[:1])
     _add_compare(commands, with_keys="compare" in arguments[:1])
     _add_inspect(commands)
+    _add_runs(commands)
     _add_verify(commands)
     _add_collect(commands)
     _add_export(commands)
@@ -287,6 +292,38 @@ def _add_inspect(commands: Any) -> None:
     )
     command.set_defaults(command=_inspect)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+
+
+def _add_runs(commands: Any) -> None:
+    command = commands.add_parser(
+        "runs",
+        help="list runs with what they take, and remove them or their gradients",
+        description="List the runs in a folder and in the folders right below it, as a comparison "
+        "has them: state, rounds, strategy, when they were begun (UTC), bytes in all and of "
+        "gradients. Nothing is ever removed of a run that is being written, of a folder that is "
+        "no run, or of a run that holds files of yours; links are not followed, and copies "
+        "elsewhere (`mirror`, nodes) stay. Removing asks first, or takes --yes.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=_runs)
+    command.add_argument(
+        "folder", type=Path, nargs="?", default=_RUNS, metavar="FOLDER", help="default: %(default)s"
+    )
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--remove", type=Path, nargs="+", default=[], metavar="RUN", help="remove these runs"
+    )
+    either.add_argument(
+        "--keep-gradients-of",
+        type=int,
+        metavar="N",
+        help="remove the captured gradients of all runs in the folder but the N newest. Deltas, "
+        "states and rows stay: the runs can be read, verified and continued, and `fedsim verify` "
+        "says that gradients were removed. `fedsim collect` brings them back from a copy",
+    )
+    command.add_argument(
+        "--yes", action="store_true", help="do not ask before something is removed"
+    )
 
 
 def _add_verify(commands: Any) -> None:
@@ -992,6 +1029,63 @@ def _stop_on_interrupt(stop: threading.Event) -> None:
     # The terminal was closed, and not under nohup.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, interrupt)
+
+
+def _runs(parsed: argparse.Namespace) -> None:
+    keep = parsed.keep_gradients_of
+    if keep is not None and keep < 0:
+        raise InputError(f"--keep-gradients-of = {keep} cannot be used; allowed is 0 or more")
+
+    from fedsim.recording import runs
+    from fedsim.report.terminal import make_console, print_runs
+
+    if parsed.remove:
+        chosen = [runs.find_run(path) for path in {p.absolute(): p for p in parsed.remove}.values()]
+        # All of them, before one is removed.
+        for run in chosen:
+            runs.check_removable(run.path)
+        _remove(chosen, gradients=False, yes=parsed.yes)
+        return
+    # Where nothing was recorded yet there is no folder of that name.
+    none_yet = parsed.folder == _RUNS and not parsed.folder.exists()
+    found = [] if none_yet else runs.find_runs(parsed.folder)
+    if keep is None:
+        print_runs(make_console(), found)
+        return
+    chosen = []
+    for run in runs.outdated(found, keep):
+        try:
+            runs.check_removable(run.path)
+            chosen.append(run)
+        except InputError as error:
+            _say(f"{error}; its gradients stay")
+    _remove(chosen, gradients=True, yes=parsed.yes)
+
+
+def _remove(chosen: Sequence[FoundRun], *, gradients: bool, yes: bool) -> None:
+    from fedsim.core.units import format_bytes
+    from fedsim.recording.runs import remove_gradients, remove_run
+    from fedsim.report.terminal import make_console, print_runs, printable
+
+    console = make_console()
+    print_runs(console, chosen)
+    what = "the gradients of " if gradients else ""
+    count = "this run" if len(chosen) == 1 else f"these {len(chosen):,} runs"
+    if not chosen or not _agreed(f"remove {what}{count} for good?", yes):
+        console.print("nothing was removed")
+        return
+    for run in chosen:
+        size = remove_gradients(run.path) if gradients else remove_run(run.path)
+        line = f"removed: {what}{run.path}, {format_bytes(size)}"
+        console.print(printable(line), markup=False, soft_wrap=True)
+
+
+def _agreed(question: str, yes: bool) -> bool:
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise InputError("nobody is there to be asked before something is removed; --yes says so")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _inspect(parsed: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ from fedsim.recording.files import TEMPORARY, temporary, write_json
 from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import check_continuable
+from fedsim.recording.runs import COMPARISON
 from fedsim.report.comparison import (
     CellFigures,
     cell_rows,
@@ -42,7 +43,7 @@ from fedsim.report.comparison import (
 from strategies.registry import check_strategy
 
 FORMAT = 1
-_GRID, _LOCK, _CONFIGS, _LOGS = "compare.json", "lock", "configs", "logs"
+_GRID, _LOCK, _CONFIGS, _LOGS = COMPARISON, "lock", "configs", "logs"
 _POLL, _PATIENCE = 0.2, 60.0
 """Seconds between looks at a cell, and that one has to end after an interrupt."""
 

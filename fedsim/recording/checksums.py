@@ -12,17 +12,21 @@ from typing import Any
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import Checksum, json_line, text_lines
-from fedsim.recording.layout import RunLayout
+from fedsim.recording.layout import RunLayout, is_gradients
 from fedsim.recording.rows import ChecksumRow
 
 _SEAL = ',"line":"'
 
 
-def checksum_line(files: Mapping[str, Checksum], elsewhere: Collection[str] = ()) -> bytes:
+def checksum_line(
+    files: Mapping[str, Checksum], elsewhere: Collection[str] = (), removed: Collection[str] = ()
+) -> bytes:
     """Encode a line: the checksums of some files, and one of the line itself up to there."""
     row: dict[str, Any] = {"files": {name: c.to_json() for name, c in files.items()}}
     if elsewhere:
         row["elsewhere"] = sorted(elsewhere)
+    if removed:
+        row["removed"] = sorted(removed)
     body = json_line(row)[:-2]
     return body + f'{_SEAL}{Checksum.of(body).xxh3_128}"}}\n'.encode()
 
@@ -41,11 +45,20 @@ class ChecksumLine:
     elsewhere : frozenset of str
         Those of them that clients wrote to their own disks, where they stay until they are
         collected.
+    removed : frozenset of str
+        Those of them that were removed to make room.
     """
 
     number: int
     files: dict[str, Checksum]
     elsewhere: frozenset[str] = frozenset()
+    removed: frozenset[str] = frozenset()
+
+    @property
+    def may_lack(self) -> frozenset[str]:
+        """The files that the run directory may lack without being damaged."""
+        # Of a run nothing else is ever removed, whatever a line says.
+        return self.elsewhere | frozenset(filter(is_gradients, self.removed))
 
     @property
     def rows(self) -> Checksum | None:
@@ -67,17 +80,20 @@ def read_checksums(path: Path) -> Iterator[ChecksumLine]:
             if row is None:
                 raise InputError(f"{path}: line {number} is not what was written")
             files = {name: Checksum(file.bytes, file.xxh3_128) for name, file in row.files.items()}
-            yield ChecksumLine(number, files, frozenset(row.elsewhere))
+            yield ChecksumLine(number, files, frozenset(row.elsewhere), frozenset(row.removed))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def files_elsewhere(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
-    """Name the files of a run that are on the disks of clients, and not in the run directory."""
+def files_away(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
+    """Name the files that a run directory lacks and may lack.
+
+    They are on the disks of clients, or were removed.
+    """
     layout, names = RunLayout(root), set[str]()
     for line in lines:
         names -= line.files.keys()
-        names |= line.elsewhere & line.files.keys()
+        names |= line.may_lack & line.files.keys()
     away = set()
     for name in names:
         # A name from a forged list may lead anywhere: whoever opens it says so.
@@ -85,6 +101,11 @@ def files_elsewhere(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
             if not os.path.lexists(layout.inside(name)):
                 away.add(name)
     return away
+
+
+def files_removed(lines: Iterable[ChecksumLine]) -> frozenset[str]:
+    """Name the files that were removed to make room, whether or not they were brought back."""
+    return frozenset[str]().union(*(line.removed & line.may_lack for line in lines))
 
 
 def _row_of(line: bytes) -> ChecksumRow | None:

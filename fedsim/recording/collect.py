@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.units import format_bytes
-from fedsim.recording.checksums import files_elsewhere, read_checksums
+from fedsim.recording.checksums import files_away, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum, Digest, temporary
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Run
@@ -77,7 +77,7 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
     listed: dict[str, Checksum] = {}
     for line in lines:
         listed.update(line.files)
-    wanted = {name: listed[name] for name in sorted(files_elsewhere(run.path, lines))}
+    wanted = {name: listed[name] for name in sorted(files_away(run.path, lines))}
     if not wanted:
         return Collected()
     _remove_leftovers({run.layout.inside(name).parent for name in wanted})

@@ -132,6 +132,15 @@ def is_shard(name: str) -> bool:
     return bool(_SHARD.fullmatch(name))
 
 
+def is_gradients(name: str) -> bool:
+    """Say whether a path inside the run directory is one of captured gradients."""
+    return bool(_GRADIENTS.fullmatch(name))
+
+
+_GRADIENTS = re.compile(
+    r"rounds/[0-9]{4,}/clients/[0-9]{4,9}/"
+    r"(gradients-[0-9]{5,9}\.safetensors|gradients\.safetensors\.index\.json)"
+)
 _SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
 _CONTROL = re.compile(r"rounds/[0-9]{4,}/clients/([0-9]{4,9})/control\.safetensors")
 

@@ -23,7 +23,7 @@ from fedsim.core.inputs import parse_json
 from fedsim.recording.checksums import (
     ChecksumLine,
     checksum_line,
-    files_elsewhere,
+    files_away,
     read_checksums,
 )
 from fedsim.recording.files import Checksum, read_text, temporary
@@ -296,15 +296,15 @@ class _Push:
         return self._done
 
     def _at_hand(self, lines: Iterable[ChecksumLine]) -> dict[str, Checksum]:
-        """Give the files of some lines, without those that are on the disks of clients."""
+        """Give the files of some lines, without those that are not here."""
         lines = list(lines)
-        away = files_elsewhere(self._layout.root, lines)
+        away = files_away(self._layout.root, lines)
         return {name: checksum for name, checksum in _files_of(lines).items() if name not in away}
 
     def _collected_since(self) -> dict[str, Checksum]:
         """Give the files that came from clients after their round was copied."""
         lines = self._ours.closed[: self._common]
-        late = {name for line in lines for name in line.elsewhere}
+        late = {name for line in lines for name in line.may_lack}
         return {
             name: checksum
             for name, checksum in self._at_hand(lines).items()
@@ -405,7 +405,7 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
     there = {line.number for line in lists.closed}
     kept = [n for n in lists.lines if n.rows is None or n.number in there]
     files = _files_of(kept)
-    away = {name for line in kept for name in line.elsewhere}
+    away = {name for line in kept for name in line.may_lack}
     total, done = sum(checksum.size for checksum in files.values()), 0
     for name, checksum in files.items():
         if name not in away or remote.size(name) is not None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
 from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
 from fedsim.recording import rows
+from fedsim.recording.checksums import files_removed, read_checksums
 from fedsim.recording.files import DTYPES
 from fedsim.recording.layout import (
     FORMAT,
@@ -388,10 +389,10 @@ class Client:
     def shards(self) -> dict[str, Shard]:
         """The file of each captured gradient, by its key ``SSSSSS/<parameter>``."""
         if not self._run.has_captured(self.telemetry):
-            raise InputError(
-                f"gradients of client {self.partition} in round {self.round} are on the client's "
-                f"disk; `fedsim collect` brings them"
-            )
+            where = "are on the client's disk; `fedsim collect` brings them"
+            if self._run.has_removed(self.telemetry):
+                where = "were removed to make room; `fedsim collect` brings them from a copy"
+            raise InputError(f"gradients of client {self.partition} in round {self.round} {where}")
         # Whatever else is there, nobody listed.
         listed = sorted(name for name in self.telemetry["files"] if is_shard(name))
         shards = [Shard(self.folder / name, self._run.shapes) for name in listed]
@@ -632,9 +633,28 @@ class Run:
             The line of ``clients.jsonl``, of a client that trained.
         """
         if row.get("place") != "node":
-            return True
+            return not self.has_removed(row)
         folder = self.layout.client(row["round"], row["partition"])
         return all(os.path.lexists(folder / name) for name in row["files"] if name != STEPS)
+
+    def has_removed(self, row: Mapping[str, Any]) -> bool:
+        """Say whether gradients that a client captured were removed, and not brought back."""
+        folder = PurePosixPath(f"rounds/{row['round']:04d}/clients/{row['partition']:04d}")
+        names = {str(folder / name) for name in row["files"]} & self._removed
+        return any(not os.path.lexists(self.path / name) for name in names)
+
+    @property
+    def removed(self) -> list[str]:
+        """Files of gradients that were removed to make room, and not brought back."""
+        return [n for n in sorted(self._removed) if not os.path.lexists(self.path / n)]
+
+    @cached_property
+    def _removed(self) -> frozenset[str]:
+        try:
+            return files_removed(read_checksums(self.layout.checksums))
+        except InputError:
+            # Nothing says so: then a file that is not there is damage.
+            return frozenset()
 
     def state_file(self, path: Path) -> TensorFile:
         """Open a state or a delta.

@@ -127,6 +127,7 @@ class ChecksumRow(_Row):
 
     files: dict[str, FileChecksum]
     elsewhere: list[str] = []
+    removed: list[str] = []
 
 
 class _ClientRow(_Row):

@@ -20,7 +20,7 @@ from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.units import format_bytes
 from fedsim.recording import proofs
-from fedsim.recording.checksums import ChecksumLine, files_elsewhere, read_checksums
+from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
 from fedsim.recording.findings import (
@@ -171,6 +171,7 @@ class _Verifier:
         self._of_thread = threading.local()
         self._listed: dict[str, Checksum] = {}
         self._away: set[str] = set()
+        self._removed: set[str] = set()
         self._state_of: dict[str, bool] = {}
         self._done = 0
         self._to_do = 0
@@ -196,9 +197,10 @@ class _Verifier:
         lines = self._without_unfinished_round(lines, finished)
         for line in lines:
             self._listed.update(line.files)
-        self._away = files_elsewhere(self._path, lines)
+        self._away = files_away(self._path, lines)
+        self._removed = self._away & files_removed(lines)
         if self._away:
-            self.findings.leave(FILES, self._on_clients())
+            self.findings.leave(FILES, self._why_away())
         versions = [line.files["run.json"] for line in lines if "run.json" in line.files]
         whole = [self._check_root_file("run.json", versions, size_may_differ=False)]
         for name in ("rounds.jsonl", "clients.jsonl"):
@@ -208,12 +210,22 @@ class _Verifier:
             self._listed.pop(name, None)
         return run if all(whole) else None
 
-    def _on_clients(self) -> str:
-        size = format_bytes(sum(self._listed[name].size for name in self._away))
-        return (
-            f"{len(self._away):,} files ({size}) are on the disks of clients; `fedsim collect` "
-            "brings them"
+    def _why_away(self) -> str:
+        parts = (
+            (
+                self._away - self._removed,
+                "are on the disks of clients; `fedsim collect` brings them",
+            ),
+            (
+                self._removed,
+                "of gradients were removed to make room; `fedsim collect` brings them from a copy",
+            ),
         )
+        told = []
+        for names, where in parts:
+            size = format_bytes(sum(self._listed[name].size for name in names))
+            told += [f"{len(names):,} files ({size}) {where}"] if names else []
+        return "; ".join(told)
 
     def _without_unfinished_round(
         self, lines: list[ChecksumLine], finished: bool
@@ -351,7 +363,7 @@ class _Verifier:
         for name in names:
             if not self._is_whole(name):
                 if name in self._away:
-                    self.findings.leave(check, self._on_clients(), at=at)
+                    self.findings.leave(check, self._why_away(), at=at)
                 else:
                     self.findings.leave(check, f"{name} is damaged")
                 whole = False
@@ -474,7 +486,7 @@ class _Verifier:
             )
             if not self._away.isdisjoint(told):
                 for check in (GRADIENTS, REPLAY) if shards else ():
-                    self.findings.leave(check, self._on_clients(), at=client.place)
+                    self.findings.leave(check, self._why_away(), at=client.place)
             elif shards and _is_replayable(client) and not run.config.clients_clip:
                 others = [name for name in told if name not in shards]
                 if self._whole(GRADIENTS, others):
@@ -566,6 +578,8 @@ class _Verifier:
         candidates = [(c, step) for c in clients for step in self._recomputable_steps(run, c)]
         if not candidates:
             reason = "no step was captured with all layers and all steps before it"
+            if self._removed:
+                reason = self._why_away()
             self.findings.leave(RECOMPUTED, reason)
             return
         count = min(count, len(candidates))

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,6 +87,23 @@ def is_being_written(root: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+@contextlib.contextmanager
+def only_writer(root: Path) -> Iterator[None]:
+    """Keep every writer out of a run directory.
+
+    Raises
+    ------
+    InputError
+        When a living process writes to it.
+    """
+    writer = RunWriter(root, {})
+    writer._lock()
+    try:
+        yield
+    finally:
+        writer.close()
 
 
 class RunWriter:
@@ -213,7 +230,7 @@ class RunWriter:
             os.truncate(path, kept[-1].files[path.name].size if kept else 0)
         # The present run.json stays listed until the new one is there.
         present = Checksum.of_file(layout.manifest)
-        seals = [checksum_line(line.files, line.elsewhere) for line in kept]
+        seals = [checksum_line(line.files, line.elsewhere, line.removed) for line in kept]
         with temporary(layout.checksums) as unfinished:
             unfinished.write_bytes(b"".join([*seals, checksum_line({"run.json": present})]))
         writer._sealed = _size_of(layout.checksums)

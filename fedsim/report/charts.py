@@ -474,6 +474,8 @@ def _no_gradients(study: Study, needed: str) -> str:
     kept = study.run.config.capture
     if not study.trained_rounds:
         return _NO_DELTA
+    if study.run.removed:
+        return "Its captured gradients were removed to make room."
     return f"capture = {kept!r} keeps no {needed}."
 
 

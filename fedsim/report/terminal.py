@@ -36,6 +36,7 @@ from fedsim.core.units import format_bytes
 from fedsim.recording.files import read_lines
 from fedsim.recording.findings import Findings
 from fedsim.recording.reader import Run
+from fedsim.recording.runs import FoundRun
 from fedsim.recording.writer import is_being_written
 
 _SHADES = " ▁▂▃▄▅▆▇█"
@@ -348,7 +349,10 @@ def print_run(console: Console, run: Run) -> None:
     table.add_row("strategy", f"{config.strategy.name}, seed {config.seed}")
     captured = sum(row.get("bytes_captured", 0) for row in run.client_rows)
     steps = sum(row.get("num_steps_captured", 0) for row in run.client_rows)
-    table.add_row("captured", f"{config.capture}: {steps} steps, {format_bytes(captured)}")
+    kept = f"{config.capture}: {steps} steps, {format_bytes(captured)}"
+    if run.removed:
+        kept += f"; {len(run.removed):,} files of them were removed to make room"
+    table.add_row("captured", kept)
     versions = run.entry("versions")
     table.add_row("versions", ", ".join(f"{name} {number}" for name, number in versions.items()))
     console.print(table)
@@ -368,6 +372,28 @@ def print_run(console: Console, run: Run) -> None:
             row["state_sha256"][:16],
         )
     console.print(rounds)
+
+
+def print_runs(console: Console, runs: Sequence[FoundRun]) -> None:
+    """Print a line for each run, and what all of them take."""
+    table = Table(box=None, pad_edge=False)
+    headings = ("run", "state", "rounds", "strategy", "created (UTC)", "size", "gradients")
+    for name in headings:
+        right = name in ("rounds", "size", "gradients")
+        # Wherever a line is cut, it is not in a name that somebody copies.
+        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="fold")
+    for run in runs:
+        cells = (
+            *(str(run.path), run.state, f"{run.rounds}/{run.rounds_asked}", run.strategy),
+            *(run.created[:16].replace("T", " "), format_bytes(run.size)),
+            format_bytes(run.gradients) if run.gradients else "-",
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    if runs:
+        console.print(table)
+    size, gradients = sum(run.size for run in runs), sum(run.gradients for run in runs)
+    count = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
+    console.print(f"{count}, {format_bytes(size)}, of which {format_bytes(gradients)} gradients")
 
 
 def print_findings(console: Console, findings: Findings, seconds: float) -> None:

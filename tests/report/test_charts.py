@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedsim.recording.reader import load_run
+from fedsim.recording.runs import remove_gradients
 from fedsim.report import charts
 from fedsim.report.figures import Absent, Band, Bars, Figure, Line, Matrix, Points
 from fedsim.report.study import Study
@@ -216,6 +217,9 @@ def test_what_was_not_captured_is_told(make_run: Any) -> None:
     assert absent("noise", first) == "capture = 'first:1' keeps no two full batches of a client."
     last = make_run("last", capture="last:1", rounds=1)
     assert absent("conflict", last) == "capture = 'last:1' keeps no first step of a client."
+    removed = make_run("removed", capture="first:1", rounds=1)
+    remove_gradients(removed)
+    assert absent("conflict", removed) == "Its captured gradients were removed to make room."
     both = drawn("conflict", first, none)
     assert both.caption.endswith(" none: capture = 'none' keeps no first step of a client.")
     assert absent("conflict", last, none) == (
