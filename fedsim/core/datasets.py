@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import secrets
+import tempfile
 import urllib.error
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -357,42 +358,69 @@ def _load_cifar(
     ]
     given = data_root or os.environ.get("FEDSIM_DATA_ROOT")
     folder = _cifar_folder(Path(given) if given else cache_root(), kind)
-    home, files = folder.parent, _cifar_files(kind)
+    files, archive = _cifar_files(kind), folder.with_name(kind.filename)
+    told = f"dataset = {spec.name!r} was not found in {folder}"
     advice = (
         "put the official files there or name their folder with --data-root or FEDSIM_DATA_ROOT"
     )
     wrong = _wrong_files(folder, files)
     there = any(os.path.lexists(folder / name) for name in files)
-    if wrong and not there and os.path.lexists(home / kind.filename):
-        # torchvision unpacks an archive that was put there, and downloads over one that is damaged.
-        wrong = _wrong_files(home, {kind.filename: kind.tgz_md5}) or wrong
-        there = kind.filename in wrong
-    if wrong and there and (given or not download):
+    if wrong and not there and os.path.lexists(archive):
+        bad = _wrong_files(folder.parent, {archive.name: kind.tgz_md5})
+        wrong, there = bad or wrong, bool(bad)
+    if wrong and there:
+        told = f"dataset = {spec.name!r} cannot be read from {folder}: {wrong}"
         # Nothing in a folder of the user's is overwritten.
-        raise InputError(f"dataset = {spec.name!r} cannot be read from {folder}: {wrong}; {advice}")
+        if given or not download:
+            raise InputError(f"{told}; {advice}")
     if wrong and not download:
-        raise InputError(
-            f"dataset = {spec.name!r} was not found in {folder} and is not downloaded for a "
-            f"recorded run; {advice}"
-        )
+        raise InputError(f"{told} and is not downloaded for a recorded run; {advice}")
     try:
         if wrong:
-            home.mkdir(parents=True, exist_ok=True)
-            for name in files:
-                (folder / name).unlink(missing_ok=True)
-            kind(root=str(home), train=False, download=True)
+            _download_cifar(kind, folder, None if there or not archive.exists() else archive)
         # torchvision knows a folder by its official name; a user's may have another.
         named = type(kind.__name__, (kind,), {"base_folder": folder.name})
-        splits = [named(root=str(home), train=train) for train in (True, False)]
+        splits = [named(root=str(folder.parent), train=train) for train in (True, False)]
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        what = f"cannot be read from {folder}"
-        if wrong:
-            what = f"was not found in {folder} and could not be downloaded"
         raise InputError(
-            f"dataset = {spec.name!r} {what} ({_first_line(error)}); {advice}"
+            f"{told} and could not be downloaded ({_first_line(error)}); {advice}"
         ) from None
     train, test = ((s.data.transpose(0, 3, 1, 2), np.asarray(s.targets)) for s in splits)
     return _tensors(train, test)
+
+
+def _download_cifar(kind: Any, folder: Path, archive: Path | None) -> None:
+    """Put the official files into a folder, each whole or not at all.
+
+    Parameters
+    ----------
+    kind : type
+        torchvision's class of the dataset.
+    folder : Path
+        Where they belong.
+    archive : Path or None
+        The official archive, where somebody put it there.
+    """
+    from torchvision.datasets.utils import extract_archive
+
+    home = folder.parent
+    made = [path for path in (home, *home.parents) if not path.exists()]
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fedsim-", dir=home) as unfinished:
+            if archive is None:
+                kind(root=unfinished, train=False, download=True)
+            else:
+                extract_archive(str(archive), unfinished)
+            folder.mkdir(exist_ok=True)
+            for name in _cifar_files(kind):
+                Path(unfinished, kind.base_folder, name).replace(folder / name)
+    except BaseException:
+        # Of what could not be had nothing is left.
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _cifar_files(kind: Any) -> dict[str, str]:

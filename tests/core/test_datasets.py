@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import shutil
 import sys
+import tarfile
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -339,6 +341,86 @@ def test_what_is_wrong_with_cifar_is_named_and_left_as_it_is(
     assert refusal().startswith(f"{told}{first} and {meta} are missing; put")
     (folder / first).mkdir()
     assert f"{first} cannot be opened (Is a directory), {meta} is missing;" in refusal()
+
+
+@pytest.fixture
+def archived(small_cifar, monkeypatch, tmp_path):
+    """Give an archive of small files that is the official one to torchvision."""
+    folder = small_cifar("cifar100", tmp_path / "made" / "cifar-100-python")
+    path = tmp_path / "made" / "cifar-100-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5", digest)
+    return path
+
+
+def test_an_archive_that_somebody_put_there_is_unpacked(archived, own_cache, no_network, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    shutil.copy(archived, root)
+    load("cifar100", data_root=str(root))
+    assert sorted(path.name for path in root.iterdir()) == [
+        "cifar-100-python",
+        "cifar-100-python.tar.gz",
+    ]
+    assert {path.name for path in (root / "cifar-100-python").iterdir()} == {
+        "train",
+        "test",
+        "meta",
+    }
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 1])
+def test_a_download_is_there_whole_or_not_at_all(kept, archived, own_cache, monkeypatch, tmp_path):
+    content = archived.read_bytes()
+
+    class Response(io.BytesIO):
+        url = None
+        length = len(content)
+
+    part = content[: int(kept * len(content))]
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: Response(part))
+    root = tmp_path / "new" / "data"
+    if kept == 1:
+        # Beside what else lies there.
+        (root / "cifar-100-python").mkdir(parents=True)
+        (root / "cifar-100-python" / "notes.txt").write_text("mine")
+        load("cifar100", data_root=str(root))
+        assert [path.name for path in root.iterdir()] == ["cifar-100-python"]
+        assert (root / "cifar-100-python" / "notes.txt").read_text() == "mine"
+        return
+    with pytest.raises(InputError, match="could not be downloaded"):
+        load("cifar100", data_root=str(root))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_download_of_our_own_is_made_again_or_named(archived, own_cache, monkeypatch):
+    monkeypatch.delenv("FEDSIM_DATA_ROOT", raising=False)
+    folder = own_cache / "cifar-100-python"
+    shutil.copytree(archived.parent / "cifar-100-python", folder)
+    corrupt(folder / "train")
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(InputError) as caught:
+        load("cifar100")
+    size = (folder / "train").stat().st_size
+    assert str(caught.value).startswith(
+        f"dataset = 'cifar100' cannot be read from {folder}: train is damaged ({size:,} bytes, not "
+        "of the official MD5) and could not be downloaded (<urlopen error no route to host>); put"
+    )
+
+    class Response(io.BytesIO):
+        url = None
+        length = 1
+
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *args, **kwargs: Response(archived.read_bytes())
+    )
+    load("cifar100")
 
 
 def test_a_damaged_archive_is_named(own_cache, no_network, tmp_path):
