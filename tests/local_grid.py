@@ -48,7 +48,8 @@ class LocalGrid(Grid):
         node_config: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self._app = app
-        self.partitions = {(7919 * (i + 3)) % 100_003 + 1: i for i in range(clients)}
+        # As long as Flower's own: no other number of a record has 19 digits.
+        self.partitions = {2**62 + (7919 * (i + 3) % 100_003 << 40): i for i in range(clients)}
         self._newest_first = newest_first
         self._before = before
         self._recordings = recordings

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -109,8 +110,18 @@ def clear(folder: Path) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_PATIENCE)
+    deadline = time.monotonic() + _PATIENCE
+    while any(map(_is_running, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    # What was killed stays in the list of processes until its parent asks for its end, which
+    # the owner of a folder cannot do while it waits for this.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:

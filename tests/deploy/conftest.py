@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from fedsim.deploy.federation import Places, environment
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
@@ -33,22 +33,6 @@ def until(what: Callable[[], object], why: Callable[[], str] = lambda: "") -> No
     while not what():
         assert time.monotonic() < deadline, why()
         time.sleep(0.05)
-
-
-_candidates = iter(range(20_000 + os.getpid() % 1000 * 10, 60_000, 16))
-
-
-def free_ports(count: int) -> int:
-    """Find a port after which others are free too; the same ones are given once only."""
-    for first in _candidates:
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no ports are free")
 
 
 class Lab:

@@ -19,7 +19,8 @@ from fedsim.deploy.init import init
 from fedsim.recording.files import read_lines
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
-from tests.deploy.conftest import ROOT, free_ports, until
+from tests.deploy.conftest import ROOT, until
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
 

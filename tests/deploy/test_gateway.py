@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -24,7 +25,8 @@ from fedsim.deploy.certificates import make_node_key
 from fedsim.deploy.federation import Federation, Places
 from fedsim.deploy.gateway import ROUTES, door
 from fedsim.deploy.init import init, renew_node
-from tests.deploy.conftest import free_ports, until
+from tests.deploy.conftest import until
+from tests.ports import free_ports
 
 PULL = "/v1/fleet/pull-messages"
 STRANGERS = 40
@@ -200,9 +202,11 @@ def test_a_public_key_alone_proves_nothing(here, lines):
             client.post(PULL, content=b"x", headers=signed(ours, by=make_key())),
         ]
     assert {a.status_code for a in (late, early, *answers)} == {401}
-    assert [line.partition(": ")[2] for line in lines()] == [
-        "its clock is 400 s behind",
-        "its clock is 60 s ahead",
+    behind, ahead, *told = [line.partition(": ")[2] for line in lines()]
+    # Seconds pass between signing and being judged.
+    assert re.fullmatch(r"its clock is 4[0-3]\d s behind", behind)
+    assert re.fullmatch(r"its clock is (60|[3-5]\d) s ahead", ahead)
+    assert told == [
         "pull-messages needs a key",
         "it signed nothing",
         "what it signed is not of this key",
@@ -270,7 +274,8 @@ def everything(connection):
 
 
 def test_who_shows_no_key_in_time_is_sent_away(here, monkeypatch):
-    monkeypatch.setattr(door_module, "_GREETING", 0.3)
+    # What must be in time here takes milliseconds, on a busy machine more.
+    monkeypatch.setattr(door_module, "_GREETING", 2.0)
     plain = socket.create_connection(("127.0.0.1", here.port), 20)
     silent = here.trusted.wrap_socket(
         socket.create_connection(("127.0.0.1", here.port), 20), server_hostname="127.0.0.1"

@@ -21,6 +21,7 @@ from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
 from fedsim.deploy.init import init
 from tests.deploy.conftest import ROOT
+from tests.ports import free_ports
 
 ALL = "0.0.0.0"  # noqa: S104 - what is listened at
 
@@ -352,8 +353,8 @@ def test_an_insecure_superlink_listens_there_itself(made):
 
 @pytest.mark.parametrize("step", ["gateway", "start"])
 def test_what_cannot_be_listened_at_is_refused_in_a_sentence(made, capsys, step):
-    taken = socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
+    port = free_ports(4)
+    taken = socket.create_server(("127.0.0.1", port))
     folder, _ = made("--port", str(port), "--supernodes", "1")
     allowed = "allowed is an address of this host, with a port that is free\n"
     reason = "cannot be listened at: Address already in use"

@@ -9,7 +9,7 @@ from fedsim.core.errors import InputError
 from fedsim.deploy.federation import Federation, Places
 from fedsim.deploy.init import init
 from fedsim.deploy.start import start
-from tests.deploy.conftest import free_ports
+from tests.ports import free_ports
 
 
 @pytest.fixture

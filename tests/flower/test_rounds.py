@@ -328,6 +328,8 @@ def test_a_stop_ends_the_run_and_keeps_the_finished_rounds(tmp_path):
 def test_node_ids_are_nowhere_in_the_record(run_locally):
     run = run_locally(rounds=1)
     ids = [str(node).encode() for node in LocalGrid(app, 6).partitions]
+    # A float has at most 17 digits, so none can be found in one by chance.
+    assert {len(node) for node in ids} == {19}
     texts = [path.read_bytes() for path in run.path.rglob("*.json*")]
     assert not any(node in text for node in ids for text in texts)
 

@@ -95,6 +95,15 @@ def test_a_folder_that_another_run_removes_before_it_is_locked_is_not_used(folde
     assert list(folder.iterdir()) == []
 
 
+def test_a_process_whose_parent_has_not_asked_for_its_end_is_not_waited_for():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    assert scratch._is_running(psutil.Process())
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert psutil.pid_exists(child.pid)
+    assert not scratch._is_running(psutil.Process(child.pid))
+    child.wait()
+
+
 def test_what_is_alive_or_not_ours_is_left_alone(folder, tmp_path_factory):
     other = folder / "fedsim-other"
     other.mkdir()

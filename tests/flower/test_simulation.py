@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from fedsim.flower import simulation
 from fedsim.flower.simulation import WorkerPool, _backend, size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "cnn", "--clients", "4", "--clients-per-round", "3", "--rounds", "2"]
@@ -238,21 +238,16 @@ def test_an_engine_that_cannot_start_fails_and_ends(folder):
     assert run.manifest["error"].startswith(cause)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def flower(folder):
     """Run ``flwr`` with a SuperLink of our own."""
+    port = free_ports(2)
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(folder / "flwr"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(port + 1),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -185,7 +185,8 @@ def resume(root, plan):
 
 def test_what_is_not_what_was_written_is_not_copied(copied, tmp_path):
     path = min(copied.glob("rounds/0001/clients/*/gradients-*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RunFailedError, match=f"^{path} is not what was written$"):
         push(copied, RemoteFolder(str(tmp_path / "copy")))
     path.unlink()
@@ -232,8 +233,9 @@ def test_a_folder_that_exists_is_not_fetched_into(finished, tmp_path):
         fetch(str(finished), tmp_path)
 
 
-def test_another_run_is_never_overwritten(recorded, copied, tmp_path):
-    url = str(tmp_path / "copy")
+def test_another_run_is_never_overwritten(recorded, copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "copy"
     push(recorded.path, RemoteFolder(url))
     manifest = json.loads((copied / "run.json").read_bytes())
     manifest["created"] = "2020-01-01T00:00:00+00:00"

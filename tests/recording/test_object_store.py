@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from fedsim.recording.urls import RemoteFolder
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.ports import free_ports
 from tests.recording.test_collect import own_folder, record
 from tests.recording.test_mirror import files_of
 
@@ -40,9 +40,7 @@ def store(tmp_path_factory):
     if not (find_spec("obstore") or find_spec("s3fs")):
         pytest.skip("neither obstore nor s3fs is installed")
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
         [str(uv), "tool", "run", "--from", SERVER, "moto_server", "-p", str(port)],

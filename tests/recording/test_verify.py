@@ -747,7 +747,8 @@ def test_the_command_prints_a_table_and_ends_with_what_was_found(
     assert "bit for bit" in out
     assert err == ""
     path = copied / SHARD
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert command(["verify", str(copied)]) == 1
     out, err = capsys.readouterr()
     assert f"files: {SHARD} is not what was written" in out

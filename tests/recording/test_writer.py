@@ -3,8 +3,9 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -316,13 +317,23 @@ def test_a_run_that_somebody_writes_or_that_is_finished_is_not_marked(tmp_path: 
     assert contents(root) == before
 
 
-def test_whoever_looks_at_a_run_keeps_no_writer_out(tmp_path: Path) -> None:
+def test_whoever_looks_at_a_run_keeps_no_writer_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "run"
     make(root).close()
     with (root / "lock").open("rb") as looked_at:
         fcntl.flock(looked_at, fcntl.LOCK_SH)
-        threading.Timer(0.1, fcntl.flock, [looked_at, fcntl.LOCK_UN]).start()
+        pauses = []
+
+        def look_away(seconds: float) -> None:
+            pauses.append(seconds)
+            fcntl.flock(looked_at, fcntl.LOCK_UN)
+
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=look_away)
+        monkeypatch.setattr("fedsim.recording.writer.time", clock)
         writer = RunWriter.reopen(root, {}, PARTITION, Recovery(-1, 0, []), VERSIONS, {})
+    assert len(pauses) == 1
     assert is_being_written(root)
     writer.close()
 
