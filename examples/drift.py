@@ -5,10 +5,8 @@ from pathlib import Path
 
 import fedsim
 
-# Ray's workers import this file again: what makes the run stands under this line.
-if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "drift")
-    skewed = {"model": "cnn", "rounds": 3, "alpha": 0.1, "output": str(folder / "run")}
-    run = fedsim.simulate(skewed)
-    print(run.telemetry()[["round", "partition", "num_samples", "local_loss"]])
-    run.plot.drift().write_html(folder / "drift.html")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "drift")
+skewed = {"model": "cnn", "rounds": 3, "alpha": 0.1, "output": str(folder / "run")}
+run = fedsim.simulate(skewed)
+print(run.telemetry()[["round", "partition", "num_samples", "local_loss"]])
+run.plot.drift().write_html(folder / "drift.html")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core.config import RunConfig, flags_to_resume, read_config_file
 from fedsim.core.errors import InputError, RunInterruptedError
+from fedsim.core.rng import nothing_drawn
 from fedsim.recording.reader import Run as RecordedRun
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-    from rich.console import Console
 
     from fedsim.core.plan import RunPlan
+    from fedsim.flower.rounds import RunObserver
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
 
@@ -156,8 +156,10 @@ def simulate(
 ) -> Run:
     """Run a simulation on this machine and record it, as ``fedsim run`` does.
 
-    A script calls it under ``if __name__ == "__main__"``, a notebook anywhere. An interrupt ends
-    it after the finished rounds; a second one at once.
+    It runs in a process of its own, which ends when the caller's does: nothing of the caller's
+    process is changed, and a Ray that it has started goes on. Classes that the configuration
+    names are imported there, by the caller's `sys.path`. An interrupt ends the run after the
+    finished rounds; a second one at once.
 
     Parameters
     ----------
@@ -186,30 +188,20 @@ def simulate(
     RunInterruptedError
         After an interrupt. The finished rounds are kept.
     """
-    from rich.console import Console
+    with nothing_drawn():
+        # rich draws a number when it is imported.
+        from fedsim.apart import simulate_apart
+        from fedsim.report.terminal import TerminalObserver
 
-    from fedsim.core.plan import RunPlan
-    from fedsim.flower.server_app import check_output, default_output
-    from fedsim.flower.simulation import fit_pool
-
-    config = _as_config(config)
-    pool = fit_pool(config)
-    output = Path(config.output) if config.output else default_output()
-    plan = RunPlan.prepare(config)
-    check_output(output, plan)
-    stop = threading.Event()
-    with _stopping(stop):
-        run_plan(
-            plan,
-            output,
-            pool,
-            stop=stop,
-            console=None if progress else Console(quiet=True),
-            tracker=tracker,
-            warn=_warn,
-            verbose=verbose,
+    checked = _as_config(config)
+    with contextlib.ExitStack() as stack:
+        terminal = None
+        if progress:
+            terminal = stack.enter_context(contextlib.closing(TerminalObserver(redirect=False)))
+        path = simulate_apart(
+            checked, tracker=tracker, warn=_warn, terminal=terminal, verbose=verbose
         )
-    return Run(output)
+    return Run(path)
 
 
 def run_plan(
@@ -218,20 +210,20 @@ def run_plan(
     pool: WorkerPool,
     *,
     stop: threading.Event,
-    console: Console | None = None,
+    observer: RunObserver,
     tracker: Sequence[str] = (),
     warn: Callable[[str], None],
     verbose: bool = False,
     recovery: Recovery | None = None,
 ) -> None:
-    """Run a plan and tell the terminal and trackers of it.
+    """Run a plan and tell trackers of it.
 
     Parameters
     ----------
     plan, output, pool, stop, verbose, recovery
         As of `fedsim.flower.simulation.simulate`.
-    console : Console, optional
-        Where lines go; by default to the terminal.
+    observer : RunObserver
+        Who shows the run.
     tracker : sequence of str
         Names of trackers.
     warn : callable
@@ -247,20 +239,18 @@ def run_plan(
         After an interrupt, with the command that goes on.
     """
     from fedsim.flower.simulation import simulate
-    from fedsim.report.terminal import TerminalObserver
     from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
 
     trackers = [TrackingObserver(name, make_tracker(name), warn) for name in tracker]
     with contextlib.ExitStack() as stack:
         for tracking in trackers:
             stack.callback(tracking.close)
-        terminal = stack.enter_context(contextlib.closing(TerminalObserver(console)))
         try:
             simulate(
                 plan,
                 output,
                 pool,
-                observer=Observers([terminal, *trackers]),
+                observer=Observers([observer, *trackers]),
                 stop=stop,
                 verbose=verbose,
                 recovery=recovery,
@@ -282,23 +272,3 @@ def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
     if isinstance(config, Mapping):
         return RunConfig.from_mapping(config)
     return RunConfig.from_mapping(read_config_file(Path(config)))
-
-
-@contextlib.contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Let the first interrupt end the run, and a second one the wait for that."""
-    if threading.current_thread() is not threading.main_thread():
-        # Signals come to the main thread alone.
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

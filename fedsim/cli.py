@@ -907,19 +907,22 @@ def _simulate(
     recovery: Recovery | None = None,
 ) -> None:
     from fedsim.api import run_plan
+    from fedsim.report.terminal import TerminalObserver
 
     stop = threading.Event()
     _stop_on_interrupt(stop)
-    run_plan(
-        plan,
-        output,
-        pool,
-        stop=stop,
-        tracker=parsed.tracker,
-        warn=_say,
-        verbose=parsed.verbose,
-        recovery=recovery,
-    )
+    with contextlib.closing(TerminalObserver()) as terminal:
+        run_plan(
+            plan,
+            output,
+            pool,
+            stop=stop,
+            observer=terminal,
+            tracker=parsed.tracker,
+            warn=_say,
+            verbose=parsed.verbose,
+            recovery=recovery,
+        )
 
 
 def _plan(parsed: argparse.Namespace) -> None:

@@ -14,13 +14,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedsim.cell import start_cell
 from fedsim.core.config import RunConfig, flag_text
 from fedsim.core.errors import ConfigError, InputError, RunInterruptedError
 from fedsim.core.grid import Cell
@@ -417,19 +417,10 @@ class ProcessLauncher:
         """Run or resume a cell; an interrupt reaches it as a Ctrl-C would."""
         log = self.output / _LOGS / f"{work.cell.name}.log"
         log.parent.mkdir(exist_ok=True)
-        # PYTHONPATH: this package may have been found by the folder that we were started from.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with log.open("ab") as file:
             before = file.tell()
-            process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "fedsim.cell", *self._arguments(work), *self.flags],
-                # It ends when the other end of this pipe does: nothing outlives us.
-                stdin=subprocess.PIPE,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                # A Ctrl-C at the terminal reaches us alone, and the cell by us, once.
-                start_new_session=True,
+            process = start_cell(
+                [*self._arguments(work), *self.flags], stdout=file, stderr=subprocess.STDOUT
             )
         try:
             return self._await(process, work, stop, watch, log, before)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -115,30 +114,6 @@ def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path: Path
     with pytest.raises(InputError, match=r"^tracker = 'board' cannot be used; allowed is one of"):
         fedsim.simulate(asked, tracker=["board"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_first_interrupt_stops_and_the_second_raises() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    stop = threading.Event()
-    with api._stopping(stop):
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_another_thread_leaves_signals_alone() -> None:
-    seen = []
-
-    def other() -> None:
-        with api._stopping(threading.Event()):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert seen == [signal.getsignal(signal.SIGINT)]
 
 
 def test_the_example_goes_from_a_run_to_a_figure_in_fifteen_lines() -> None:

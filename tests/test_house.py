@@ -19,7 +19,7 @@ ROOMS = [
     ["fedsim.report"],
     ["fedsim.deploy"],
     [
-        *("fedsim.api", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
+        *("fedsim.api", "fedsim.apart", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
         *("fedsim.app", "fedsim.__main__", "run_simulation"),
     ],
 ]

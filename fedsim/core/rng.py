@@ -85,6 +85,16 @@ def global_seed(seed: int, purpose: Purpose, round_number: int) -> Iterator[None
         random.setstate(pythons)
 
 
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Put Python's global generator back after a block, which others' imports may draw from."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
 def draw_participants(seed: int, round_number: int, clients: int, per_round: int) -> list[int]:
     """Draw the partitions that take part in a round, without replacement.
 

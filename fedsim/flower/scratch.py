@@ -23,6 +23,8 @@ from typing import IO, BinaryIO, Self
 
 import psutil
 
+from fedsim.core.processes import start_module
+
 _PREFIX = "fedsim-"
 _OWNER = "owner"
 VARIABLE = "FEDSIM_SCRATCH"
@@ -46,15 +48,13 @@ class Scratch:
         """Remove what dead runs left, make the folder and start its janitor."""
         sweep()
         self.path, self._owner = _own_folder()
-        environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
-        self._janitor = subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-m", __name__, str(self.path)],
+        self._janitor = start_module(
+            __name__,
+            [str(self.path)],
+            environment={k: v for k, v in os.environ.items() if k != VARIABLE},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            # Out of reach of a Ctrl-C, and of the end of the terminal.
-            start_new_session=True,
         )
         os.environ[VARIABLE] = str(self.path)
         return self

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.config import RunConfig
 from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
@@ -106,10 +108,14 @@ class TerminalObserver:
     ----------
     console : rich.console.Console, optional
         Where to write; standard output by default.
+    redirect : bool
+        While the bar is shown, print above it what others write to standard output and errors.
+        It takes the place of `sys.stdout`, which is not ours in the process of a caller.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, redirect: bool = True) -> None:
         self._console = console or make_console(lasting=True)
+        self._redirect = redirect
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0
@@ -125,13 +131,27 @@ class TerminalObserver:
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Print what will be run and start the progress bar."""
-        print_summary(self._console, plan, workers, path)
+        self.begin(summary_of(plan, workers, path), plan.config, path)
+
+    def begin(self, summary: Summary, config: RunConfig, path: Path) -> None:
+        """Do the same for a plan that another process has.
+
+        Parameters
+        ----------
+        summary : Summary
+            Of the plan.
+        config : RunConfig
+            Its configuration.
+        path : Path
+            The run directory.
+        """
+        summary.print(self._console)
         rows = path / "rounds.jsonl"
         for row in read_lines(rows) if rows.exists() else ():
             # Of the run that is gone on with.
             self._know(row)
-        self._rounds = plan.config.rounds
-        self._clients_of = plan.config.num_participants
+        self._rounds = config.rounds
+        self._clients_of = config.num_participants
         self._clients_total = sum(self._clients_of(r) for r in range(1, self._rounds + 1))
         if self._console.is_terminal:
             self._progress = Progress(
@@ -142,6 +162,8 @@ class TerminalObserver:
                 TextColumn("{task.fields[left]}"),
                 console=self._console,
                 transient=True,
+                redirect_stdout=self._redirect,
+                redirect_stderr=self._redirect,
             )
             self._progress.start()
             self._task = self._progress.add_task(
@@ -151,6 +173,13 @@ class TerminalObserver:
         # Nothing moves in a file or a pipe: what the next seconds are for is said beforehand.
         then = "" if self._last else ", then evaluating the untrained model"
         self._console.print(Text(f"starting   the workers{then}"))
+
+    def pass_on(self, text: str) -> bool:
+        """Print what others say above the bar; False where there is no bar to keep clear of."""
+        if self._progress is None:
+            return False
+        self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
+        return True
 
     def warned(self, text: str) -> None:
         """Print it."""
@@ -236,36 +265,68 @@ class TerminalObserver:
             self._progress.update(self._task, description=description, completed=done, left=left)
 
 
-def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> None:
-    """Print the data, the partition, the model, the bytes to come and the workers."""
+@dataclass(frozen=True)
+class Summary:
+    """What is said of a plan before it is run, without the plan.
+
+    Parameters
+    ----------
+    facts : mapping of str to str
+        The data, the partition, the model, the bytes to come and the workers.
+    sizes : sequence of int
+        Samples of each client.
+    counts : sequence of sequence of int
+        Those of each client by class, or by groups of classes; empty where it is not known.
+    classes : int
+        How many there are.
+    """
+
+    facts: Mapping[str, str]
+    sizes: Sequence[int]
+    counts: Sequence[Sequence[int]]
+    classes: int
+
+    def print(self, console: Console) -> None:
+        """Print it."""
+        table = _Facts()
+        for name, text in self.facts.items():
+            table.add_row(name, text)
+        console.print(table)
+        if self.counts:
+            console.print(_table_of(self.sizes, self.counts, self.classes))
+
+
+def summary_of(plan: RunPlan, workers: int, path: Path) -> Summary:
+    """Sum up a plan, for a number of workers and a run directory."""
     config, spec = plan.config, plan.dataset.spec
     parameters = sum(math.prod(shape) for shape in plan.parameters.values())
     if config.participants is None:
         drawn = f"{config.clients_per_round} of {config.clients} clients"
     else:
         drawn = f"listed clients of {config.clients}"
-    table = _Facts()
-    table.add_row(
-        "data",
-        f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {spec.classes} classes",
-    )
-    table.add_row(
-        "partition", f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client"
-    )
-    table.add_row("model", f"{config.model}, {config.norm} norm, {parameters:,} parameters")
-    table.add_row(
-        "rounds", f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy.name}"
-    )
-    table.add_row("capture", _capture_line(plan))
+    facts = {
+        "data": f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, "
+        f"{spec.classes} classes",
+        "partition": f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client",
+        "model": f"{config.model}, {config.norm} norm, {parameters:,} parameters",
+        "rounds": f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy.name}",
+        "capture": _capture_line(plan),
+    }
     if config.rounds > 1:
         largest = max(plan.round_bytes(r) for r in range(1, config.rounds + 1))
-        table.add_row("a round", f"writes {format_bytes(largest)} at most")
-    table.add_row("to write", f"{format_bytes(plan.run_bytes)} into {path}")
-    table.add_row("workers", f"{workers} with {config.client_cpus} CPU each")
-    console.print(table)
+        facts["a round"] = f"writes {format_bytes(largest)} at most"
+    facts["to write"] = f"{format_bytes(plan.run_bytes)} into {path}"
+    facts["workers"] = f"{workers} with {config.client_cpus} CPU each"
+    counts: list[list[int]] = []
     if not config.own_data:
         labels = plan.dataset.train_labels.numpy()
-        console.print(partition_table(plan.partition, labels, spec.classes))
+        counts = _grouped(plan.partition, labels, spec.classes).tolist()
+    return Summary(facts, plan.sizes, counts, spec.classes)
+
+
+def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> None:
+    """Print the data, the partition, the model, the bytes to come and the workers."""
+    summary_of(plan, workers, path).print(console)
 
 
 def _capture_line(plan: RunPlan) -> str:
@@ -289,21 +350,32 @@ def partition_table(
 
     Many classes share a column, and of many clients the first are shown.
     """
+    counts = _grouped(partition, labels, classes).tolist()
+    return _table_of([len(indices) for indices in partition], counts, classes)
+
+
+def _grouped(
+    partition: Sequence[NDArray[np.int64]], labels: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
     counts = class_counts(partition, labels, classes)
     columns = np.array_split(np.arange(classes), min(classes, _MOST_COLUMNS))
-    grouped = np.stack([counts[:, members].sum(axis=1) for members in columns], axis=1)
-    most = max(1, int(grouped.max()))
+    grouped: NDArray[np.int64] = np.stack([counts[:, c].sum(axis=1) for c in columns], axis=1)
+    return grouped
+
+
+def _table_of(sizes: Sequence[int], counts: Sequence[Sequence[int]], classes: int) -> Table:
+    most = max(1, max(map(max, counts)))
     width = len(str(classes - 1)) if classes <= _MOST_COLUMNS else 1
     names = " ".join(str(c).rjust(width) for c in range(classes)) + "  classes"
     table = Table(box=None, pad_edge=False)
     table.add_column("client", justify="right")
     table.add_column("samples", justify="right")
     table.add_column(names if classes <= _MOST_COLUMNS else f"classes 0 to {classes - 1}")
-    for client, row in enumerate(grouped[:_MOST_ROWS]):
-        shades = [_SHADES[-(-int(n) * (len(_SHADES) - 1) // most)].rjust(width) for n in row]
-        table.add_row(str(client), str(len(partition[client])), " ".join(shades))
-    if len(partition) > _MOST_ROWS:
-        table.add_row("...", "", f"and {len(partition) - _MOST_ROWS} more clients")
+    for client, row in enumerate(counts[:_MOST_ROWS]):
+        shades = [_SHADES[-(-n * (len(_SHADES) - 1) // most)].rjust(width) for n in row]
+        table.add_row(str(client), str(sizes[client]), " ".join(shades))
+    if len(sizes) > _MOST_ROWS:
+        table.add_row("...", "", f"and {len(sizes) - _MOST_ROWS} more clients")
     return table
 
 
