@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,53 @@ def delta_of(local: State, reference: State) -> dict[str, Array]:
     check_like(local, reference)
     # asarray: numpy turns the result of arithmetic on 0-d arrays into scalars.
     return {n: np.asarray(np.subtract(local[n], array)) for n, array in reference.items()}
+
+
+# What is not finite has no range: whoever asks looks for it first.
+@np.errstate(all="ignore")
+def local_range(delta: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Find the local arrays that have a delta, which is their difference after rounding.
+
+    Subtraction is monotone, so they are the float32 numbers from one to another in each entry.
+    Mostly it is one: a delta tells less than the array only where it is the larger of the two.
+
+    Parameters
+    ----------
+    delta, reference : ndarray of float32
+        Finite; the global array and what `delta_of` gave.
+
+    Returns
+    -------
+    tuple of (ndarray of float32, ndarray of float32)
+        The least and the greatest. Where there is none, the least is the greater one.
+    """
+    near = np.asarray(np.add(reference, delta))
+    low, high = near.copy(), near.copy()
+    alone = (near - reference == delta) & ~(
+        (_next(near, -1) - reference == delta) | (_next(near, 1) - reference == delta)
+    )
+    if not alone.all():
+        left = ~alone
+        low[left], high[left] = _ends(delta[left], reference[left])
+    return low, high
+
+
+def _ends(delta: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    ends = []
+    for sign in (-1, 1):
+        # Half-way to the next delta, in float64 and a little beyond, then back by whole steps.
+        half = (_next(delta, sign).astype(np.float64) + delta.astype(np.float64)) / 2
+        far = np.nextafter(reference.astype(np.float64) + half, sign * np.inf)
+        end = far.astype(np.float32)
+        for _ in range(3):
+            beyond = (end - reference - delta) * sign > 0
+            end = np.where(beyond, _next(end, -sign), end)
+        ends.append(np.where(end - reference == delta, end, np.float32(-sign * np.inf)))
+    return ends[0], ends[1]
+
+
+def _next(array: NDArray[Any], sign: int) -> NDArray[Any]:
+    return np.asarray(np.nextafter(array, np.float32(sign * np.inf)))
 
 
 class _Sums:

@@ -12,7 +12,7 @@ from fedsim.core.errors import InputError
 FILES, PARTITION, PARTICIPANTS = "files", "partition", "participants"
 INITIAL, STEPS, GRADIENTS = "initial state", "steps", "gradients"
 REPLAY, AGGREGATE, STATE, RECOMPUTED = "replay", "aggregate", "state", "recomputed"
-ROWS = "rows"
+KEPT, ROWS = "kept", "rows"
 
 # What is left open until something else settles it: by which words both know it.
 BUFFERS = "buffers: their deltas follow from no gradient"
@@ -36,6 +36,7 @@ _CHECKS = {
     REPLAY: ("steps", "the local optimiser over the gradients lands on the recorded delta"),
     AGGREGATE: ("rounds", "equal to the weighted mean of the deltas, bit for bit"),
     STATE: ("rounds", "equal to the state before plus the update, bit for bit, and its hash"),
+    KEPT: ("rounds", "what the strategy keeps follows from what it kept, and the deltas"),
     RECOMPUTED: ("steps", "gradients computed once more from data, draws and parameters"),
     ROWS: ("rows", "numbers equal to those that the files and the configuration lead to"),
 }

@@ -19,7 +19,7 @@ from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.units import format_bytes
-from fedsim.recording import proofs
+from fedsim.recording import proofs, server_proofs
 from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
@@ -28,6 +28,7 @@ from fedsim.recording.findings import (
     FILES,
     GRADIENTS,
     INITIAL,
+    KEPT,
     LOSSES,
     PARTICIPANTS,
     PARTITION,
@@ -444,13 +445,29 @@ class _Verifier:
         needed = [state, self._name(layout.state(number - 1)), aggregate]
         if kept_by(run.config.strategy):
             needed.append(self._name(layout.strategy(number)))
-        elif run.config.strategy.name == "fednova":
+        elif run.config.strategy.name in ("fednova", "fedavg", "fedprox", "fedavgm"):
             needed += deltas
         elif run.config.strategy.name == "scaffold":
             needed += [*deltas, *self._controls(run, number)]
         if self._whole(STATE, needed, at):
             with findings.guarded(STATE, state):
                 proofs.prove_state(run, number, findings)
+        self._check_kept(run, number, deltas)
+
+    def _check_kept(self, run: Run, number: int, deltas: Sequence[str]) -> None:
+        kept = self._name(run.layout.strategy(number))
+        keys = server_proofs.kept_keys(run)
+        if keys == [] or (keys is None and kept not in self._listed):
+            if kept in self._listed:
+                strategy = run.config.strategy.name
+                self.findings.violate(KEPT, f"{kept} is there, and {strategy} keeps nothing")
+            return
+        needed = [kept, self._name(run.layout.state(number - 1)), *deltas]
+        if number > 1:
+            needed.append(self._name(run.layout.strategy(number - 1)))
+        if self._whole(KEPT, needed, (number, None)):
+            with self.findings.guarded(KEPT, kept):
+                server_proofs.prove_kept(run, number, self.findings)
 
     def _controls(self, run: Run, number: int) -> list[str]:
         """List the files of control variates that a round began and ended with."""
