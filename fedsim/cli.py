@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
-PREPARING = "preparing  {dataset}, the partition and the model"
+_LOADING = "loading    torch, Flower and Ray"
+_PREPARING = "preparing  {dataset}, the partition and the model"
 
 
 _RUNS = Path("runs")
@@ -103,6 +104,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="fedsim", description="Federated averaging that you can replay.")
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    asks = {"-h", "--help"} & {*arguments}
+    if list(arguments[:1]) in (["run"], ["resume"], ["compare"]) and not asks:
+        # It takes seconds, on a busy machine many: whoever waits sees for what.
+        _tell_loading()
     # The keys come with torch: only who asks for a run waits for it.
     _add_run(commands, with_keys="run" in arguments[:1])
     _add_plan(commands, with_keys="plan" in arguments[:1])
@@ -121,6 +126,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         _refuse(unknown[0], arguments, parsed.command)
     return parsed
+
+
+def _tell_loading() -> None:
+    if "torch" not in sys.modules:
+        _tell(_LOADING)
 
 
 def _refuse(unknown: str, arguments: Sequence[str], command: Any) -> NoReturn:
@@ -847,7 +857,6 @@ def _prepared(
     flags = _flags_of(parsed)
     values = read_config_file(parsed.config, flags) if parsed.config else {}
     config = RunConfig.from_mapping({**values, **flags})
-    tell(PREPARING.format(dataset=config.dataset))
 
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
@@ -855,6 +864,7 @@ def _prepared(
 
     pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
+    tell(_PREPARING.format(dataset=config.dataset))
     return RunPlan.prepare(config), pool, output
 
 
@@ -884,7 +894,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
     config = RunConfig.from_mapping(values)
-    _tell(PREPARING.format(dataset=config.dataset))
+    _tell(_PREPARING.format(dataset=config.dataset))
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)
@@ -909,6 +919,8 @@ def _simulate(
     from fedsim.api import run_plan
     from fedsim.report.terminal import TerminalObserver
 
+    where = f"Ray and {pool.workers} workers" if plan.config.cluster is None else "the workers"
+    _tell(f"starting   {where}")
     stop = threading.Event()
     _stop_on_interrupt(stop)
     with contextlib.closing(TerminalObserver()) as terminal:

@@ -204,20 +204,21 @@ def test_the_command_line_starts_quickly_without_torch():
     assert finished.stdout.splitlines() == ["fedsim 0.1.0", "False"]
 
 
-def test_the_first_line_of_a_run_does_not_wait_for_the_engine(tmp_path):
-    """Whoever reads a pipe sees it before torchvision, Flower and Ray are loaded."""
+@pytest.mark.parametrize("command", [["run"], ["resume", "runs/one"], ["compare"]])
+def test_the_first_line_waits_for_nothing(command, tmp_path):
+    """Whoever reads a pipe sees it before anything that takes seconds is loaded."""
     script = (
-        "import sys, os, fedsim.cli as c\n"
+        "import os, sys, fedsim.cli as cli\n"
         "class Pipe:\n"
         "    text = ''\n"
         "    def write(self, text): self.text += text\n"
         "    def flush(self):\n"
-        "        if self.text.endswith('\\n'):\n"
-        "            loaded = {'ray', 'flwr', 'torchvision'} & set(sys.modules)\n"
-        "            sys.stderr.write(f'{self.text!r} {loaded}')\n"
-        "            os._exit(0)\n"
+        "        loaded = {'ray', 'flwr', 'torch', 'numpy', 'pydantic'} & {*sys.modules}\n"
+        "        sys.stderr.write(f'{self.text!r} {loaded}')\n"
+        "        sys.stderr.flush()\n"
+        "        os._exit(0)\n"
         "sys.stdout = Pipe()\n"
-        "c.run(['run', '--output', 'never'])\n"
+        f"cli.run({command})\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", script],
@@ -226,7 +227,7 @@ def test_the_first_line_of_a_run_does_not_wait_for_the_engine(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert finished.stderr == "'preparing  digits, the partition and the model\\n' set()"
+    assert finished.stderr == "'loading    torch, Flower and Ray\\n' set()"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -172,7 +172,7 @@ class TerminalObserver:
             return
         # Nothing moves in a file or a pipe: what the next seconds are for is said beforehand.
         then = "" if self._last else ", then evaluating the untrained model"
-        self._console.print(Text(f"starting   the workers{then}"))
+        self._console.print(Text(f"waiting    for the workers{then}"))
 
     def pass_on(self, text: str) -> bool:
         """Print what others say above the bar; False where there is no bar to keep clear of."""

@@ -430,7 +430,7 @@ def test_a_run_that_was_gone_on_with_tells_of_all_its_rounds(more: int, tmp_path
         observer.round_finished(row_of(number, global_accuracy=0.625))
     observer.run_finished(tmp_path)
     lines = lines_of(console)
-    assert "starting   the workers" in lines
+    assert "waiting    for the workers" in lines
     last = next(i for i, line in enumerate(lines) if line.endswith(" at the end"))
     assert lines[last : last + 2] == [
         f"accuracy  {0.625 if more else 0.5:.4f} at the end",
@@ -446,7 +446,7 @@ def test_a_file_gets_plain_lines_and_the_closing_table() -> None:
     assert "\x1b" not in text
     lines = lines_of(console)
     # Round 0 comes once the engine is there, which takes seconds.
-    started = lines.index("starting   the workers, then evaluating the untrained model")
+    started = lines.index("waiting    for the workers, then evaluating the untrained model")
     assert lines[started + 1] == "round 0/2  loss 2.0000  accuracy 0.1000  1.5 s"
     rounds = lines[lines.index("round 0/2  loss 2.0000  accuracy 0.1000  1.5 s") :]
     assert rounds[:3] == [
