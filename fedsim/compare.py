@@ -391,7 +391,7 @@ def write_tables(
     groups = group_rows(cells, figures, target=target)
     for name, rows in (("cells.csv", of_cells), ("table.csv", groups)):
         with temporary(output / name) as unfinished:
-            unfinished.write_text(to_csv(rows))
+            unfinished.write_text(to_csv(rows), encoding="utf-8")
     write_json(
         output / "table.json",
         {"format": FORMAT, "target": target, "table": groups, "cells": of_cells},

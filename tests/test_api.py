@@ -171,7 +171,8 @@ async def notebook():
 
 if __name__ == "__main__":
     import fedsim.core.errors
-    asyncio.run(notebook())
+    # Not asyncio.run: its own handler keeps the first interrupt from what runs.
+    asyncio.new_event_loop().run_until_complete(notebook())
     print("went on")
 """
     script = tmp_path / "script.py"

@@ -155,7 +155,7 @@ class Mark:
         folder = next(p for p in output.absolute().parents if p.exists())
         mark = cls(str(folder / f".fedsim-{secrets.token_hex(8)}"), secrets.token_hex(), _user())
         try:
-            Path(mark.path).write_text(mark.content)
+            Path(mark.path).write_text(mark.content, encoding="ascii")
         except OSError as error:
             raise ConfigError(
                 "output", str(output), f"a folder that can be made: {error.strerror}"
@@ -168,7 +168,7 @@ class Mark:
     def is_writable_here(self) -> bool:
         """Say whether this process can write where the mark is."""
         try:
-            if Path(self.path).read_text() != self.content:
+            if Path(self.path).read_text(encoding="ascii") != self.content:
                 return False
             beside = Path(f"{self.path}-{secrets.token_hex(8)}")
             beside.touch(exist_ok=False)

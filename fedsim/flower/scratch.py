@@ -147,7 +147,7 @@ def stack_when_late(partition: int, client_timeout: float | None) -> Iterator[No
     if client_timeout is None or VARIABLE not in os.environ:
         yield
         return
-    with _stack_file(partition).open("w") as file:
+    with _stack_file(partition).open("w", encoding="utf-8") as file:
         faulthandler.dump_traceback_later(0.8 * client_timeout, file=file)
         try:
             yield
@@ -158,7 +158,7 @@ def stack_when_late(partition: int, client_timeout: float | None) -> Iterator[No
 def place_of(partition: int | None) -> str:
     """Give the line of code at which a late client was; empty where that is not known."""
     try:
-        text = _stack_file(partition).read_text()
+        text = _stack_file(partition).read_text("utf-8", "replace")
     except (OSError, KeyError):
         return ""
     # Python writes the main thread as the last of all, and its latest call first.
