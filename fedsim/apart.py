@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 
 from fedsim.cell import REQUEST, start_cell
 from fedsim.core import errors
+from fedsim.core.characters import Shown
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, RunFailedError, RunInterruptedError
 from fedsim.core.plan import RunPlan
@@ -183,7 +184,7 @@ class _Listener:
         stream: TextIO | None = getattr(sys, name)
         # Showing never ends the work.
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.write(text)  # type: ignore[union-attr]
+            Shown(stream).write(text)
             stream.flush()  # type: ignore[union-attr]
 
     def _unexpected(self, interrupted: bool) -> FedsimError:

@@ -197,7 +197,7 @@ def simulate(
     with contextlib.ExitStack() as stack:
         terminal = None
         if progress:
-            terminal = stack.enter_context(contextlib.closing(TerminalObserver(redirect=False)))
+            terminal = stack.enter_context(contextlib.closing(TerminalObserver(is_ours=False)))
         path = simulate_apart(
             checked, tracker=tracker, warn=_warn, terminal=terminal, verbose=verbose
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim import __version__
+from fedsim.core.characters import show_nearest
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     0 success, 1 a failure during a run, 2 bad input, 130 interrupted.
     """
-    _open_closed_streams()
+    _prepare_streams()
     code = run(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
@@ -60,16 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def _open_closed_streams() -> None:
-    """Give a process that was started without standard output or errors a place for them.
+def _prepare_streams() -> None:
+    """Make standard output and errors take all that is printed.
 
-    Otherwise the next file that is opened gets their number, and what others print.
+    A process that was started without them gets a place for them: otherwise the next file that is
+    opened gets their number, and what others print.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.set_inheritable(nothing, True)
             setattr(sys, name, os.fdopen(nothing, "w"))
+        show_nearest(getattr(sys, name))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -395,3 +395,52 @@ def test_a_process_without_a_standard_output_ends_as_it_should(command, code, sa
         env={**os.environ, "PYTHONUNBUFFERED": ""},
     )
     assert (finished.returncode, finished.stdout, finished.stderr) == (code, "", said)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def command_in(environment, *arguments, cwd=None):
+    finished = subprocess.run(
+        [sys.executable, "-m", "fedsim", *arguments],
+        capture_output=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    return finished.returncode, finished.stdout, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, b"Zo\xeb ?"),
+        ({"PYTHONIOENCODING": "ascii"}, b"Zoe ?"),
+        # Arguments are ASCII there too.
+        (ASCII, b"plain"),
+    ],
+)
+def test_a_plan_is_shown_as_far_as_the_output_can(environment, name, tmp_path):
+    flags = ["--model", "cnn", "--clients", "4", "--clients-per-round", "2", "--output"]
+    flags.append("plain" if name == b"plain" else "Zoë 東")
+    code, out, err = command_in(environment, "plan", *flags, cwd=tmp_path)
+    assert (code, err) == (0, b"")
+    assert b"     2      615  # @ + : -     + + :" in out
+    assert b"free on the disk of " + name in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("run --model cnn --clients 2 --clients-per-round 2 --rounds 1 --output {run}é", b"Zoe??e"),
+        ("inspect {run}", b" Zoe??  "),
+        ("verify {run}", b"proven"),
+        ("report {run} --output {run}.html", b"written: Zoe??.html"),
+    ],
+)
+def test_no_command_fails_for_what_it_cannot_show(command, said, recorded, tmp_path):
+    (tmp_path / "Zoë東京").symlink_to(recorded)
+    given = command.format(run="Zoë東京").split()
+    code, out, err = command_in({"PYTHONIOENCODING": "ascii"}, *given, cwd=tmp_path)
+    assert (code, err) == (0, b"")
+    assert said in out

@@ -174,6 +174,20 @@ def test_torchs_global_generator_is_named_in_the_room_of_randomness_alone():
     assert users == ["fedsim.core.rng"]
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_texts_are_read_and_written_in_an_encoding_that_is_named(module):
+    calls = (n for n in ast.walk(parse(MODULES[module])) if isinstance(n, ast.Call))
+    unnamed = [
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("read_text", "write_text")
+        and len(call.args) == (call.func.attr == "write_text")
+        and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert unnamed == []
+
+
 COUNTS_OF_THE_MACHINE = {
     *("os.cpu_count", "multiprocessing.cpu_count", "psutil.cpu_count", "joblib.cpu_count"),
     "psutil.virtual_memory",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core.characters import Shown
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
@@ -64,14 +65,26 @@ def printable(text: str) -> str:
 
 
 class _StandardOutput(Console):
-    """A console that ends nothing where nobody reads it any more."""
+    """A console that ends nothing where nobody reads it any more, or not all can be shown."""
 
-    def __init__(self, *, lasting: bool, **options: Any) -> None:
+    def __init__(self, *, lasting: bool, is_ours: bool, **options: Any) -> None:
         super().__init__(**options)
         self._lasting = lasting
+        self._is_ours = is_ours
+
+    @property
+    def file(self) -> Any:
+        """Where to write, as far as it can show what is written."""
+        return Shown(Console.file.fget(self))  # type: ignore[attr-defined]
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+        if not self._is_ours:
+            return
         # What is still in Python's own buffer is written at the end. A test's has no number.
         with contextlib.suppress(io.UnsupportedOperation):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,15 +92,15 @@ class _StandardOutput(Console):
     def _check_buffer(self) -> None:
         try:
             super()._check_buffer()
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # A ValueError says that it is closed.
             if not self._lasting:
-                raise RunFailedError(
-                    f"standard output cannot be written: {error.strerror}"
-                ) from None
+                reason = getattr(error, "strerror", None) or str(error)
+                raise RunFailedError(f"standard output cannot be written: {reason}") from None
             self.on_broken_pipe()
 
 
-def make_console(*, lasting: bool = False) -> Console:
+def make_console(*, lasting: bool = False, is_ours: bool = True) -> Console:
     """Make a console on standard output; a pipe or a file gets lines wide enough for tables.
 
     Parameters
@@ -96,9 +109,19 @@ def make_console(*, lasting: bool = False) -> Console:
         Whether what is told of matters more than the telling: then whatever goes wrong with the
         output, a full disk too, is not told. Otherwise it is a `RunFailedError`, but for a reader
         who has gone away.
+    is_ours : bool
+        Whether standard output is this program's own, and not a caller's.
     """
-    width = None if sys.stdout.isatty() else 140
-    return _StandardOutput(lasting=lasting, highlight=False, width=width)
+    is_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    # One that is closed, or not there at all, shows nothing.
+    quiet = sys.stdout is None or sys.stdout.closed
+    return _StandardOutput(
+        lasting=lasting,
+        is_ours=is_ours,
+        highlight=False,
+        width=None if is_terminal else 140,
+        quiet=quiet,
+    )
 
 
 class TerminalObserver:
@@ -108,14 +131,14 @@ class TerminalObserver:
     ----------
     console : rich.console.Console, optional
         Where to write; standard output by default.
-    redirect : bool
-        While the bar is shown, print above it what others write to standard output and errors.
-        It takes the place of `sys.stdout`, which is not ours in the process of a caller.
+    is_ours : bool
+        Whether standard output is this program's own, and not a caller's. Then what others write
+        there is printed above the bar, by something else in the place of `sys.stdout`.
     """
 
-    def __init__(self, console: Console | None = None, *, redirect: bool = True) -> None:
-        self._console = console or make_console(lasting=True)
-        self._redirect = redirect
+    def __init__(self, console: Console | None = None, *, is_ours: bool = True) -> None:
+        self._console = console or make_console(lasting=True, is_ours=is_ours)
+        self._redirect = is_ours
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._bytes = 0
