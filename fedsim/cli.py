@@ -852,6 +852,14 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
     return {key: parse_text(key, text) for key, text in texts.items() if text is not None}
 
 
+def _check_trackers(parsed: argparse.Namespace) -> None:
+    if parsed.tracker:
+        from fedsim.report.trackers import check_tracker
+
+        for name in parsed.tracker:
+            check_tracker(name)
+
+
 def _prepared(
     parsed: argparse.Namespace, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[RunPlan, WorkerPool, Path]:
@@ -872,6 +880,7 @@ def _prepared(
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    _check_trackers(parsed)
     # Data may be downloaded, and loading takes seconds: whoever waits sees for what.
     plan, pool, output = _prepared(parsed, _tell)
 
@@ -891,6 +900,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.recording.recovery import check_continuable
     from fedsim.report.terminal import make_console, printable
 
+    _check_trackers(parsed)
     # Also where nothing is left to do.
     sweep()
     run = load_run(parsed.run)
@@ -972,11 +982,7 @@ def _compare(parsed: argparse.Namespace) -> int:
         if axis.key in flags:
             raise InputError(f"{axis.key} is varied and set by a flag; allowed is one of them")
     target = _target_of(parsed.target)
-    if parsed.tracker:
-        from fedsim.report.trackers import check_tracker
-
-        for name in parsed.tracker:
-            check_tracker(name)
+    _check_trackers(parsed)
     known = {*flags, *(axis.key for axis in axes)}
     values = {**(read_config_file(parsed.config, known) if parsed.config else {}), **flags}
     named = values.pop("output", None)

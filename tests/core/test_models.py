@@ -191,18 +191,18 @@ def test_untrained_resnet18_scores_what_the_notebook_printed(cifar100):
 )
 def test_a_live_tap_convolution_equals_the_general_one(size, kernel, stride, padding):
     random_numbers = torch.Generator().manual_seed(0)
-    plain = nn.Conv2d(5, 7, kernel, stride, padding, bias=False)
-    live = LiveTapConv2d(5, 7, kernel, stride, padding, bias=False)
+    plain = nn.Conv2d(5, 7, kernel, stride, padding, bias=False).double()
+    live = LiveTapConv2d(5, 7, kernel, stride, padding, bias=False).double()
     live.load_state_dict(plain.state_dict())
-    inputs = torch.randn(4, 5, size, size, generator=random_numbers)
+    inputs = torch.randn(4, 5, size, size, generator=random_numbers, dtype=torch.float64)
     one, other = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
     expected, found = plain(one), live(other)
     assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     expected.square().sum().backward()
     found.square().sum().backward()
-    torch.testing.assert_close(other.grad, one.grad, atol=1e-5, rtol=0)
-    torch.testing.assert_close(live.weight.grad, plain.weight.grad, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.grad, one.grad, atol=1e-12, rtol=0)
+    torch.testing.assert_close(live.weight.grad, plain.weight.grad, atol=1e-12, rtol=0)
     assert torch.equal(live.weight.grad == 0, plain.weight.grad == 0)
 
 

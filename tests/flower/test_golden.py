@@ -40,18 +40,21 @@ def golden():
     return json.loads(GOLDEN.read_text())
 
 
-def test_losses_and_accuracies_are_the_golden_ones_to_six_digits(found, golden):
-    for row, expected in zip(found["rounds"], golden["rounds"], strict=True):
-        assert row["participants"] == expected["participants"]
-        assert row["global_loss"] == pytest.approx(expected["global_loss"], rel=1e-6)
-        assert row["global_accuracy"] == expected["global_accuracy"]
+def test_participants_and_the_loss_before_training_are_the_golden_ones_anywhere(found, golden):
+    rows = list(zip(found["rounds"], golden["rounds"], strict=True))
+    assert [row["participants"] for row, _ in rows] == [to["participants"] for _, to in rows]
+    first, expected = rows[0]
+    assert first["global_loss"] == pytest.approx(expected["global_loss"], rel=1e-5)
 
 
-def test_states_are_the_golden_ones_to_the_bit(found, golden):
+def test_states_losses_and_accuracies_are_the_golden_ones(found, golden):
+    """Training makes much of the last bits: other arithmetic differs by 8 % after three rounds."""
     if found["torch"] != golden["torch"] or platform.machine() != "x86_64":
         pytest.skip(f"the golden hashes are of torch {golden['torch']} on x86-64")
     for row, expected in zip(found["rounds"], golden["rounds"], strict=True):
         assert row["state_sha256"] == expected["state_sha256"]
+        assert row["global_loss"] == pytest.approx(expected["global_loss"], rel=1e-6)
+        assert row["global_accuracy"] == expected["global_accuracy"]
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def test_the_row_of_a_round_speaks_of_the_model_of_that_round(run_locally):
         )
         row = run.round_rows[number]
         assert row["global_accuracy"] == outcome.accuracy
-        assert row["global_loss"] == pytest.approx(outcome.loss, abs=1e-6)
+        # The threads of the two may differ, and with them the order of sums.
+        assert row["global_loss"] == pytest.approx(outcome.loss, rel=64 * 2**-24)
 
 
 def test_states_aggregates_and_deltas_add_up_to_the_bit(run_locally):
