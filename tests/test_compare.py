@@ -547,8 +547,8 @@ def test_a_comparison_that_is_interrupted_and_killed_ends_with_the_same_table(tm
         before = first.read_bytes()
         out, err = start().communicate(timeout=120)
         assert err == ""
-        first = "loading    torch, Flower and Ray\npreparing  2 cells\n"
-        assert out.startswith(f"{first}2 cells, 1 of them done before, ")
+        begun = "loading    torch, Flower and Ray\npreparing  2 cells\n"
+        assert out.startswith(f"{begun}2 cells, 1 of them done before, ")
         assert first.read_bytes() == before
         assert table(folder / "grid") == table(tmp_path / "whole")
         deadline = time.monotonic() + 60
