@@ -86,7 +86,7 @@ class Plots:
         return self._draw("layer_norms")
 
     def drift(self) -> go.Figure:
-        """Draw the cosine of each client's delta to the aggregate, by round."""
+        """Draw the cosine of each client's delta to the global model's movement, by round."""
         return self._draw("drift")
 
     def delta_norm(self) -> go.Figure:

@@ -95,7 +95,7 @@ class GradientStatistics:
         else:
             with_previous, with_sum = (float(column.sum()) for column in table[:, 1:].T)
             to_previous = _cosine(with_previous, norm, self._previous_norm)
-            to_mean = _cosine(with_sum, norm, math.sqrt(max(0.0, self._sum_square)))
+            to_mean = _cosine(with_sum, norm, self.sum_norm)
             # Exact arithmetic over what was measured: the sum need not be read once more.
             self._sum_square += 2 * with_sum + norm**2
         self._previous_norm = norm
@@ -107,6 +107,15 @@ class GradientStatistics:
             cosine_to_mean=to_mean,
             zero_fraction=1 - nonzero / entries if entries else 0.0,
         )
+
+    @property
+    def sum_norm(self) -> float:
+        """Euclidean norm of the sum of all gradients so far."""
+        return math.sqrt(max(0.0, self._sum_square))
+
+    def hold(self) -> None:
+        """Copy what was kept of the last step, whose memory is about to be used again."""
+        self._previous = {name: tensor.clone() for name, tensor in self._previous.items()}
 
     def _repack(
         self, taps: Mapping[str, Taps | None], shapes: Mapping[str, tuple[int, ...]]

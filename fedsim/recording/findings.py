@@ -23,6 +23,11 @@ SOURCES = (
 """Under `RECOMPUTED`, by step of a client."""
 LOSSES = "loss, loss_history, local_loss: seen only where the step is computed again"
 """Under `ROWS`, by step of a client."""
+STATISTICS = (
+    "gradient_norm, per_layer_norms, cosine_to_previous, cosine_to_mean, zero_fraction, proximal, "
+    "objective_norm: measured again only where gradients of all layers and steps were captured"
+)
+"""Under `ROWS`, by step of a client."""
 SCORES = "global_loss, global_accuracy: seen only where the state is evaluated again"
 """Under `ROWS`, by round."""
 

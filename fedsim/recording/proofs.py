@@ -29,6 +29,7 @@ from fedsim.core.server_optimizer import kept_by, server_step
 from fedsim.core.support import unpack
 from fedsim.core.training import (
     Arrays,
+    Objective,
     OptimizerSettings,
     Replay,
     schedule,
@@ -37,12 +38,12 @@ from fedsim.core.training import (
 from fedsim.recording.findings import (
     AGGREGATE,
     BUFFERS,
-    GRADIENTS,
     INITIAL,
     PARTICIPANTS,
     PARTITION,
     RECOMPUTED,
     REPLAY,
+    ROWS,
     SOURCES,
     STATE,
     STEPS,
@@ -50,9 +51,11 @@ from fedsim.recording.findings import (
 )
 from fedsim.recording.layout import strategy_key
 from fedsim.recording.reader import Client, Run
+from fedsim.recording.row_proofs import settle_replayed
 from fedsim.recording.rows import updates_of
 from fedsim.recording.server_proofs import moved_parameters
 from fedsim.recording.shards import Shard
+from fedsim.recording.step_proofs import Measures, prove_objective
 
 REPLAY_TOLERANCE = 1e-4
 """Relative error of a replay where bit for bit cannot be asked for."""
@@ -62,8 +65,6 @@ _TRIES = 8
 """Other roundings of small parameters: a bias of two entries may happen not to notice one."""
 RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 """Relative error of a gradient computed once more, by ``capture-dtype``."""
-NORM_TOLERANCE = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}
-"""Relative error of a recorded gradient's norm, by ``capture-dtype``."""
 
 _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
@@ -287,29 +288,6 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
         findings.prove(STEPS, len(rows))
 
 
-def prove_norms(run: Run, client: Client, findings: Findings) -> None:
-    """Check that gradients have the norms that were measured when they were made."""
-    tolerance = NORM_TOLERANCE[run.config.capture_dtype]
-    for step in client.captured_steps:
-        told = client.steps[step].get("per_layer_norms")
-        if told is None:
-            reason = "gradient-statistics = false: no norms to compare with"
-            findings.leave(GRADIENTS, reason, at=client.place)
-            return
-        for name in client.captured_parameters:
-            shard = client.shard(step, name)
-            stored = shard.packed(step, name)
-            norm = float(torch.linalg.vector_norm(stored.float()))
-            if not _is_norm(norm, told[name], stored, tolerance):
-                findings.violate(
-                    GRADIENTS,
-                    f"{shard.path}: step {step}, {name} has norm {norm:.6g}, and {told[name]} was "
-                    "measured",
-                )
-                return
-    findings.prove(GRADIENTS, len(client.captured_steps))
-
-
 def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Findings) -> None:
     """Check that the local optimiser over the recorded gradients lands on the delta.
 
@@ -327,6 +305,9 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
     settings = run.config.training_of(client.partition).optimizer
     lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run, client.round)
     courses = []
+    objective = None
+    if client.proximal_mu or client.correction is not None:
+        objective = Objective(start, client.proximal_mu, client.correction)
     for group in _groups(run, client.captured_parameters):
         what = (
             *(start, group, settings, run.config.autocast),
@@ -336,10 +317,13 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
         small = any(math.prod(run.shapes[name]) < _ALONE for name in group)
         tries = (_TRIES if small else 1) if lossy else 0
         others = [Replay(*what) for _ in range(tries)]
-        courses.append(_Course(group, replay, others))
+        courses.append(_Course(group, replay, others, start, objective))
+    measures = Measures(run, client, findings)
     for shard in shards:
         for course in courses:
             course.follow(shard)
+        measures.follow(shard)
+    measures.finish()
     for course in courses:
         for name in course.group:
             moved = course.replay.parameters[name] - start[name]
@@ -356,7 +340,6 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                     dtype = run.config.capture_dtype
                     reason = f"gradients are not finite, or too large for {dtype}"
                     findings.leave(REPLAY, reason, at=client.place)
-                    prove_norms(run, client, findings)
                     return
             off = _norm(moved - delta[name])
             if not why or not off <= allowed:
@@ -364,12 +347,18 @@ def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Fi
                 findings.violate(
                     REPLAY, f"{path}: {name} is not where the gradients lead, off by {error:.1e}"
                 )
-                # Says which step it is, where statistics were measured.
-                prove_norms(run, client, findings)
                 return
     if not lossy and any(c.replay.num_updates != updates_of(client.telemetry) for c in courses):
         findings.violate(REPLAY, f"clients.jsonl: client {client.partition} made other updates")
         return
+    if client.has_all_parameters and not lossy and objective is not None:
+        squares = [course.squares for course in courses]
+        prove_objective(client, squares, client.proximal_mu, findings)
+    elif objective is not None:
+        reason = "proximal, objective_norm: only gradients of all layers in float32 tell"
+        findings.leave(ROWS, reason, at=client.place)
+    if client.has_all_parameters:
+        settle_replayed(client, findings, exact=not lossy)
     findings.prove(REPLAY, client.telemetry["num_steps"])
     if not client.has_all_parameters:
         count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"
@@ -395,10 +384,24 @@ class _Course:
         Over the gradients as they are.
     others : sequence of Replay
         Over those that are moved.
+    start : mapping of str to Tensor
+        The global parameters.
+    objective : Objective or None
+        What is minimised, where that is more than the loss.
     """
 
-    def __init__(self, group: Sequence[str], replay: Replay, others: Sequence[Replay]) -> None:
+    def __init__(
+        self,
+        group: Sequence[str],
+        replay: Replay,
+        others: Sequence[Replay],
+        start: Mapping[str, Tensor],
+        objective: Objective | None,
+    ) -> None:
         self.group = group
+        self._start = start
+        self._objective = objective
+        self.squares: dict[int, tuple[float, float]] = {}
         self.replay = replay
         self._others = others
         self.finite = True
@@ -411,11 +414,24 @@ class _Course:
         for step in shard.steps:
             for name in self.group:
                 kept[name] = shard.gradient(step, name, out=kept.get(name))
+            if self._objective is not None:
+                self.squares[step] = self._squares(self._objective, kept)
             self.replay.step(kept)
             if self._others:
                 self.finite = self.finite and all(bool(g.isfinite().all()) for g in kept.values())
             for other in self._others:
                 other.step({name: self._moved(shard, step, name) for name in self.group})
+
+    def _squares(
+        self, objective: Objective, gradients: Mapping[str, Tensor]
+    ) -> tuple[float, float]:
+        """Give the square of the distance from the global parameters, and of the gradient."""
+        moved = whole = 0.0
+        for name in self.group:
+            here = self.replay.parameters[name]
+            moved += _norm(here - self._start[name]) ** 2
+            whole += _norm(objective.gradient(name, gradients[name], here)) ** 2
+        return moved, whole
 
     def spread(self, name: str) -> float:
         """Give how far another rounding would have led a parameter at most."""
@@ -487,16 +503,6 @@ def recomputable_steps(client: Client) -> list[int]:
 def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
     """Look at tensors as arrays."""
     return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
-def _is_norm(norm: float, told: float | None, stored: Tensor, tolerance: float) -> bool:
-    # One that is not finite is null in a row, and is so once it is stored in too few bits.
-    if not math.isfinite(norm):
-        return told is None or told > torch.finfo(stored.dtype).max
-    if told is None:
-        return False
-    rounding = math.sqrt(stored.numel()) * _least(stored.dtype)
-    return abs(norm - told) <= tolerance * max(norm, told) + rounding
 
 
 def _least(dtype: torch.dtype) -> float:

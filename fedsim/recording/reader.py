@@ -480,8 +480,24 @@ class Round:
 
     @cached_property
     def aggregate(self) -> Mapping[str, Tensor]:
-        """Sample-weighted mean delta of the round."""
+        """Sample-weighted mean delta of the round, whatever the strategy did with the deltas."""
         return self._run.state_file(self._run.layout.aggregate(self.number))
+
+    @property
+    def movement(self) -> Mapping[str, Tensor]:
+        """What the round did to the global state: that after it less that before it.
+
+        With ``delta-fedavg`` it is the aggregate up to rounding; with other strategies, which may
+        weigh, clip or alter what clients sent, only this says where the model went.
+
+        Raises
+        ------
+        InputError
+            For round 0, which nothing came before.
+        """
+        if not self.number:
+            raise InputError("round 0 is the untrained model: nothing moved it")
+        return Movement(self._run.round(self.number - 1).state, self.state)
 
     @cached_property
     def strategy_state(self) -> Mapping[str, Tensor]:
@@ -517,6 +533,29 @@ class Round:
 
     def __repr__(self) -> str:
         return f"<round {self.number} of {self._run.path.name}>"
+
+
+class Movement(Mapping[str, Tensor]):
+    """The difference of two states, array by array as they are looked at.
+
+    Parameters
+    ----------
+    before, after : mapping of str to Tensor
+        States of the same names.
+    """
+
+    def __init__(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+        self._before = before
+        self._after = after
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._after[name] - self._before[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._after)
+
+    def __len__(self) -> int:
+        return len(self._after)
 
 
 class Run:

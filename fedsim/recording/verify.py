@@ -19,7 +19,7 @@ from fedsim.core.inputs import open_regular
 from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.units import format_bytes
-from fedsim.recording import proofs, server_proofs
+from fedsim.recording import proofs, row_proofs, server_proofs, step_proofs
 from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
@@ -174,6 +174,7 @@ class _Verifier:
         self._away: set[str] = set()
         self._removed: set[str] = set()
         self._state_of: dict[str, bool] = {}
+        self._why_no_data = ""
         self._done = 0
         self._to_do = 0
 
@@ -292,6 +293,8 @@ class _Verifier:
         if self._whole(PARTITION, ["partition.safetensors"]):
             with self.findings.guarded(PARTITION, "partition.safetensors"):
                 proofs.prove_partition(run, dataset, self.findings)
+            with self.findings.guarded(ROWS, "run.json"):
+                row_proofs.prove_manifest(run, dataset, self._why_no_data, self.findings)
         # The longest first: the last one decides when all is done.
         chosen.sort(key=lambda client: -client.telemetry["bytes_captured"])
         self._in_parallel([partial(self._check_client, run, client) for client in chosen])
@@ -334,6 +337,7 @@ class _Verifier:
         config = run.config
         if config.own_data:
             reason = "the data is at the nodes, which tell its hash and keep it"
+            self._why_no_data = reason
             self.findings.leave(PARTITION, f"class counts: {reason}")
             if asked_to_recompute:
                 self.findings.leave(RECOMPUTED, reason)
@@ -351,6 +355,7 @@ class _Verifier:
             reason = "the data at hand has another hash than that of the run"
         except InputError as error:
             reason = f"the data is not at hand: {error}"
+        self._why_no_data = reason
         self.findings.leave(PARTITION, f"class counts: {reason}")
         if asked_to_recompute:
             self.findings.leave(RECOMPUTED, reason)
@@ -423,6 +428,11 @@ class _Verifier:
         findings, layout = self.findings, run.layout
         if run.round(number).row["global_accuracy"] is not None:
             findings.leave(ROWS, SCORES, at=(number, None))
+        with findings.guarded(ROWS, "rounds.jsonl"):
+            row_proofs.prove_round_row(run, number, findings)
+        for row in run.client_rows_of(number):
+            if row["status"] != "ok":
+                findings.leave(ROWS, row_proofs.OF_FAILED, at=(number, row["partition"]))
         state = self._name(layout.state(number))
         if number == 0:
             if self._whole(INITIAL, [state]):
@@ -484,6 +494,10 @@ class _Verifier:
             self.findings.leave(ROWS, LOSSES, at=client.place, steps=num_steps)
             if captured := client.telemetry["num_steps_captured"]:
                 self.findings.leave(RECOMPUTED, SOURCES, at=client.place, steps=captured)
+            step_proofs.leave_statistics(client, self.findings)
+            if self._whole(ROWS, ["partition.safetensors"]):
+                with self.findings.guarded(ROWS, "clients.jsonl"):
+                    row_proofs.prove_client_row(run, client, self.findings)
             folder = self._name(client.folder)
             told = {f"{folder}/{name}": file for name, file in client.telemetry["files"].items()}
             for name, file in told.items():
@@ -498,6 +512,7 @@ class _Verifier:
             if self._whole(STEPS, [steps, "partition.safetensors"], client.place):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
+                    row_proofs.prove_first_norms(run, client, self.findings)
             shards = sorted(
                 f"{folder}/{name}" for name in client.telemetry["files"] if is_shard(name)
             )
@@ -537,7 +552,7 @@ class _Verifier:
             if run.config.clients_clip:
                 reason = f"with strategy.dp = {run.config.strategy.dp!r} clients clip their deltas"
             self.findings.leave(REPLAY, reason, at=at)
-            proofs.prove_norms(run, client, self.findings)
+            step_proofs.prove_norms(run, client, self.findings)
 
     def _holds_what_is_kept(self, run: Run, client: Client) -> bool:
         policy = run.config.policy

@@ -377,11 +377,11 @@ def _left_out(studies: Studies) -> str:
 def _drift(studies: Studies) -> _Drawn:
     return _drift_cloud(
         studies,
-        lambda drift: drift.to_aggregate,
-        Axis(title="cosine to the aggregate"),
-        "Client drift: the angle between each client's delta (local minus global) and the round's "
-        "sample-weighted mean delta, over all parameters, without buffers. 1 is the same "
-        "direction, 0 none in common.",
+        lambda drift: drift.to_movement,
+        Axis(title="cosine to the movement"),
+        "Client drift: the angle between each client's delta (local minus global) and what the "
+        "round did to the global model (state after minus state before), over all parameters, "
+        "without buffers. 1 is the same direction, 0 none in common, -1 the opposite.",
     )
 
 

@@ -52,8 +52,8 @@ class Drift:
         Partition ids, ascending: the order of all that follows.
     lengths : ndarray of float64, shape (clients,)
         Euclidean norms of the deltas' parameters.
-    to_aggregate : ndarray of float64, shape (clients,)
-        Cosines to the aggregate.
+    to_movement : ndarray of float64, shape (clients,)
+        Cosines to what the round did to the global parameters.
     quantiles : tuple of float, optional
         10 %, 50 % and 90 % of the cosines of all pairs; None where there is no pair.
     pairs : ndarray of float64, shape (clients, clients), optional
@@ -63,7 +63,7 @@ class Drift:
     round: int
     clients: list[int]
     lengths: NDArray[np.float64]
-    to_aggregate: NDArray[np.float64]
+    to_movement: NDArray[np.float64]
     quantiles: tuple[float, ...] | None
     pairs: NDArray[np.float64] | None
 
@@ -215,6 +215,7 @@ class Study:
         return _within(self._share, self.trained_rounds, self._drift_bytes)
 
     def _drift_bytes(self, number: int) -> int:
+        # The state before is the one that the last round ended with, and was read then.
         return self._state_bytes * (1 + len(self.run.round(number).clients))
 
     @cached_property
@@ -301,14 +302,14 @@ class Study:
         this = self.run.round(number)
         clients = [this.clients[p] for p in sorted(this.clients)]
         vectors = [Layers(client.delta) for client in clients]
-        products = gram([*vectors, Layers(this.aggregate)], list(self.run.shapes))
+        products = gram([*vectors, Layers(this.movement)], list(self.run.shapes))
         angles = cosines(products)
         self._told(self._drift_bytes(number))
         return Drift(
             round=number,
             clients=[client.partition for client in clients],
             lengths=np.sqrt(np.diag(products)[:-1]),
-            to_aggregate=angles[:-1, -1],
+            to_movement=angles[:-1, -1],
             quantiles=_quantiles(angles[:-1, :-1]),
             pairs=angles[:-1, :-1] if number in self.matrix_rounds else None,
         )

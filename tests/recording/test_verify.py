@@ -23,7 +23,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.strategies import strategy_table
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.recording import proofs
+from fedsim.recording import proofs, row_proofs
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, read_lines, write_tensors
 from fedsim.recording.findings import BUFFERS, LOSSES, SCORES, SOURCES, Findings
@@ -108,7 +108,11 @@ def test_of_a_whole_run_everything_is_proven(recorded: Recorded) -> None:
     assert {n: check.unproven for n, check in findings.checks.items() if check.unproven} == {
         "replay": [f"{BUFFERS} ({everyone})"],
         "recomputed": [f"{SOURCES} ({steps - 4} of {steps} steps; {everyone})"],
-        "rows": [f"{LOSSES} ({steps} steps; {everyone})", f"{SCORES} (rounds 0 to 2)"],
+        "rows": [
+            *(row_proofs.MEASURED, row_proofs.TOLD, row_proofs.NO_TRACE, row_proofs.NO_DIFFERENCE),
+            f"{LOSSES} ({steps} steps; {everyone})",
+            f"{SCORES} (rounds 0 to 2)",
+        ],
     }
     unlisted = ("checksums.jsonl", "lock")
     files = [p for p in recorded.path.rglob("*") if p.is_file() and p.name not in unlisted]
@@ -118,13 +122,14 @@ def test_of_a_whole_run_everything_is_proven(recorded: Recorded) -> None:
         "participants": 2,
         "initial state": 1,
         "steps": steps,
-        "gradients": 0,
+        "gradients": steps,
         "replay": steps,
         "aggregate": 2,
         "state": 3,
         "recomputed": 4,
         "kept": 0,
-        "rows": 0,
+        # run.json, three of rounds and six of clients.
+        "rows": 10,
     }
     assert findings.checks["replay"].notes == ["bit for bit"]
     assert findings.bytes_read == sum(p.stat().st_size for p in files)
@@ -710,7 +715,11 @@ def test_without_the_data_its_checks_are_named(
     told = f"run.json: the data has sha256 {'0' * 16}..., which is not the official digits"
     assert findings.violations == [told]
     reason = "the data at hand has another hash than that of the run"
-    assert findings.checks["partition"].reasons == [f"class counts: {reason}"]
+    assert findings.checks["partition"].reasons == [
+        f"class counts: {reason}",
+        "who holds which sample: the labels are not at hand",
+    ]
+    assert row_proofs.NOT_OF_THE_DATA + reason in findings.checks["rows"].reasons
     assert reason in findings.checks["recomputed"].reasons
 
 

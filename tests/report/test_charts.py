@@ -155,7 +155,7 @@ def test_drift_has_a_point_for_each_client_of_each_round(small: Path) -> None:
     assert isinstance(points, Points)
     assert points.x == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert points.labels[:3] == ["client 0", "client 2", "client 3"]
-    assert points.y == [float(v) for drift in study.drift for v in drift.to_aggregate]
+    assert points.y == [float(v) for drift in study.drift for v in drift.to_movement]
 
 
 def test_pairs_are_a_matrix_for_each_round(small: Path, other: Path) -> None:

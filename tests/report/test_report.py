@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_refused(
         "partition.safetensors",
         "rounds/0002/clients/0003/delta.safetensors",
         "rounds/0002/clients/0003/gradients-00000.safetensors",
-        "rounds/0002/aggregate.safetensors",
+        "rounds/0002/global.safetensors",
     ],
 )
 def test_a_broken_run_is_one_sentence(

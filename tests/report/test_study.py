@@ -11,6 +11,7 @@ import pytest
 from fedsim.core.errors import InputError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
+from fedsim.recording.files import write_tensors
 from fedsim.recording.reader import Run, load_run
 from fedsim.report.study import Study
 
@@ -37,7 +38,7 @@ def test_drift_is_that_of_whole_deltas(small: Path) -> None:
         deltas = [flat(this.client(p).delta, run.shapes) for p in drift.clients]
         mean = flat(this.aggregate, run.shapes)
         np.testing.assert_allclose(drift.lengths, [np.linalg.norm(d) for d in deltas], rtol=1e-5)
-        np.testing.assert_allclose(drift.to_aggregate, [cosine(d, mean) for d in deltas], atol=1e-5)
+        np.testing.assert_allclose(drift.to_movement, [cosine(d, mean) for d in deltas], atol=1e-5)
         pairs = [[cosine(x, y) for y in deltas] for x in deltas]
         assert drift.pairs is not None
         np.testing.assert_allclose(drift.pairs, pairs, atol=1e-5)
@@ -85,6 +86,20 @@ def test_sketches_stand_for_gradients(other: Path) -> None:
     assert conflict.clients == len(sketches) == 2
     assert conflict.quantiles == pytest.approx([cosine(*sketches)] * 3, abs=1e-5)
     assert {noise.round for noise in study.noise} == {1, 2}
+
+
+def test_drift_is_told_from_where_the_model_went_not_from_the_mean_delta(
+    small: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(small, tmp_path / "run"))
+    run = load_run(path)
+    before, after = (run.round(r).state for r in (0, 1))
+    # As a strategy that turns updates round inside its fold leaves it.
+    turned = {n: (2 * before[n] - after[n]).numpy() for n in after}
+    write_tensors(run.layout.state(1), turned)
+    honest, other = (Study(load_run(p), "run").drift[0].to_movement for p in (small, path))
+    np.testing.assert_allclose(other, -honest, atol=1e-5)
+    assert (honest > 0.1).any()
 
 
 def test_no_more_is_read_than_the_budget_allows(small: Path) -> None:

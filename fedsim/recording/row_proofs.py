@@ -1,0 +1,257 @@
+"""Proofs of the numbers of ``run.json``, ``rounds.jsonl`` and ``clients.jsonl``.
+
+What follows from the configuration, the partition or other files is compared. What follows from
+nothing is named: a number is in one of the two, which a test goes through field by field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from fedsim.core.datasets import Dataset, parse_name
+from fedsim.core.models import build_model
+from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.recording.findings import PARTITION, ROWS, Findings
+from fedsim.recording.layout import format_of
+from fedsim.recording.reader import Client, Run
+from fedsim.recording.step_proofs import NORM_TOLERANCE
+
+MEASURED = (
+    "seconds, peak_memory, created, versions, device, arithmetic, resumed: measured, and nothing "
+    "follows from them"
+)
+TOLD = "id, status, error, diverged: only the server says so"
+OF_FAILED = "status, error of clients that failed: only the server says so"
+OF_NODES = "place, not_captured: only the client says so"
+PROXIMAL = "proximal_mu: only where steps are replayed does anything follow from it"
+UPDATES = "num_updates: seen only where all layers and steps were captured"
+OPTIMISER = (
+    "config.optimizer, momentum, nesterov, weight-decay: seen only where all steps are replayed"
+)
+NO_TRACE = (
+    "config.workers, ray-address, client-cpus, client-gpus, client-timeout, node-timeout, "
+    "max-failures, allow-divergence, output, mirror, data-root, capture-budget, deterministic, "
+    "compile, autocast, device: no file tells by what they were"
+)
+NO_DIFFERENCE = (
+    "config.alpha, min-samples, clients-per-round, rounds, evaluate-every, nesterov, momentum, "
+    "batch-size, local-epochs, local-steps, learning-rate, client, capture, capture-layers, "
+    "capture-dtype, capture-encoding, strategy: another value that changes nothing of this run, "
+    "like one for a client that never took part"
+)
+NOT_OF_THE_DATA = "dataset.sha256, test split: "
+NODES_DATA = "partition.nodes: only the nodes know what they hash"
+
+
+def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings: Findings) -> None:
+    """Check what ``run.json`` says beside the configuration."""
+    manifest, config = run.manifest, run.config
+    run.check_sizes()
+    spec = parse_name(config.dataset)
+    model = build_model(config.model, classes=spec.classes, norm=config.norm, seed=config.seed)
+    names = {name for name, _ in model.named_parameters()}
+    arrays = {n: {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+              for n, t in model.state_dict().items()}  # fmt: skip
+    largest = max((config.num_participants(r) for r in range(1, config.rounds + 1)), default=0)
+    expected = {
+        "seed": config.seed,
+        "model.arch": config.model,
+        "model.parameters": [arrays[n] for n, _ in model.named_parameters()],
+        "model.buffers": [a for n, a in arrays.items() if n not in names],
+        "dataset.name": spec.name,
+        "dataset.classes": spec.classes,
+        "dataset.mean": list(spec.mean),
+        "dataset.std": list(spec.std),
+    }
+    if not config.own_data:
+        expected |= {"dataset.train_size": spec.train_size, "dataset.test_size": spec.test_size}
+    wrong = []
+    for key, value in expected.items():
+        found: Any = manifest
+        for part in key.split("."):
+            found = (found or {}).get(part)
+        if found != value:
+            wrong.append(f"run.json: {key} is not what its configuration leads to")
+    # A run that was begun with fewer clients goes on as it was.
+    if manifest["format"] > format_of(largest):
+        wrong.append(f"run.json: format {manifest['format']} is for rounds of more clients")
+    if run.status == "finished":
+        if len(run.round_rows) != config.rounds + 1:
+            wrong.append(f"run.json: finished, with {len(run.round_rows) - 1} of {config.rounds} "
+                         "rounds")  # fmt: skip
+        if "error" in manifest or "diverged" in manifest:
+            wrong.append("run.json: finished, with an error")
+    wrong += _wrong_partition(run, dataset, findings)
+    for violation in wrong:
+        findings.violate(ROWS, violation)
+    if not wrong:
+        findings.prove(ROWS)
+    for reason in (MEASURED, TOLD, NO_TRACE, NO_DIFFERENCE):
+        findings.leave(ROWS, reason)
+    if dataset is None:
+        findings.leave(ROWS, NOT_OF_THE_DATA + why_without)
+    if run.entry("partition").get("nodes"):
+        findings.leave(ROWS, NODES_DATA)
+
+
+def _wrong_partition(run: Run, dataset: Dataset | None, findings: Findings) -> list[str]:
+    """Deal the samples once more."""
+    config = run.config
+    if config.own_data:
+        return []
+    if dataset is None:
+        findings.leave(PARTITION, "who holds which sample: the labels are not at hand")
+        return []
+    dealt = make_partition(
+        dataset.train_labels.numpy(),
+        PartitionScheme.parse(config.partition),
+        clients=config.clients,
+        alpha=config.alpha,
+        min_samples=config.min_samples,
+        seed=config.seed,
+    )
+    found = run.partition
+    if len(dealt) == len(found) and all(
+        np.array_equal(found[number], indices) for number, indices in enumerate(dealt)
+    ):
+        return []
+    made_with = run.made_by(0)[0]["numpy"]
+    if made_with != version("numpy"):
+        reason = f"who holds which sample: numpy {made_with} dealt them, and {version('numpy')} "
+        findings.leave(PARTITION, f"{reason}deals otherwise")
+        return []
+    return ["partition.safetensors is not what the seed deals"]
+
+
+def prove_round_row(run: Run, number: int, findings: Findings) -> None:
+    """Check what a line of ``rounds.jsonl`` says of evaluation, as far as it follows."""
+    row, every = run.round(number).row, run.config.evaluate_every
+    where = f"rounds.jsonl: round {number}"
+    accuracy, loss = row["global_accuracy"], row["global_loss"]
+    samples = run.entry("dataset")["test_size"]
+    if number % every == 0 and accuracy is None:
+        findings.violate(ROWS, f"{where} was not evaluated, and evaluate-every = {every}")
+    elif accuracy is None and loss is not None:
+        findings.violate(ROWS, f"{where} has a loss and no accuracy")
+    elif accuracy is not None and not _is_share(accuracy, samples):
+        findings.violate(ROWS, f"{where}: global_accuracy {accuracy} is no share of {samples}")
+    elif loss is not None and loss < 0:
+        findings.violate(ROWS, f"{where}: global_loss {loss} is negative")
+    else:
+        findings.prove(ROWS)
+
+
+def _is_share(share: float, of: int) -> bool:
+    count = round(share * of)
+    return 0 <= count <= of and abs(count / of - share) <= 1e-12
+
+
+def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
+    """Check what a line of ``clients.jsonl`` says that does not take the client's files."""
+    row, config = client.telemetry, run.config
+    settings = config.training_of(client.partition)
+    samples = len(run.partition[client.partition])
+    steps = settings.num_steps(samples)
+    sizes = itertools.cycle(settings.batches_per_epoch(samples))
+    keeps = not row.get("not_captured") and row.get("place") != "none"
+    # A node that may not record at all says so by leaving nothing.
+    kept = len(config.policy.kept_steps(steps)) if keeps and row["files"] else 0
+    if not config.policy.layers_of(run.shapes):
+        kept = 0
+    expected: dict[str, Any] = {
+        "num_samples": samples,
+        "local_epochs": settings.local_epochs,
+        "local_steps": settings.local_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.optimizer.learning_rate,
+        "num_steps": steps,
+        "batch_sizes": list(itertools.islice(sizes, steps)),
+        "num_steps_captured": kept,
+    }
+    if config.policy.steps in ("sketch", "none") or not kept:
+        expected["bytes_captured"] = 4 * config.policy.count * kept
+    wrong = [key for key, value in expected.items() if row[key] != value]
+    wrong += _wrong_loss(row) + _wrong_norms(run, client)
+    if sum(row["class_distribution"]) != samples:
+        wrong.append("class_distribution")
+    if ("num_updates" in row) != (config.autocast == "float16"):
+        wrong.append("num_updates")
+    if ":" not in config.strategy.name and client.proximal_mu != config.proximal_mu:
+        wrong.append("proximal_mu")
+    for key in wrong:
+        findings.violate(
+            ROWS,
+            f"clients.jsonl: client {client.partition} in round {client.round} has another {key} "
+            "than follows from the run",
+        )
+    if not wrong:
+        findings.prove(ROWS)
+    if "place" in row or "not_captured" in row:
+        findings.leave(ROWS, OF_NODES, at=client.place)
+    findings.leave(ROWS, OPTIMISER, at=client.place)
+    if ":" in config.strategy.name:
+        findings.leave(ROWS, PROXIMAL, at=client.place)
+    if "num_updates" in row:
+        findings.leave(ROWS, UPDATES, at=client.place)
+    if kept and config.policy.keeps_gradients and not run.has_captured(row):
+        findings.leave(ROWS, "bytes_captured: the files are not at hand", at=client.place)
+
+
+def settle_replayed(client: Client, findings: Findings, *, exact: bool) -> None:
+    """Say that a client's steps were replayed to the last, and whether in float32."""
+    for reason in (OPTIMISER, PROXIMAL, UPDATES) if exact else (OPTIMISER, PROXIMAL):
+        findings.settle(ROWS, reason, at=client.place)
+
+
+def _wrong_loss(row: dict[str, Any]) -> list[str]:
+    losses = row["loss_history"]
+    if any(loss is None for loss in losses):
+        return [] if row["local_loss"] is None else ["local_loss"]
+    mean = float(np.average(losses, weights=row["batch_sizes"]))
+    told = row["local_loss"]
+    is_mean = told is not None and abs(told - mean) <= 1e-12 * max(abs(mean), 1e-30)
+    return [] if is_mean else ["local_loss"]
+
+
+def _wrong_norms(run: Run, client: Client) -> list[str]:
+    """Compare the norms of the first step with each other."""
+    row = client.telemetry
+    norms = row["per_layer_norms"]
+    if list(norms) != list(run.shapes):
+        return ["per_layer_norms"]
+    if any(norm is None for norm in norms.values()):
+        return []
+    whole, told = math.hypot(*norms.values()), row["gradient_norm"]
+    if told is None or not abs(told - whole) <= 1e-9 * whole:
+        return ["gradient_norm"]
+    return []
+
+
+def prove_first_norms(run: Run, client: Client, findings: Findings) -> None:
+    """Check that the norms of the first step are those of its line in ``steps.jsonl``."""
+    measured = run.config.gradient_statistics
+    if odd := next((r for r in client.steps if ("gradient_norm" in r) != measured), None):
+        which = f"step {odd['step']} {'lacks' if measured else 'has'} figures of its gradient"
+        reason = f"gradient-statistics = {str(measured).lower()}"
+        findings.violate(ROWS, f"{client.steps_path}: {which}, with {reason}")
+        return
+    if not client.steps or "per_layer_norms" not in client.steps[0]:
+        return
+    mine, tolerance = client.telemetry["per_layer_norms"], NORM_TOLERANCE["float32"]
+    for name, told in client.steps[0]["per_layer_norms"].items():
+        other = mine.get(name)
+        same = told == other or (
+            None not in (told, other) and abs(told - other) <= tolerance * max(told, other)
+        )
+        if not same:
+            findings.violate(
+                ROWS,
+                f"clients.jsonl: client {client.partition} in round {client.round} has another "
+                f"norm of {name} than {client.steps_path}",
+            )
+            return

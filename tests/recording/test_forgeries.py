@@ -1,0 +1,378 @@
+"""Forgers who repair every checksum: what they change is found, or was never claimed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fedsim.core.aggregation import DeltaMean, apply_delta, state_sha256
+from fedsim.core.config import RunConfig
+from fedsim.core.partition import fold_order, partition_sha256
+from fedsim.core.plan import RunPlan
+from fedsim.core.statistics import GradientStatistics
+from fedsim.core.support import count_nonzero
+from fedsim.recording import rows
+from fedsim.recording.files import Checksum, write_tensors
+from fedsim.recording.findings import Findings
+from fedsim.recording.layout import RunLayout
+from fedsim.recording.proofs import arrays_of
+from fedsim.recording.reader import load_run
+from fedsim.recording.verify import verify
+from tests.recording.test_verify import (
+    Arrays,
+    record,
+    reseal,
+    rewrite_lines,
+    rewrite_tensors,
+    violations_of,
+)
+
+CLIENT = "rounds/0001/clients/0002"
+DELTA, STEPS = f"{CLIENT}/delta.safetensors", f"{CLIENT}/steps.jsonl"
+SHARD = f"{CLIENT}/gradients-00000.safetensors"
+Change = Callable[[Path], None]
+FEW = {"local-steps": 3, "batch-size": 16, "client": {}}
+
+
+@pytest.fixture(scope="module")
+def honest(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One round of three clients and three steps each, all captured. Never write into it."""
+    return record(plan, tmp_path_factory.mktemp("honest") / "run", **FEW)
+
+
+def repair(root: Path, *, hashes: bool = True) -> None:
+    """Make every checksum and hash that of what is there now."""
+
+    def of_files(found: list[dict[str, Any]]) -> None:
+        for row in found:
+            folder = RunLayout(root).client(row["round"], row["partition"])
+            for name in row.get("files", {}):
+                # A row that speaks of another client has nothing to follow.
+                if (folder / name).exists():
+                    row["files"][name] = Checksum.of_file(folder / name).to_json()
+
+    def of_states(found: list[dict[str, Any]]) -> None:
+        for row in found:
+            if (path := RunLayout(root).state(row["round"])).exists():
+                row["state_sha256"] = state_sha256(safetensors.numpy.load_file(path))
+
+    rewrite_lines(root / "clients.jsonl", of_files)
+    if hashes:
+        rewrite_lines(root / "rounds.jsonl", of_states)
+    reseal(root)
+
+
+def follow_deltas(root: Path) -> None:
+    """Let aggregate and state of round 1 follow from its deltas."""
+    run = load_run(root)
+    mean, this = DeltaMean(), run.round(1)
+    sizes = [len(indices) for indices in run.partition.values()]
+    for partition in fold_order(list(this.clients), sizes):
+        mean.add(arrays_of(this.clients[partition].delta), sizes[partition])
+    write_tensors(run.layout.aggregate(1), mean.mean())
+    before = arrays_of(run.round(0).state)
+    write_tensors(run.layout.state(1), apply_delta(before, mean.mean()))
+
+
+def in_row(file: str, position: int, *keys: Any, to: Callable[[Any], Any]) -> Change:
+    """Change a number of a line of a file."""
+
+    def change(root: Path) -> None:
+        def one(found: list[dict[str, Any]]) -> None:
+            place: Any = found[position]
+            for key in keys[:-1]:
+                place = place[key]
+            place[keys[-1]] = to(place[keys[-1]])
+
+        rewrite_lines(root / file, one)
+
+    return change
+
+
+def in_manifest(*keys: Any, to: Callable[[Any], Any]) -> Change:
+    def change(root: Path) -> None:
+        manifest = json.loads((root / "run.json").read_bytes())
+        place = manifest
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = to(place[keys[-1]])
+        (root / "run.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def in_tensors(file: str, name: str, to: Callable[[Any], Any]) -> Change:
+    """Change the first entry of an array of a file."""
+
+    def change(root: Path) -> None:
+        def one(arrays: Arrays) -> None:
+            flat = arrays[name].reshape(-1)
+            flat[0] = to(flat[0])
+
+        rewrite_tensors(root / file, one)
+
+    return change
+
+
+def of_client(*keys: Any, to: Callable[[Any], Any]) -> Change:
+    """Change a number of the line of client 2."""
+
+    def change(root: Path) -> None:
+        found = [json.loads(line) for line in (root / "clients.jsonl").read_text().splitlines()]
+        position = next(i for i, row in enumerate(found) if row["partition"] == 2)
+        in_row("clients.jsonl", position, *keys, to=to)(root)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(root: Path) -> None:
+        for one in changes:
+            one(root)
+
+    return change
+
+
+def a_loss(root: Path) -> None:
+    """Set a step's loss everywhere that it stands."""
+    in_row("rounds/0001/clients/0002/steps.jsonl", 1, "loss", to=lambda _: 0.001)(root)
+    of_client("loss_history", 1, to=lambda _: 0.001)(root)
+
+    def mean(found: list[dict[str, Any]]) -> None:
+        for row in found:
+            weights = row["batch_sizes"]
+            row["local_loss"] = float(np.average(row["loss_history"], weights=weights))
+
+    rewrite_lines(root / "clients.jsonl", mean)
+
+
+def a_buffer(root: Path) -> None:
+    in_tensors(DELTA, "1.running_mean", lambda v: v + 5)(root)
+    follow_deltas(root)
+
+
+def a_gradient(by: float) -> Change:
+    """Change a gradient, and let figures, delta, aggregate and state follow from it."""
+
+    def change(root: Path) -> None:
+        in_tensors(SHARD, "000001/8.weight", lambda v: v + by)(root)
+        run = load_run(root)
+        client = run.round(1).client(2)
+        statistics = GradientStatistics()
+        told = []
+        for step in range(3):
+            shard = client.shard(step, "8.weight")
+            packed = {n: shard.packed(step, n) for n in run.shapes}
+            taps = {n: shard.taps(n) for n in run.shapes}
+            nonzero = sum(map(count_nonzero, packed.values()))
+            told.append(vars(statistics.add(packed, taps, run.shapes, nonzero=nonzero)))
+        moved = client.parameters_at(3)
+        start = run.round(0).state
+        delta = {n: (moved[n] - start[n] if n in moved else t).numpy().copy()
+                 for n, t in client.delta.items()}  # fmt: skip
+        write_tensors(root / DELTA, delta)
+
+        def figures(found: list[dict[str, Any]]) -> None:
+            for row, figure in zip(found, told, strict=True):
+                row |= {"gradient_norm": figure["norm"]} | {
+                    k: v for k, v in figure.items() if k != "norm"
+                }
+
+        rewrite_lines(root / STEPS, figures)
+        follow_deltas(root)
+
+    return change
+
+
+def swap_samples(root: Path) -> None:
+    """Let two clients change a sample, in the partition, its hash and all batches."""
+
+    def change(arrays: Arrays) -> None:
+        arrays["0"][0], arrays["1"][0] = arrays["1"][0], arrays["0"][0]
+        for name in ("0", "1"):
+            arrays[name].sort()
+
+    rewrite_tensors(root / "partition.safetensors", change)
+    found = load_run(root).partition
+    in_manifest("partition", "sha256", to=lambda _: partition_sha256(found))(root)
+
+
+def times(by: float) -> Callable[[Any], Any]:
+    return lambda value: value * by
+
+
+def plus(by: Any) -> Callable[[Any], Any]:
+    return lambda value: value + by
+
+
+WRONG = [
+    # run.json
+    (in_manifest("seed", to=plus(1)), "rows", "run.json: seed is not"),
+    (in_manifest("model", "arch", to=lambda _: "resnet18"), "rows", "model.arch"),
+    (in_manifest("dataset", "mean", 1, to=plus(0.01)), "rows", "dataset.mean"),
+    (in_manifest("dataset", "test_size", to=plus(1)), "rows", "dataset.test_size"),
+    (in_manifest("config", "rounds", to=plus(1)), "rows", "finished, with 1 of 2 rounds"),
+    (in_manifest("config", "momentum", to=times(0.5)), "replay", "not where the gradients lead"),
+    (in_manifest("config", "alpha", to=times(2)), "rows", "is not what the seed deals"),
+    (in_manifest("partition", "sizes", 0, to=plus(1)), "partition", "other sizes than run.json"),
+    # partition.safetensors
+    (swap_samples, "rows", "is not what the seed deals"),
+    (in_tensors("partition.safetensors", "0", plus(1)), "partition", "does not deal each of"),
+    # rounds.jsonl
+    (in_row("rounds.jsonl", 1, "global_accuracy", to=plus(1e-4)), "rows", "is no share of 359"),
+    (in_row("rounds.jsonl", 1, "participants", to=lambda v: v[::-1]), "participants", "round 1"),
+    (in_row("rounds.jsonl", 1, "global_loss", to=times(-1)), "rows", "is negative"),
+    (in_row("rounds.jsonl", 1, "global_accuracy", to=lambda _: None), "rows", "was not evaluated"),
+    # clients.jsonl
+    (of_client("num_samples", to=plus(1)), "rows", "another num_samples"),
+    (of_client("local_loss", to=times(0.5)), "rows", "another local_loss"),
+    (of_client("gradient_norm", to=times(1.001)), "rows", "another gradient_norm"),
+    (of_client("per_layer_norms", "8.weight", to=times(1.001)), "rows", "another norm of 8.weight"),
+    (of_client("bytes_captured", to=plus(4)), "rows", "other bytes_captured"),
+    (of_client("num_steps_captured", to=plus(-1)), "rows", "another num_steps_captured"),
+    (of_client("learning_rate", to=times(2)), "rows", "another learning_rate"),
+    (of_client("batch_sizes", 1, to=plus(1)), "rows", "another batch_sizes"),
+    # steps.jsonl
+    (in_row(STEPS, 1, "gradient_norm", to=times(1.001)), "gradients", "another gradient_norm"),
+    (in_row(STEPS, 1, "cosine_to_previous", to=plus(0.01)), "gradients", "cosine_to_previous"),
+    (in_row(STEPS, 2, "cosine_to_mean", to=plus(0.01)), "gradients", "cosine_to_mean"),
+    (in_row(STEPS, 0, "zero_fraction", to=plus(0.001)), "gradients", "zero_fraction"),
+    (in_row(STEPS, 1, "per_layer_norms", "8.weight", to=times(1.01)), "gradients", "has norm"),
+    (in_row(STEPS, 1, "indices", to=lambda v: v[::-1]), "steps", "is not the one drawn"),
+    # tensors
+    (in_tensors("rounds/0000/global.safetensors", "8.weight", plus(1)), "initial state", "8.weig"),
+    (in_tensors("rounds/0001/global.safetensors", "8.weight", plus(1)), "state", "8.weight is not"),
+    (in_tensors("rounds/0001/global.safetensors", "1.running_var", plus(1)), "state", "running_va"),
+    (in_tensors("rounds/0001/aggregate.safetensors", "8.weight", plus(1)), "aggregate", "8.weight"),
+    (both(in_tensors(DELTA, "8.weight", plus(1e-3)), follow_deltas), "replay", "8.weight is not"),
+    (both(in_tensors(DELTA, "13.bias", times(1.01)), follow_deltas), "replay", "13.bias is not"),
+    (in_tensors(SHARD, "000001/8.weight", plus(1e-3)), "replay", "8.weight is not where"),
+    (in_tensors(SHARD, "000002/0.weight", times(1.5)), "replay", "0.weight is not where"),
+]  # fmt: skip
+
+NAMED = [
+    (
+        in_row("rounds.jsonl", 1, "global_accuracy", to=lambda _: 328 / 359),
+        "rows",
+        "global_loss, global_accuracy: .*rounds 0, 1",
+    ),
+    (a_loss, "rows", r"loss, loss_history, local_loss: .*9 steps; all clients of round 1"),
+    (a_buffer, "replay", r"buffers: .*all clients of round 1"),
+    (a_gradient(5e-3), "recomputed", r"gradients, sketches: .*9 steps; all clients of round 1"),
+    (a_gradient(1.0), "recomputed", r"gradients, sketches: .*9 steps; all clients of round 1"),
+    (in_row("rounds.jsonl", 1, "seconds", "clients", to=times(2)), "rows", "seconds, .*measured"),
+    (of_client("peak_memory", "process", to=times(2)), "rows", "peak_memory, .*measured"),
+    (in_manifest("device", "worker_threads", to=plus(1)), "rows", "device, .*measured"),
+    (in_manifest("config", "workers", to=lambda _: 77), "rows", "config.workers, "),
+]
+
+
+@pytest.mark.parametrize(("change", "check", "said"), WRONG)
+def test_what_does_not_follow_is_found(
+    honest: Path, tmp_path: Path, change: Change, check: str, said: str
+) -> None:
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    change(root)
+    repair(root)
+    found = violations_of(verify(root, jobs=1))
+    assert any(said in violation for violation in found.get(check, [])), found
+
+
+@pytest.mark.parametrize(("change", "check", "said"), NAMED)
+def test_what_nothing_follows_from_is_named(
+    honest: Path, tmp_path: Path, change: Change, check: str, said: str
+) -> None:
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    change(root)
+    repair(root)
+    assert any(file.read_bytes() != (honest / file.relative_to(root)).read_bytes()
+               for file in root.rglob("*") if file.is_file())  # fmt: skip
+    findings = verify(root, jobs=1)
+    # The forger left no trace; so the reader is told of the gap.
+    assert violations_of(findings) == {}
+    assert any(re.search(said, line) for line in findings.checks[check].unproven)
+
+
+def leaves(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """Give the place of one number of each key."""
+    if isinstance(value, dict) and value:
+        numbered = not any(isinstance(k, str) and k.isidentifier() for k in value)
+        for key in list(value)[:1] if numbered and path else value:
+            yield from leaves(value[key], *path, key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+        yield from leaves(value[-1], *path, len(value) - 1)
+    elif isinstance(value, list) and value:
+        yield (*path, len(value) - 1)
+    else:
+        yield path
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 1.5 + 0.1
+    if isinstance(value, str):
+        return ("1" if value[:1] == "0" else "0") + value[1:] if len(value) > 30 else value + "x"
+    return {"x": 1} if isinstance(value, dict) else [1] if isinstance(value, list) else 1
+
+
+def is_held(findings: Findings, key: str) -> bool:
+    """Say whether a number was found wrong, or is named by its key."""
+    lines = [line for check in findings.checks.values() for line in check.unproven]
+    lines = [line.partition(" (")[0] for line in lines]
+    return bool(findings.violations) or any(
+        re.search(rf"(^|[ .]){re.escape(key)}([ ,:]|$)", line) for line in lines
+    )
+
+
+@pytest.mark.parametrize("file", ["run.json", "rounds.jsonl", "clients.jsonl", STEPS])
+def test_every_number_of_every_row_is_proven_or_named(
+    honest: Path, tmp_path: Path, file: str
+) -> None:
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    whole = {name: (root / name).read_bytes() for name in (file, "clients.jsonl", "rounds.jsonl",
+             "run.json", "checksums.jsonl")}  # fmt: skip
+    if file == "run.json":
+        first, change = json.loads(whole[file]), in_manifest
+    else:
+        first = json.loads(whole[file].splitlines()[1])
+        change = lambda *keys, to: in_row(file, 1, *keys, to=to)  # noqa: E731
+    places = [place for place in leaves(first) if place[:1] != ("files",)]
+    free = []
+    for place in places:
+        change(*place, to=another)(root)
+        repair(root, hashes="state_sha256" not in place)
+        key = next(part for part in reversed(place) if isinstance(part, str))
+        key = place[0] if place[0] in ("versions", "device", "peak_memory", "seconds") else key
+        if not is_held(verify(root, jobs=1), key):
+            free.append(place)
+        for name, content in whole.items():
+            (root / name).write_bytes(content)
+    assert free == []
+    model = {"run.json": rows.Manifest, "rounds.jsonl": rows.RoundRow,
+             "clients.jsonl": rows.TrainedClientRow, STEPS: rows.StepRow}[file]  # fmt: skip
+    absent = set(model.model_fields) - {place[0] for place in places} - {"files"}
+    assert absent <= ELSEWHERE, absent - ELSEWHERE
+    if file == "run.json":
+        keys = {place[1] for place in places if place[0] == "config"}
+        assert keys == set(RunConfig.model_validate({}).to_mapping())
+
+
+ELSEWHERE = {
+    # Of runs that failed or were continued, named whatever they are.
+    *("error", "diverged", "resumed"),
+    # With float16 or a proximal term, on other hosts, in shared files, on other machines.
+    *("num_updates", "proximal_mu", "place", "not_captured", "shard", "arithmetic"),
+    *("proximal", "objective_norm"),
+}  # fmt: skip
