@@ -26,7 +26,7 @@ from fedsim.recording.findings import Findings
 from fedsim.recording.layout import RunLayout, format_of
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import find_recovery
-from fedsim.recording.row_proofs import OF_NODES
+from fedsim.recording.row_proofs import OF_FAILED, OF_NODES
 from fedsim.recording.shared import SharedFiles
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
@@ -234,8 +234,8 @@ def test_steps_that_are_not_what_the_client_wrote_end_the_run(
 
 
 def unproven(findings: Findings) -> dict[str, set[str]]:
-    # Where a client keeps its files is its own word.
-    return {n: set(c.reasons) - {OF_NODES} for n, c in findings.checks.items()}
+    # One of two runs has clients that say where their files are, the other one that failed.
+    return {n: set(c.reasons) - {OF_NODES, OF_FAILED} for n, c in findings.checks.items()}
 
 
 def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Path) -> None:
