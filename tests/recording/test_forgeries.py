@@ -20,11 +20,13 @@ from fedsim.core.plan import RunPlan
 from fedsim.core.statistics import GradientStatistics
 from fedsim.core.support import count_nonzero
 from fedsim.recording import rows
+from fedsim.recording.checksums import checksum_line
 from fedsim.recording.files import Checksum, write_tensors
 from fedsim.recording.findings import Findings
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.proofs import arrays_of
 from fedsim.recording.reader import load_run
+from fedsim.recording.row_proofs import OF_FAILED
 from fedsim.recording.verify import verify
 from tests.recording.test_verify import (
     Arrays,
@@ -299,6 +301,127 @@ def test_what_nothing_follows_from_is_named(
     # The forger left no trace; so the reader is told of the gap.
     assert violations_of(findings) == {}
     assert any(re.search(said, line) for line in findings.checks[check].unproven)
+
+
+CONTROL = f"{CLIENT}/control.safetensors"
+KEPT = "rounds/0001/strategy.safetensors"
+ADAPTIVE = {
+    "name": "fedavg",
+    "dp": "server-side-adaptive",
+    "noise-multiplier": 0.0,
+    "clipping-norm": 0.05,
+}
+OWN = {"name": "tests.strategies.own:Counting"}
+OTHERS = [
+    # strategy, what else is set, change, whether it is wrong or named, check, said
+    ("fedprox", {}, in_row(STEPS, 1, "proximal", to=times(1.01)), "wrong", "rows", "proximal of s"),
+    ("fedprox", {}, in_row(STEPS, 2, "objective_norm", to=times(1.01)), "wrong", "rows", "objecti"),
+    ("fedprox", {}, of_client("proximal_mu", to=times(2)), "wrong", "rows", "another proximal_mu"),
+    (
+        *("fedavg", {}, in_tensors("rounds/0001/global.safetensors", "13.bias", plus(1e-6))),
+        *("wrong", "state", "13.bias is not the state before plus the step of fedavg"),
+    ),
+    ("scaffold", {}, in_tensors(CONTROL, "13.bias", times(1.001)), "wrong", "state", "13.bias doe"),
+    ("scaffold", {}, in_tensors(KEPT, "control/13.bias", plus(1)), "wrong", "state", "is not the"),
+    ("fedavgm", {}, in_tensors(KEPT, "momentum/0.weight", times(1.001)), "wrong", "kept", "0.weig"),
+    ("fedyogi", {}, in_tensors(KEPT, "v/8.weight", times(1.001)), "wrong", "kept", "v/8.weight"),
+    ("fedadagrad", {}, in_tensors(KEPT, "m/8.weight", times(1.001)), "wrong", "kept", "m/8.weight"),
+    (ADAPTIVE, {}, in_tensors(KEPT, "clipping-norm", times(1.001)), "wrong", "kept", "clipping-n"),
+    (ADAPTIVE, {}, in_tensors("rounds/0001/global.safetensors", "8.weight", plus(1)), "named",
+     "state", r"parameters: how fedavg with dp = .* is not followed .*round 1"),
+    (OWN, {}, in_tensors(KEPT, "total", plus(1)), "named", "kept", r"own:Counting keeps: .*nd 1"),
+    (OWN, {}, in_tensors("rounds/0001/global.safetensors", "8.weight", plus(1)), "named", "state",
+     r"parameters: how tests.strategies.own:Counting moves them is not followed .*round 1"),
+    ("delta-fedavg", {"capture": "sketch:64"},
+     in_tensors(f"{CLIENT}/sketch.safetensors", "sketch", plus(1)), "named", "recomputed",
+     "gradients, sketches: .*all clients of round 1"),
+    ("delta-fedavg", {"capture": "sketch:64"}, of_client("bytes_captured", to=plus(4)), "wrong",
+     "rows", "another bytes_captured"),
+    ("delta-fedavg", {"capture": "none"}, in_row(STEPS, 1, "gradient_norm", to=times(2)), "named",
+     "rows", "^gradient_norm, .*9 steps; all clients of round 1"),
+    ("delta-fedavg", {"capture": "none"}, in_manifest("config", "momentum", to=times(0.5)), "named",
+     "rows", "config.optimizer, momentum, .*all clients of round 1"),
+    ("delta-fedavg", {"autocast": "float16"}, of_client("num_updates", to=plus(-1)), "wrong",
+     "replay", "made other updates"),
+    ("delta-fedavg", {"autocast": "bfloat16", "capture-dtype": "bfloat16"},
+     in_row(STEPS, 1, "gradient_norm", to=times(1.02)), "wrong", "gradients", "gradient_norm"),
+    ("delta-fedavg", {"autocast": "bfloat16", "capture-dtype": "float16"},
+     in_row(STEPS, 1, "cosine_to_previous", to=plus(0.1)), "wrong", "gradients", "cosine_to_prev"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def others(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give a run with another strategy or other settings, made once and honest."""
+    made: dict[str, Path] = {}
+
+    def give(strategy: Any, changes: dict[str, Any]) -> Path:
+        key = repr((strategy, changes))
+        if key not in made:
+            few = {**FEW, "strategy": strategy, **changes}
+            path = tmp_path_factory.mktemp("other") / "run"
+            made[key] = record(plan, path, **few)
+            assert violations_of(verify(path, jobs=1)) == {}
+        return made[key]
+
+    return give
+
+
+@pytest.mark.parametrize(("strategy", "changes", "change", "outcome", "check", "said"), OTHERS)
+def test_other_strategies_and_captures_are_held_too(
+    others: Callable[..., Path],
+    tmp_path: Path,
+    strategy: Any,
+    changes: dict[str, Any],
+    change: Change,
+    outcome: str,
+    check: str,
+    said: str,
+) -> None:
+    root = Path(shutil.copytree(others(strategy, changes), tmp_path / "run"))
+    change(root)
+    repair(root)
+    findings = verify(root, jobs=1)
+    if outcome == "wrong":
+        assert any(said in v for v in findings.checks[check].violations), violations_of(findings)
+    else:
+        assert violations_of(findings) == {}
+        assert any(re.search(said, line) for line in findings.checks[check].unproven)
+
+
+def test_the_cause_of_a_failure_is_named_with_its_client(honest: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    run = load_run(root)
+    shutil.rmtree(run.round(1).client(2).folder)
+
+    def fail(found: list[dict[str, Any]]) -> None:
+        for row in found:
+            if row["partition"] == 2:
+                row.clear()
+                row |= {"round": 1, "partition": 2, "status": "failed", "error": "it is said so"}
+
+    rewrite_lines(root / "clients.jsonl", fail)
+    in_row("rounds.jsonl", 1, "failed", to=lambda _: [2])(root)
+    lines = (root / "checksums.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["files"] for line in lines]
+    (root / "checksums.jsonl").write_bytes(
+        b"".join(
+            checksum_line(
+                {
+                    name: Checksum(size=file["bytes"], xxh3_128=file["xxh3_128"])
+                    for name, file in files.items()
+                    if CLIENT not in name
+                }
+            )
+            for files in kept
+        )
+    )
+    follow_deltas(root)
+    repair(root)
+    findings = verify(root, jobs=1)
+    # A server that drops a client, and says that it failed, leaves no trace but its word.
+    assert violations_of(findings) == {}
+    assert f"{OF_FAILED} (client 2 of round 1)" in findings.checks["rows"].unproven
 
 
 def leaves(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
