@@ -831,16 +831,42 @@ class Run:
         return {row["round"]: row for row in reversed(self.round_rows)}
 
     def rounds(self) -> pandas.DataFrame:
-        """Give the finished rounds as a data frame, one row each, round 0 first."""
-        import pandas as pd
+        """Give the finished rounds as a data frame, one row each, round 0 first.
 
-        return pd.DataFrame(self.round_rows)
+        Its columns are scalars: ``seconds_total`` and so on, and the numbers of participants and
+        of those that failed. Who they are is in `round_rows` and `telemetry`.
+        """
+        from fedsim.recording.frames import rounds_frame
+
+        return rounds_frame(self.round_rows)
 
     def telemetry(self) -> pandas.DataFrame:
-        """Give the telemetry of all clients in all finished rounds as a data frame."""
-        import pandas as pd
+        """Give what clients told as a data frame, one row for each client in each round.
 
-        return pd.DataFrame(self.client_rows)
+        Its columns are scalars. What a client told of each step, parameter and class is in `steps`,
+        `layer_norms` and `class_counts`.
+        """
+        from fedsim.recording.frames import clients_frame
+
+        return clients_frame(self.client_rows)
+
+    def steps(self) -> pandas.DataFrame:
+        """Give batch size and loss of each local step, one row each."""
+        from fedsim.recording.frames import steps_frame
+
+        return steps_frame(self.client_rows)
+
+    def layer_norms(self) -> pandas.DataFrame:
+        """Give the norm of each parameter's first local gradient, by round and client."""
+        from fedsim.recording.frames import layer_norms_frame
+
+        return layer_norms_frame(self.client_rows)
+
+    def class_counts(self) -> pandas.DataFrame:
+        """Give the samples of each class at each client that has trained."""
+        from fedsim.recording.frames import class_counts_frame
+
+        return class_counts_frame(self.client_rows)
 
     def round(self, number: int) -> Round:
         """Give one finished round; 0 is the untrained model.

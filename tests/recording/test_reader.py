@@ -160,8 +160,15 @@ def test_the_configuration_of_a_recorded_run_is_its_plans(recorded: Recorded) ->
 def test_the_data_frames_hold_every_row_with_its_values(recorded: Recorded) -> None:
     run = load_run(recorded.path)
     rounds, clients = run.rounds(), run.telemetry()
-    assert rounds.to_dict("records") == lines_of(recorded.path / "rounds.jsonl")
-    assert clients.to_dict("records") == lines_of(recorded.path / "clients.jsonl")
+    for frame, name in ((rounds, "rounds"), (clients, "clients")):
+        lines = lines_of(recorded.path / f"{name}.jsonl")
+        scalars = {k for k, value in lines[0].items() if not isinstance(value, dict | list)}
+        assert scalars == {*frame.columns} & {*lines[0]}
+        for key in scalars:
+            assert frame[key].tolist() == [line[key] for line in lines]
+        for part, numbers in frame.filter(regex="^seconds_").items():
+            key = str(part).removeprefix("seconds_")
+            assert numbers.tolist() == [line["seconds"][key] for line in lines]
     assert rounds["round"].tolist() == [0, 1, 2]
     assert clients["round"].tolist() == [1, 1, 1, 2, 2, 2]
     assert clients["partition"].tolist() == FOLDED[1] + FOLDED[2]
@@ -171,6 +178,25 @@ def test_the_data_frames_hold_every_row_with_its_values(recorded: Recorded) -> N
     assert clients["learning_rate"].tolist() == [0.01, 0.01, 0.02, 0.01, 0.01, 0.02]
     assert clients["num_samples"].dtype == np.int64
     assert clients["local_loss"].dtype == np.float64
+
+
+def test_the_data_frames_are_tidy(recorded: Recorded) -> None:
+    run = load_run(recorded.path)
+    rows = [row for row in run.client_rows if row["status"] == "ok"]
+    frames = [run.rounds(), run.telemetry(), run.steps(), run.layer_norms(), run.class_counts()]
+    for frame in frames:
+        cells = {type(cell) for column in frame for cell in frame[column].tolist()}
+        assert cells <= {int, float, str, bool, type(None)}
+    assert {"seconds_train", "peak_memory_process", "num_samples"} <= {*frames[1].columns}
+    assert run.rounds()["num_participants"].tolist() == [0, 3, 3]
+    assert run.rounds()["num_failed"].tolist() == [0, 0, 0]
+    steps = run.steps().groupby(["round", "partition"], sort=False)["loss"].apply(list)
+    assert steps.to_dict() == {(r["round"], r["partition"]): r["loss_history"] for r in rows}
+    norms = run.layer_norms().set_index(["round", "partition", "parameter"])["gradient_norm"]
+    assert norms[2, rows[-1]["partition"], "0.weight"] == rows[-1]["per_layer_norms"]["0.weight"]
+    counts = run.class_counts().pivot(index="partition", columns="class", values="num_samples")
+    for row in rows:
+        assert counts.loc[row["partition"]].tolist() == row["class_distribution"]
 
 
 def test_a_loss_that_is_not_finite_is_missing_in_the_data_frames(tmp_path: Path) -> None:
