@@ -34,8 +34,9 @@ class Plots:
 
     Notes
     -----
-    Each method takes nothing, returns a plotly figure, and raises `InputError` where the run has
-    nothing to draw. `fedsim.report.charts` says what each shows.
+    Each method takes nothing, returns a plotly figure (with an image for where plotly's scripts do
+    not run, as in pages of nbconvert), and raises `InputError` where the run has nothing to draw.
+    `fedsim.report.charts` says what each shows.
     """
 
     def __init__(self, run: Run) -> None:
@@ -50,12 +51,23 @@ class Plots:
     def _draw(self, key: str) -> go.Figure:
         from fedsim.report.charts import draw
         from fedsim.report.figures import Absent
-        from fedsim.report.plotly_view import to_plotly
+        from fedsim.report.notebook_view import NotebookFigure
 
         figure = draw(key, [self._study])
         if isinstance(figure, Absent):
             raise InputError(f"{self._run.path} has no figure {key!r}: {figure.reason}")
-        return to_plotly(figure)
+        return NotebookFigure.of(figure)
+
+    def __repr__(self) -> str:
+        from fedsim.report.charts import KEYS
+
+        width = max(map(len, KEYS)) + 2
+        lines = [f"figures of the run {self._run.path.name}:"]
+        for key in KEYS:
+            what, _, needs = (getattr(type(self), key).__doc__ or "").partition("\n\n")
+            line = what.removeprefix("Draw ") + (" " + needs.strip() if needs else "")
+            lines.append(f"  {key + '()':{width}}  {line}".replace("``", ""))
+        return "\n".join(lines)
 
     def accuracy(self) -> go.Figure:
         """Draw the test accuracy of the global model, by round."""
@@ -102,11 +114,17 @@ class Plots:
         return self._draw("drift_pairs")
 
     def conflict(self) -> go.Figure:
-        """Draw the share of pairs of clients with gradients in conflict (Yu et al. 2020)."""
+        """Draw the share of pairs of clients with gradients in conflict (Yu et al. 2020).
+
+        It needs the first step of each client, which ``capture = "first:1"`` keeps.
+        """
         return self._draw("conflict")
 
     def noise(self) -> go.Figure:
-        """Draw the simple noise scale of each client (McCandlish et al. 2018)."""
+        """Draw the simple noise scale of each client (McCandlish et al. 2018).
+
+        It needs two full batches of a client, which ``capture = "first:2"`` keeps.
+        """
         return self._draw("noise")
 
     def round_time(self) -> go.Figure:

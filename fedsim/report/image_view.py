@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,6 +27,7 @@ _MOST_INSIDE = 6
 _STYLES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 3, 2, 3)))
 _INCHES = (5.0, 3.4)
 _DPI = 300
+_SCREEN_DPI = 110
 _MOST_TICKS = 24
 _STYLE: Any = {
     # A dollar in the name of a run is a dollar.
@@ -57,10 +59,22 @@ def write_images(figure: Figure, folder: Path) -> list[Path]:
     for number, view in enumerate(figure.views, start=1):
         suffix = f"-{number:02d}" if len(figure.views) > 1 else ""
         path = folder / f"{figure.key}{suffix}.png"
-        with mpl.rc_context(_STYLE), temporary(path) as unfinished:
-            _draw(figure, view).savefig(unfinished, dpi=_DPI, format="png")
+        with temporary(path) as unfinished, unfinished.open("wb") as file:
+            _save(figure, view, file, _DPI)
         paths.append(path)
     return paths
+
+
+def image_of(figure: Figure) -> bytes:
+    """Draw the first view of a figure as PNG, for a screen."""
+    file = io.BytesIO()
+    _save(figure, figure.views[0], file, _SCREEN_DPI)
+    return file.getvalue()
+
+
+def _save(figure: Figure, view: View, file: IO[bytes], dpi: int) -> None:
+    with mpl.rc_context(_STYLE):
+        _draw(figure, view).savefig(file, dpi=dpi, format="png")
 
 
 def _draw(figure: Figure, view: View) -> Canvas:

@@ -115,12 +115,12 @@ def make_console(*, lasting: bool = False, is_ours: bool = True) -> Console:
     is_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
     # One that is closed, or not there at all, shows nothing.
     quiet = sys.stdout is None or sys.stdout.closed
+    options: dict[str, Any] = {"width": None if is_terminal else 140}
+    if Console().is_jupyter:
+        # Plain lines, as in a file: rich would make a display of each, and ask for ipywidgets.
+        options = {"width": 140, "force_jupyter": False, "force_terminal": False}
     return _StandardOutput(
-        lasting=lasting,
-        is_ours=is_ours,
-        highlight=False,
-        width=None if is_terminal else 140,
-        quiet=quiet,
+        lasting=lasting, is_ours=is_ours, highlight=False, quiet=quiet, **options
     )
 
 
