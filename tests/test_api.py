@@ -73,6 +73,14 @@ def test_there_is_a_method_for_every_figure(path: Path) -> None:
         assert getattr(plots, key)().layout.title.text
 
 
+def test_plots_tell_what_there_is(path: Path) -> None:
+    lines = repr(fedsim.load_run(path).plot).splitlines()
+    assert lines[0] == "figures of the run run:"
+    assert [line.split("()")[0].strip() for line in lines[1:]] == list(KEYS)
+    assert lines[1] == "  accuracy()       the test accuracy of the global model, by round."
+    assert lines[1 + KEYS.index("noise")].endswith('which capture = "first:2" keeps.')
+
+
 def test_a_figure_that_cannot_be_drawn_says_why(path: Path) -> None:
     with pytest.raises(InputError, match="has no figure 'conflict': capture = 'none' keeps no"):
         fedsim.load_run(path).plot.conflict()

@@ -1,6 +1,7 @@
 """What the guides give people to copy: parsed, as far as can be without their clusters."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,16 @@ def test_the_guide_names_files_that_are_there():
         assert f"(../examples/{name})" in guide
         assert (ROOT / "examples" / name).is_file()
     assert "-f examples/Dockerfile" in guide
+
+
+@pytest.mark.slow
+def test_the_example_of_drift_can_be_called_again(tmp_path):
+    script = ROOT / "examples" / "drift.py"
+    for count in (1, 2):
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("written: drift.html\n")
+        assert "Client drift" in (tmp_path / "drift.html").read_text(encoding="utf-8")
+        assert len(list((tmp_path / "runs").iterdir())) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 from typing import Any
 
 import plotly.graph_objects as go
@@ -63,7 +64,6 @@ class NotebookFigure(go.Figure):  # type: ignore[misc]
         if args or options or {*super()._repr_mimebundle_()} != {_MIMETYPE}:
             super().show(*args, **options)
             return
-        # Only notebooks come here.
-        from IPython.display import display
-
+        # Only notebooks come here, which have IPython.
+        display = importlib.import_module("IPython.display").display
         display(self._repr_mimebundle_(), raw=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 from PIL import Image
 
@@ -14,6 +18,7 @@ from fedsim.recording.reader import load_run
 from fedsim.report import charts
 from fedsim.report.figures import Axis, Band, Bars, Figure, Line, Mark, Matrix, Points, View
 from fedsim.report.image_view import write_images
+from fedsim.report.notebook_view import NotebookFigure
 from fedsim.report.palette import SERIES
 from fedsim.report.plotly_view import layout, safe, to_plotly, traces
 from fedsim.report.study import Study
@@ -98,6 +103,36 @@ def test_a_notebook_gets_one_view_at_a_time() -> None:
         (True, True, False),
         (False, False, True),
     ]
+
+
+@pytest.fixture
+def jupyter() -> Iterator[None]:
+    before = pio.renderers.default
+    pio.renderers.default = "plotly_mimetype"
+    yield
+    pio.renderers.default = before
+
+
+@pytest.mark.usefixtures("jupyter")
+def test_a_notebook_without_plotlys_scripts_gets_an_image() -> None:
+    figure = NotebookFigure.of(figure_of([LINE]))
+    with pytest.raises(NotImplementedError):
+        # Which makes IPython ask for the bundle.
+        figure._ipython_display_()
+    bundle = figure._repr_mimebundle_()
+    assert [*bundle] == ["application/vnd.plotly.v1+json", "image/png", "text/plain"]
+    assert figure._repr_html_() is None
+    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert image.size == (550, 374)
+
+
+@pytest.mark.usefixtures("jupyter")
+def test_an_image_never_shows_another_figure_than_the_one_that_is_there() -> None:
+    changed = NotebookFigure.of(figure_of([LINE])).update_layout(title="mine")
+    assert "image/png" not in changed._repr_mimebundle_()
+    assert "mine" in (changed._repr_html_() or "")
+    copied = go.Figure(changed)
+    assert isinstance(NotebookFigure(copied)._repr_html_(), str)
 
 
 @pytest.mark.parametrize("key", charts.KEYS)
