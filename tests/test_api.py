@@ -22,6 +22,7 @@ from fedsim.flower.server_app import execute
 from fedsim.report.charts import KEYS
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 VALUES = {
@@ -138,7 +139,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -190,7 +191,7 @@ if __name__ == "__main__":
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.stdout.splitlines() == [
         f"interrupted; the finished rounds are kept in {tmp_path}/third, and "

@@ -34,6 +34,7 @@ from fedsim.report.comparison import CellFigures
 from tests import fuzz
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -518,13 +519,13 @@ def test_a_comparison_that_is_interrupted_and_killed_ends_with_the_same_table(tm
 
     def stop_when(rows: Path, number: int) -> tuple[int, str]:
         process = start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not rows.exists() or not rows.read_bytes():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE)
         return process.returncode, err
 
     def nothing_runs() -> bool:
@@ -545,13 +546,13 @@ def test_a_comparison_that_is_interrupted_and_killed_ends_with_the_same_table(tm
         code, _ = stop_when(second, signal.SIGKILL)
         assert code == -signal.SIGKILL
         before = first.read_bytes()
-        out, err = start().communicate(timeout=120)
+        out, err = start().communicate(timeout=PATIENCE)
         assert err == ""
         begun = "loading    torch, Flower and Ray\npreparing  2 cells\n"
         assert out.startswith(f"{begun}2 cells, 1 of them done before, ")
         assert first.read_bytes() == before
         assert table(folder / "grid") == table(tmp_path / "whole")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not nothing_runs():
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from fedsim.deploy.federation import Places, environment
+from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0
 # Flower has no setting for it: a killed node is missed after twice these seconds, not 60.
 HEARTBEAT = """\
 import sys
@@ -116,7 +116,7 @@ class Lab:
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(60) == 0
+        assert self.process.wait(PATIENCE) == 0
         left = [p for p in self.processes() if "deploy" not in _arguments(p)]
         for process in left:
             process.kill()

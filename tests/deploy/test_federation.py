@@ -20,6 +20,7 @@ from fedsim.recording.files import read_lines
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.deploy.conftest import ROOT, until
+from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,7 @@ def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     assert load_run(path).status == "running"
 
     resumed = lab.run(resume=str(path))
-    told, _ = resumed.communicate(timeout=240)
+    told, _ = resumed.communicate(timeout=PATIENCE)
     assert f"continuing after round {kept}" in told, told + lab.logs()
     assert load_run(path).status == "finished", told + lab.logs()
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in VALUES.items()]
@@ -171,7 +172,7 @@ def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, 
     plain, _ = refused(insecure=True)
     told = []
     for process, said in nodes:
-        assert process.wait(240) == 1, said.read_text()
+        assert process.wait(PATIENCE) == 1, said.read_text()
         told.append(said.read_text())
     assert "certificate verify failed: unable to get local issuer certificate" in told[0]
     assert "All SuperNodes must be registered" in told[1]
@@ -226,14 +227,14 @@ def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     run = lab.run(output=str(path), **values)
     until(lambda: lab.log("supernode-1").count("Receiving: train") > trained, lab.logs)
     lab.supernode(1).kill()
-    told, _ = run.communicate(timeout=240)
+    told, _ = run.communicate(timeout=PATIENCE)
     assert "client 1 failed" in told, told + lab.logs()
     failed = [row["failed"] for row in read_lines(path / "rounds.jsonl")]
     assert failed[:2] == [[], [1]]
     assert load_run(path).status == "finished"
 
     until(lambda: lab.log("supernode-1").count("SuperNode ID") > came, lab.logs)
-    told, _ = lab.run(resume=str(path), rounds=3).communicate(timeout=240)
+    told, _ = lab.run(resume=str(path), rounds=3).communicate(timeout=PATIENCE)
     assert load_run(path).status == "finished", told + lab.logs()
     rows = list(read_lines(path / "rounds.jsonl"))
     assert (sorted(rows[3]["participants"]), rows[3]["failed"]) == ([0, 1, 2, 3], [])

@@ -19,6 +19,7 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower import cluster
 from fedsim.flower.simulation import fit_pool, simulate
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 
 class Killer(Memory):
@@ -37,7 +38,7 @@ class Killer(Memory):
         return titles
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not self._workers() and time.monotonic() < deadline:
             time.sleep(0.05)
 

@@ -20,6 +20,7 @@ from fedsim.recording.files import read_lines
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 DISK = 4 * 2**20
 
@@ -92,13 +93,13 @@ def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path) -> None:
         text=True,
     )
     # The check before the first round would refuse a disk that is full from the start.
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not (disk / "run" / "rounds.jsonl").exists():
         assert process.poll() is None
         assert time.monotonic() < end
     with (disk / "ballast").open("wb") as file:
         file.write(b"\0" * (DISK - 600_000))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert err.startswith(f"fedsim: the disk of {disk}/run is full: ")
     assert err.count("\n") == 1

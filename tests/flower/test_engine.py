@@ -13,6 +13,7 @@ import pytest
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.flower.test_simulation import ROOT, SMALL, finish, folder, leftovers, start, wait_for
+from tests.patience import PATIENCE
 
 __all__ = ["folder"]
 
@@ -25,7 +26,7 @@ def under_way(folder, process):
 
 
 def nothing_is_left(folder):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while leftovers(folder) != ([], []):
         assert time.monotonic() < deadline, leftovers(folder)
         time.sleep(0.1)
@@ -38,7 +39,7 @@ def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
     under_way(folder, process)
     children = psutil.Process(process.pid).children()
     next(child for child in children if child.name() == name).kill()
-    code, _, err = finish(process, timeout=60)
+    code, _, err = finish(process)
     # Ray's own C++ may complain before.
     assert code == 1
     assert err.endswith(f"fedsim: Ray's process {name} died, and with it the workers\n")
@@ -62,7 +63,7 @@ def test_a_finished_run_stays_finished_where_no_engine_starts_to_extend_it(folde
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert process.returncode == 1
@@ -85,7 +86,7 @@ def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder):
     process = start(LONG, folder)
     under_way(folder, process)
     process.send_signal(signal.SIGHUP)
-    code, _, err = finish(process, timeout=60)
+    code, _, err = finish(process)
     assert code == 130
     assert "Traceback" not in err
     nothing_is_left(folder)
@@ -100,7 +101,7 @@ def test_workers_that_need_more_memory_than_there_is_end_the_run_with_that_cause
         RAY_memory_usage_threshold="0.01",
         RAY_memory_monitor_refresh_ms="50",
     )
-    code, _, err = finish(process, timeout=120)
+    code, _, err = finish(process)
     assert code == 1
     assert re.search(
         r"^fedsim: .*: (its worker|the last) was killed for want of memory with [\d.]+ of [\d.]+ "

@@ -31,6 +31,7 @@ from tests.faults import KINDS, MOMENTS, Fault, app, injected, uncover
 from tests.flower.test_resume import contents, hashes
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "faults.md"
@@ -173,7 +174,7 @@ def run_there(folder: Path, faults: list[Fault], *arguments: str) -> tuple[int, 
         env={**os.environ, "TMPDIR": str(folder / "tmp")},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     err = finished.stderr.strip()
     assert "Traceback" not in err

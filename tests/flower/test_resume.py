@@ -31,6 +31,7 @@ from fedsim.recording.writer import RunWriter, is_being_written
 from tests import fuzz
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 ROUNDS = 4
 VALUES = {
@@ -411,7 +412,7 @@ def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(
 
     process = start("run", *flags, "--output", f"{tmp_path}/run")
     rows = tmp_path / "run" / "rounds.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not rows.exists() or rows.read_bytes().count(b"\n") < 2:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -419,9 +420,9 @@ def test_a_run_whose_processes_were_all_killed_resumes_to_the_same_state(
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    process.wait(60)
+    process.wait(PATIENCE)
     assert verify(tmp_path / "run").violations == []
-    assert start("resume", f"{tmp_path}/run").wait(120) == 0
+    assert start("resume", f"{tmp_path}/run").wait(PATIENCE) == 0
     assert hashes(tmp_path / "run") == hashes(whole)
     assert contents(tmp_path / "run") == contents(whole)
     assert verify(tmp_path / "run").violations == []

@@ -21,6 +21,7 @@ from fedsim.flower import simulation
 from fedsim.flower.simulation import WorkerPool, _backend, size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
+from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def folder():
     shutil.rmtree(path, ignore_errors=True)
 
 
-def finish(process, timeout=180):
+def finish(process, timeout=PATIENCE):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
@@ -65,7 +66,7 @@ def leftovers(folder):
     return running, list((folder / "tmp").iterdir())
 
 
-def wait_for(condition, process, timeout=120):
+def wait_for(condition, process, timeout=PATIENCE):
     """Wait for another process to get somewhere."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -94,12 +95,15 @@ def reference():
 @pytest.mark.slow
 def test_a_run_tells_its_story_and_nothing_else(reference):
     path, out = reference
-    lines = out.splitlines()
+    loading, preparing, starting, *lines = out.splitlines()
+    assert loading == "loading    torch, Flower and Ray"
+    assert preparing == "preparing  digits, the partition and the model"
+    assert starting == "starting   Ray and 2 workers"
     assert lines[0].startswith("data       digits: 1,438 + 359 samples, 10 classes")
     rounds = [line for line in lines if re.match(r"round \d", line)]
     assert [line.split()[1] for line in rounds] == ["0/2", "1/2", "2/2"]
     assert re.fullmatch(r"run +run *", lines[-1])
-    assert "Ray" not in out
+    assert "Ray" not in "".join(lines)
     assert "flwr" not in out
     run = load_run(path)
     assert run.status == "finished"
@@ -111,7 +115,7 @@ def test_a_run_tells_its_story_and_nothing_else(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers):
     flags = [*SMALL, "--output", "run", "--workers", str(workers)]
     code, _, err = finish(start(flags, folder))
@@ -163,9 +167,10 @@ def test_an_interrupt_keeps_the_finished_rounds_and_leaves_nothing_behind(folder
     rows = folder / "run" / "rounds.jsonl"
     wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2, process)
     process.send_signal(signal.SIGINT)
-    code, out, err = finish(process, timeout=60)
+    code, out, err = finish(process)
     assert code == 130
-    assert "ray" not in out.lower()
+    # But for the words of the start.
+    assert "ray" not in out.lower().partition("data ")[2]
     assert "interrupted; the finished rounds are kept in run" in err
     assert "Traceback" not in err
     assert leftovers(folder) == ([], [])
@@ -214,7 +219,7 @@ def with_fake_gpu(folder, share):
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     return finished.stdout
 
@@ -264,7 +269,7 @@ def flower(folder):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=PATIENCE,
         )
         return finished.stdout
 
