@@ -367,6 +367,22 @@ def others(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return give
 
 
+@pytest.mark.parametrize("side", ["server-side", "client-side"])
+def test_a_clipping_norm_with_noise_is_followed_over_rounds(
+    others: Callable[..., Path], tmp_path: Path, side: str
+) -> None:
+    table = {**ADAPTIVE, "name": "fedadam", "dp": f"{side}-adaptive", "noise-multiplier": 0.1}
+    honest = others(table, {"rounds": 2, "capture": "none"})
+    findings = verify(honest, jobs=1)
+    (reason,) = findings.checks["kept"].unproven
+    assert re.match(rf"with dp = '{side}-adaptive', what fedadam keeps .*rounds 1, 2", reason)
+    assert findings.checks["kept"].proven == 2
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    in_tensors("rounds/0002/strategy.safetensors", "clipping-norm", times(1 + 1e-9))(root)
+    repair(root)
+    assert list(violations_of(verify(root, jobs=1))) == ["kept"]
+
+
 @pytest.mark.parametrize(("strategy", "changes", "change", "outcome", "check", "said"), OTHERS)
 def test_other_strategies_and_captures_are_held_too(
     others: Callable[..., Path],
