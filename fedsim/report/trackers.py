@@ -188,6 +188,8 @@ _TRACKERS: dict[str, tuple[type[Tracker], str]] = {
     "trackio": (Trackio, "trackio"),
 }
 NAMES = tuple(_TRACKERS)
+# By its own name: on an index of packages, "fedsim" need not be this one.
+_PACKAGES = {"mlflow": "mlflow-skinny"}
 
 
 def check_tracker(name: str) -> None:
@@ -196,15 +198,14 @@ def check_tracker(name: str) -> None:
     Raises
     ------
     InputError
-        Naming the extra to install.
+        Naming the package to install.
     """
     if name not in _TRACKERS:
         allowed = ", ".join(repr(known) for known in NAMES)
         raise InputError(f"tracker = {name!r} cannot be used; allowed is one of {allowed}")
     if importlib.util.find_spec(_TRACKERS[name][1]) is None:
-        raise InputError(
-            f"tracker = {name!r} is not installed; allowed is after `pip install 'fedsim[{name}]'`"
-        )
+        package = _PACKAGES.get(name, name)
+        raise InputError(f"tracker = {name!r} is not installed; install it: pip install {package}")
 
 
 def make_tracker(name: str) -> Tracker:
