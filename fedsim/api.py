@@ -216,6 +216,7 @@ def simulate(
         terminal = None
         if progress:
             terminal = stack.enter_context(contextlib.closing(TerminalObserver(is_ours=False)))
+            terminal.preparing(checked.dataset)
         path = simulate_apart(
             checked, tracker=tracker, warn=_warn, terminal=terminal, verbose=verbose
         )

@@ -27,7 +27,6 @@ SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 _LOADING = "loading    torch, Flower and Ray"
-_PREPARING = "preparing  {dataset}, the partition and the model"
 
 
 _RUNS = Path("runs")
@@ -872,10 +871,11 @@ def _prepared(
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
     from fedsim.flower.simulation import fit_pool
+    from fedsim.report.terminal import preparing_line
 
     pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
-    tell(_PREPARING.format(dataset=config.dataset))
+    tell(preparing_line(config.dataset))
     return RunPlan.prepare(config), pool, output
 
 
@@ -898,7 +898,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.flower.simulation import fit_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
-    from fedsim.report.terminal import make_console, printable
+    from fedsim.report.terminal import make_console, preparing_line, printable
 
     _check_trackers(parsed)
     # Also where nothing is left to do.
@@ -907,7 +907,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     check_continuable(run)
     values = take_recorded(run.config.to_mapping(), _flags_of(parsed), run.path)
     config = RunConfig.from_mapping(values)
-    _tell(_PREPARING.format(dataset=config.dataset))
+    _tell(preparing_line(config.dataset))
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=getattr(parsed, "data-root") is not None)
     recovery = check_resume(run, plan)

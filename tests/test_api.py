@@ -143,6 +143,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("preparing  digits, the partition and the model\ndata ")
     assert "round 3/3" in done.stdout
     assert "cosine to the aggregate" in (tmp_path / "made" / "drift.html").read_text()
     assert fedsim.load_run(tmp_path / "made" / "run").status == "finished"

@@ -124,6 +124,11 @@ def make_console(*, lasting: bool = False, is_ours: bool = True) -> Console:
     )
 
 
+def preparing_line(dataset: str) -> str:
+    """Give the line about what is made before a run starts."""
+    return f"preparing  {dataset}, the partition and the model"
+
+
 class TerminalObserver:
     """Tells a run to a person: a live bar on a terminal, plain lines elsewhere.
 
@@ -151,6 +156,10 @@ class TerminalObserver:
         self._started = 0.0
         self._best: Mapping[str, Any] = {}
         self._last: Mapping[str, Any] = {}
+
+    def preparing(self, dataset: str) -> None:
+        """Say what is made before a run starts, which may take a download."""
+        self._console.print(Text(preparing_line(dataset)))
 
     def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
         """Print what will be run and start the progress bar."""
