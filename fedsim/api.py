@@ -234,12 +234,13 @@ def run_plan(
     warn: Callable[[str], None],
     verbose: bool = False,
     recovery: Recovery | None = None,
+    stop_after_round: threading.Event | None = None,
 ) -> None:
     """Run a plan and tell trackers of it.
 
     Parameters
     ----------
-    plan, output, pool, stop, verbose, recovery
+    plan, output, pool, stop, verbose, recovery, stop_after_round
         As of `fedsim.flower.simulation.simulate`.
     observer : RunObserver
         Who shows the run.
@@ -273,12 +274,20 @@ def run_plan(
                 stop=stop,
                 verbose=verbose,
                 recovery=recovery,
+                stop_after_round=stop_after_round,
             )
-        except RunInterruptedError:
-            raise RunInterruptedError(
-                f"interrupted; the finished rounds are kept in {output}, and "
-                f"`fedsim resume {output}{flags_to_resume(plan.config)}` continues"
-            ) from None
+        except RunInterruptedError as error:
+            raise RunInterruptedError(f"{error}; {how_to_go_on(plan.config, output)}") from None
+
+
+def how_to_go_on(config: RunConfig, output: Path) -> str:
+    """Say what is left of a run that was ended early, and the command that goes on with it."""
+    if not output.exists():
+        return "nothing has been written"
+    return (
+        f"the finished rounds are kept in {output}, and "
+        f"`fedsim resume {output}{flags_to_resume(config)}` continues"
+    )
 
 
 def _warn(text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim import __version__
-from fedsim.core.characters import show_nearest
+from fedsim.core.characters import NEAREST, show_nearest
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 
 if TYPE_CHECKING:
@@ -929,13 +929,13 @@ def _simulate(
     output: Path,
     recovery: Recovery | None = None,
 ) -> None:
-    from fedsim.api import run_plan
+    from fedsim.api import how_to_go_on, run_plan
     from fedsim.report.terminal import TerminalObserver
 
     where = f"Ray and {pool.workers} workers" if plan.config.cluster is None else "the workers"
     _tell(f"starting   {where}")
-    stop = threading.Event()
-    _stop_on_interrupt(stop)
+    stop, stop_after_round = threading.Event(), threading.Event()
+    _stop_on_signals(stop, stop_after_round, lambda: how_to_go_on(plan.config, output))
     with contextlib.closing(TerminalObserver()) as terminal:
         run_plan(
             plan,
@@ -947,6 +947,7 @@ def _simulate(
             warn=_say,
             verbose=parsed.verbose,
             recovery=recovery,
+            stop_after_round=stop_after_round,
         )
 
 
@@ -1004,21 +1005,23 @@ def _compare(parsed: argparse.Namespace) -> int:
     works = compare.find_work(output, cells, fit_pool)
     more = [f"--tracker={name}" for name in parsed.tracker]
     more += ["--verbose"] if parsed.verbose else []
-    launch = compare.ProcessLauncher(output, more)
+    stop, stop_after_round = threading.Event(), threading.Event()
+    launch = compare.ProcessLauncher(output, more, stop_after_round)
     console = make_console(lasting=True)
     progress = GridProgress(console)
-    stop = threading.Event()
-    _stop_on_interrupt(stop)
+    kept = (
+        f"the finished rounds are kept in {output}, and the same command"
+        f"{'' if named else f' with --output {output}'} continues"
+    )
+    _stop_on_signals(stop, stop_after_round, lambda: kept)
     try:
         with compare.begun(output, works):
             figures = compare.compare(
                 works, output, target=target, stop=stop, launch=launch, observer=progress
             )
     except RunInterruptedError:
-        raise RunInterruptedError(
-            f"interrupted; the finished rounds are kept in {output}, and the same command"
-            f"{'' if named else f' with --output {output}'} continues"
-        ) from None
+        how = "stopped after a round" if stop_after_round.is_set() else "interrupted"
+        raise RunInterruptedError(f"{how}; {kept}") from None
     finally:
         progress.close()
     console.print()
@@ -1041,18 +1044,36 @@ def _target_of(text: str | None) -> float | None:
     raise InputError(f"--target = {text!r} cannot be used; allowed is an accuracy above 0, up to 1")
 
 
-def _stop_on_interrupt(stop: threading.Event) -> None:
+def _stop_on_signals(
+    stop: threading.Event, stop_after_round: threading.Event, how_to_go_on: Callable[[], str]
+) -> None:
+    """End a run at an interrupt, at once at a second one, and after the round at SIGUSR1."""
+
     def interrupt(number: int, frame: object) -> None:
         if stop.is_set():
+            _say_at_once(f"ended at once; {how_to_go_on()}")
             os._exit(INTERRUPTED)
-        _say("stopping after an interrupt; a second one ends at once")
+        _say_at_once("stopping after an interrupt; a second one ends at once")
         stop.set()
+
+    def warn(number: int, frame: object) -> None:
+        if not stop_after_round.is_set():
+            _say_at_once("stopping after this round, as SIGUSR1 asks; an interrupt ends it now")
+        stop_after_round.set()
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    # With it batch systems say that the time is nearly over.
+    signal.signal(signal.SIGUSR1, warn)
     # The terminal was closed, and not under nohup.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, interrupt)
+
+
+def _say_at_once(text: str) -> None:
+    # A signal may arrive in the midst of what Python writes to the same stream.
+    with contextlib.suppress(OSError):
+        os.write(2, f"fedsim: {text}\n".encode(sys.stderr.encoding or "ascii", NEAREST))
 
 
 def _runs(parsed: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -234,8 +234,7 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
         return Work(cell, path, "run", 0, plan.run_bytes)
     check_continuable(run)
     done = max(check_resume(run, plan).round, 0)
-    left = sum(plan.round_bytes(r) for r in range(done + 1, cell.config.rounds + 1))
-    return Work(cell, path, "resume", done, left)
+    return Work(cell, path, "resume", done, plan.bytes_after(done))
 
 
 def _own_config(cell: Cell) -> RunConfig:
@@ -408,10 +407,13 @@ class ProcessLauncher:
         The folder of the comparison.
     flags : sequence of str
         More flags of ``fedsim run`` and ``fedsim resume``.
+    stop_after_round : threading.Event
+        Set by whoever wants all of it to end once the round under way is written.
     """
 
     output: Path
     flags: Sequence[str] = ()
+    stop_after_round: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, work: Work, stop: threading.Event, watch: Callable[[], None]) -> str:
         """Run or resume a cell; an interrupt reaches it as a Ctrl-C would."""
@@ -437,10 +439,16 @@ class ProcessLauncher:
         log: Path,
         before: int,
     ) -> str:
+        told = False
         while not stop.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(_POLL)
+                if self.stop_after_round.is_set():
+                    stop.set()
                 return "" if code == 0 else _reason(code, log, before)
+            if self.stop_after_round.is_set() and not told:
+                process.send_signal(signal.SIGUSR1)
+                told = True
             watch()
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

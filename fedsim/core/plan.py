@@ -51,6 +51,8 @@ class RunPlan:
         The untrained model, ``state_dict`` names.
     nodes : list of dict
         ``sha256`` and ``classes`` of each node's own data, by partition id.
+    done : int
+        The last round of the run that is there already; -1 of one that is still to be made.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class RunPlan:
     parameters: dict[str, tuple[int, ...]]
     initial_state: Arrays
     nodes: list[dict[str, Any]] = field(default_factory=list)
+    done: int = -1
 
     @classmethod
     def prepare(cls, config: RunConfig, *, download: bool = True) -> Self:
@@ -295,6 +298,12 @@ class RunPlan:
         states = len(participants) + 2
         kept_bytes = self.strategy_bytes + len(participants) * self.control_bytes
         return steps * self.step_bytes + states * self.state_bytes + kept_bytes
+
+    def bytes_after(self, round_number: int) -> int:
+        """Count the bytes that are still to be written after a round; after -1, all of them."""
+        if round_number < 0:
+            return self.run_bytes
+        return sum(self.round_bytes(r) for r in range(round_number + 1, self.config.rounds + 1))
 
     @cached_property
     def run_bytes(self) -> int:

@@ -88,6 +88,8 @@ class RoundLoop:
         Clients that train at the same time; the window of messages is twice that.
     stop : threading.Event
         Set by whoever wants the run to end.
+    stop_after_round : threading.Event, optional
+        Set by whoever wants it to end once the round under way is written.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class RoundLoop:
         observer: RunObserver,
         workers: int,
         stop: threading.Event,
+        stop_after_round: threading.Event | None = None,
     ) -> None:
         self._plan = plan
         self._config = plan.config
@@ -111,6 +114,7 @@ class RoundLoop:
         self._observer = observer
         self._window = 2 * workers
         self._stop = stop
+        self._stop_after_round = stop_after_round or threading.Event()
         self._suspects: dict[int, str] = {}
         self._last = ""
         self._failure: type[RunFailedError] = RunFailedError
@@ -135,7 +139,7 @@ class RoundLoop:
         RunFailedError
             When more clients fail than ``max-failures`` allows, or none is left.
         RunInterruptedError
-            Once the stop event is set.
+            Once a stop event is set.
         """
         membership = membership_of(
             self._grid,
@@ -155,6 +159,8 @@ class RoundLoop:
             if kept and isinstance(self._strategy, StatefulStrategy):
                 self._strategy.load_state_arrays(kept)
         for number in range(1 + (after or 0), self._config.rounds + 1):
+            if self._stop_after_round.is_set():
+                raise RunInterruptedError(f"stopped after round {number - 1}")
             started = time.perf_counter()
             participants = self._config.participants_of(number)
             self._writer.begin_round(number, len(participants))

@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import fcntl
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import IO, BinaryIO, Self
 
 import psutil
 
+from fedsim.core.errors import InputError
 from fedsim.core.processes import start_module
 
 _PREFIX = "fedsim-"
@@ -30,6 +32,10 @@ _OWNER = "owner"
 VARIABLE = "FEDSIM_SCRATCH"
 """Environment variable with the folder, by which its processes are known."""
 _PATIENCE = 10.0
+_SHORT = 42
+"""Characters that a socket's path has room for before what Ray appends, of 107 in all: 64 of
+``/session_2026-11-28_08-00-00_000000_1234567/sockets/plasma_store``, and one that ends it."""
+_BASES = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # noqa: S108 - links of our own
 
 
 class Scratch:
@@ -41,16 +47,37 @@ class Scratch:
     Attributes
     ----------
     path : Path
-        The folder; short, for the path of a socket has room for about 100 characters.
+        The folder.
+    short : Path
+        Another name for it, of few ASCII characters, for the sockets in it: the folder itself
+        where its path is so, or a link.
     """
 
     def __enter__(self) -> Self:
-        """Remove what dead runs left, make the folder and start its janitor."""
+        """Remove what dead runs left, make the folder and start its janitor.
+
+        Raises
+        ------
+        InputError
+            When the temporary folder cannot be used.
+        """
         sweep()
-        self.path, self._owner = _own_folder()
+        try:
+            self.path, self._owner = _own_folder()
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise InputError(
+                f"the temporary folder {folder} cannot be used: {error.strerror}"
+            ) from None
+        try:
+            self.short = _short_name(self.path)
+        except InputError:
+            self._owner.close()
+            shutil.rmtree(self.path)
+            raise
         self._janitor = start_module(
             __name__,
-            [str(self.path)],
+            [str(self.path), str(self.short)],
             environment={k: v for k, v in os.environ.items() if k != VARIABLE},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -76,7 +103,7 @@ class Scratch:
         except subprocess.TimeoutExpired:
             self._janitor.kill()
         # Where somebody killed the janitor.
-        clear(self.path)
+        clear(self.path, self.short)
 
 
 def _own_folder() -> tuple[Path, BinaryIO]:
@@ -93,8 +120,40 @@ def _own_folder() -> tuple[Path, BinaryIO]:
         owner.close()
 
 
+def _short_name(path: Path) -> Path:
+    """Find a name for a folder that has room for a socket's, and make it where there is none.
+
+    Batch systems give each job a temporary folder with a long path, and a login may have letters
+    that Ray cannot encode.
+    """
+    if _is_short(path):
+        return path
+    for base in _BASES:
+        short = base / f"{_PREFIX}{secrets.token_hex(4)}"
+        with contextlib.suppress(OSError):
+            short.symlink_to(path)
+            return short
+    raise InputError(
+        f"the path of the temporary folder {tempfile.gettempdir()} is too long for a socket or "
+        f"not ASCII, and {' and '.join(map(str, _BASES))} cannot be written; TMPDIR names another "
+        f"one, of at most {_SHORT - len(path.name) - 1} characters"
+    )
+
+
+def _is_short(path: Path) -> bool:
+    return str(path).isascii() and len(str(path)) <= _SHORT
+
+
 def sweep() -> None:
     """Remove the folders of this user's runs that are dead, and what still runs in them."""
+    _sweep_folders()
+    for link in (link for base in _BASES for link in base.glob(f"{_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            if link.is_symlink() and link.lstat().st_uid == os.getuid() and not link.exists():
+                link.unlink()
+
+
+def _sweep_folders() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -104,8 +163,8 @@ def sweep() -> None:
                 clear(folder)
 
 
-def clear(folder: Path) -> None:
-    """Kill the processes that were started under a scratch folder, and remove it."""
+def clear(folder: Path, short: Path | None = None) -> None:
+    """Kill the processes that were started under a scratch folder, and remove it and its link."""
     processes = _processes_of(folder)
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -114,6 +173,8 @@ def clear(folder: Path) -> None:
     while any(map(_is_running, processes)) and time.monotonic() < deadline:
         time.sleep(0.01)
     shutil.rmtree(folder, ignore_errors=True)
+    if short is not None and short != folder:
+        short.unlink(missing_ok=True)
 
 
 def _is_running(process: psutil.Process) -> bool:
@@ -173,4 +234,4 @@ def _stack_file(partition: int | None) -> Path:
 if __name__ == "__main__":
     # Ends when the last holder of the other end does, however it ends.
     sys.stdin.buffer.read()
-    clear(Path(sys.argv[1]))
+    clear(*map(Path, sys.argv[1:]))

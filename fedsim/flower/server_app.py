@@ -8,6 +8,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
 from fedsim.flower.machines import device_of, versions
 from fedsim.flower.membership import KnownMembership, KnowsPartitions
+from fedsim.flower.preflight import check_can_be_made, check_can_be_written
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL, read_lines
 from fedsim.recording.layout import format_of
@@ -57,6 +59,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
             f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
             "run is never overwritten"
         )
+    check_can_be_made(path)
     # What clients with data of their own will write is not known before they have been asked.
     if not plan.config.own_data:
         _check_room(path, plan)
@@ -115,6 +118,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
     if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
+    check_can_be_written(run.path)
     if is_being_written(run.path):
         raise InputError(
             f"{run.path} is being written by another process; allowed is one at a time"
@@ -137,7 +141,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
 
 def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
     plan.check_budget()
-    needed = sum(plan.round_bytes(r) for r in range(last + 1, plan.config.rounds + 1))
+    needed = plan.bytes_after(last)
     if needed > (free := free_bytes(run.path)):
         raise InputError(
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
@@ -167,6 +171,8 @@ def execute(
     stop: threading.Event,
     recovery: Recovery | None = None,
     on_open: Callable[[], None] = lambda: None,
+    is_announced: bool = False,
+    stop_after_round: threading.Event | None = None,
 ) -> None:
     """Run a plan over a grid into a run directory, and leave its true status there.
 
@@ -188,6 +194,10 @@ def execute(
         Continue the run directory after that round instead.
     on_open : callable
         Called once this process has made or reopened the run directory, before anything else.
+    is_announced : bool
+        Whether the observer knows already what will be run.
+    stop_after_round : threading.Event, optional
+        Set by whoever wants the run to end once the round under way is written.
 
     Raises
     ------
@@ -195,6 +205,8 @@ def execute(
         As `RunWriter.create` and `RoundLoop.run`, or `DiskFullError`; the run directory then
         says ``failed``.
     """
+    if recovery is not None:
+        plan = replace(plan, done=recovery.round)
     if plan.config.own_data:
         plan = ask_data(grid, plan, window=2 * workers, stop=stop, tell=observer.warned)
     if recovery is not None:
@@ -223,7 +235,8 @@ def execute(
             mirror = mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop)
             writer.on_change = copying.enter_context(mirror)
             writer.on_change()
-            observer.run_started(plan, workers, output)
+            if not is_announced:
+                observer.run_started(plan, workers, output)
             loop = RoundLoop(
                 plan,
                 grid=grid,
@@ -232,6 +245,7 @@ def execute(
                 observer=observer,
                 workers=workers,
                 stop=stop,
+                stop_after_round=stop_after_round,
             )
             loop.run(after=None if recovery is None or recovery.round < 0 else recovery.round)
         except BaseException as error:

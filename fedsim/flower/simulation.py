@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from fedsim.flower.cluster import (
     slots_of,
 )
 from fedsim.flower.delivery import Deliveries, EngineGrid
+from fedsim.flower.preflight import check_machine
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
@@ -56,8 +58,8 @@ from fedsim.flower.workers import SupervisedPool
 from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import mark_failed
 
-_POLL, _PATIENCE, _TEARDOWN = 0.5, 10.0, 60.0
-"""Seconds between looks at Ray's processes, to notice a stop, and to end the engine."""
+_POLL, _PATIENCE, _TEARDOWN, _START = 0.5, 10.0, 60.0, 600.0
+"""Seconds between looks at Ray's processes, to notice a stop, to end the engine and to start it."""
 _WORKER_BYTES, _AMPLE = 2**30, 2**62
 """What a worker takes that trains a small model (0.7 GB and what it reads), and no bound at all."""
 _ENGINE = ("gcs_server", "raylet")
@@ -198,12 +200,14 @@ def fit_pool(config: RunConfig) -> WorkerPool:
         As `size_pool` and `size_cluster_pool`, or when there is no such cluster.
     """
     if config.cluster is None:
-        return size_pool(
+        pool = size_pool(
             config,
             cpus=usable_cpus(),
             machine_gpus=machine_gpus(config),
             memory=usable_memory(),
         )
+        check_machine(pool.workers)
+        return pool
     with joined(config.cluster):
         return size_cluster_pool(config, present_nodes())
 
@@ -239,6 +243,7 @@ def simulate(
     verbose: bool = False,
     ray_gpus: int | None = None,
     recovery: Recovery | None = None,
+    stop_after_round: threading.Event | None = None,
 ) -> None:
     """Run a plan on a private Ray engine on this machine, or on the cluster at ``ray-address``.
 
@@ -261,6 +266,8 @@ def simulate(
         can be told of some to test how fractions are scheduled.
     recovery : Recovery, optional
         Continue the run directory after that round instead of making it.
+    stop_after_round : threading.Event, optional
+        Set it to end the run once the round under way is written.
 
     Raises
     ------
@@ -274,6 +281,11 @@ def simulate(
     hand_out_to(pool.workers)
     SupervisedPool.client_timeout = plan.config.client_timeout
     SupervisedPool.most = pool.workers
+    SupervisedPool.ready = threading.Event()
+    if recovery is not None:
+        plan = replace(plan, done=recovery.round)
+    # The engine takes ten seconds to start.
+    observer.run_started(plan, pool.workers, output)
     deliveries = Deliveries()
     opened = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -282,7 +294,7 @@ def simulate(
         if plan.config.cluster is None:
             scratch = stack.enter_context(Scratch())
             stack.enter_context(_environment(node_environment(plan.config, output)))
-            backend = _backend(pool, str(scratch.path), verbose=verbose, ray_gpus=ray_gpus)
+            backend = _backend(pool, str(scratch.short), verbose=verbose, ray_gpus=ray_gpus)
             broken = _OwnProcesses().broken
             SupervisedPool.duty = Duty()
         else:
@@ -292,8 +304,11 @@ def simulate(
             backend = {"client_resources": _resources_of(pool)}
             broken = Connection().broken
         engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
-        failure = engine.run(
-            lambda grid: execute(
+
+        def serve(grid: Grid) -> None:
+            # An engine that does not start leaves no run directory behind.
+            SupervisedPool.await_first(stop, _START)
+            execute(
                 EngineGrid(grid, deliveries),
                 plan,
                 output,
@@ -302,9 +317,11 @@ def simulate(
                 stop=stop,
                 recovery=recovery,
                 on_open=opened.set,
-            ),
-            stop,
-        )
+                is_announced=True,
+                stop_after_round=stop_after_round,
+            )
+
+        failure = engine.run(serve, stop)
     if isinstance(failure, EngineError) and opened.is_set():
         # In place of what followed from it.
         mark_failed(output, str(failure))
@@ -384,7 +401,13 @@ class _Engine:
         cause: EngineError | None = None
         while thread.is_alive() and cause is None and not self._server_ended.wait(_POLL):
             cause = self._dead()
-        if self._server_ended.is_set() and not isinstance(self._outcome, EngineError):
+        # One that has not started by now may never do so; the janitor ends it.
+        has_started = SupervisedPool.ready.is_set()
+        if (
+            self._server_ended.is_set()
+            and has_started
+            and not isinstance(self._outcome, EngineError)
+        ):
             thread.join(_TEARDOWN)
         if self._error is not None and not self._server_ended.is_set():
             cause = EngineError(f"Flower's Ray engine could not run: {_root_of(self._error)}")
@@ -399,6 +422,8 @@ class _Engine:
         return cause or self._outcome
 
     def _simulate(self, server: Callable[[Grid], None]) -> None:
+        # Threads and processes started from here never see it: a batch system sends it to all.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         server_app = ServerApp()
 
         @server_app.main()

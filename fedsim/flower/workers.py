@@ -19,7 +19,7 @@ from ray.exceptions import (
     RayError,
 )
 
-from fedsim.core.errors import InputError, RunFailedError
+from fedsim.core.errors import InputError, RunFailedError, RunInterruptedError
 from fedsim.flower.actor import ClientAppWorker, Duty, bring_back
 from fedsim.flower.scratch import place_of
 
@@ -48,6 +48,8 @@ class SupervisedPool(BasicActorPool):
     """Workers to start, where there is room for as many."""
     duty: ClassVar[Duty] = Duty()
     """What workers must know before their first client."""
+    ready: ClassVar[threading.Event] = threading.Event()
+    """Set once a worker has started, or none can be."""
     _latest: ClassVar[SupervisedPool | None] = None
 
     def __init__(
@@ -180,12 +182,15 @@ class SupervisedPool(BasicActorPool):
                 if is_away:
                     self._away.add(worker)
                 self.pool.append(worker)
+                self.ready.set()
             else:
                 self._drop(worker)
                 self._failed_starts += 1
                 self._refusal = _reason_of(error)
                 if self._failed_starts <= RETRIES:
                     self._ask()
+                if not self._everyone:
+                    self.ready.set()
             self._changed.notify_all()
 
     def _replace(self, future: Any) -> None:
@@ -214,7 +219,28 @@ class SupervisedPool(BasicActorPool):
             self.pool.clear()
             self._changed.notify_all()
         # Asked by a thread after it is gone, Ray would start an engine of its own.
-        self._recruiter.join()
+        if self._recruiter.ident is not None:
+            self._recruiter.join()
+
+    @classmethod
+    def await_first(cls, stop: threading.Event, patience: float) -> None:
+        """Wait until a worker of the pool made last has started.
+
+        Raises
+        ------
+        RunInterruptedError
+            Once the stop event is set.
+        RunFailedError
+            When none can be started.
+        """
+        limit = time.monotonic() + patience
+        while not cls.ready.wait(_POLL):
+            if stop.is_set():
+                raise RunInterruptedError("interrupted")
+            if time.monotonic() > limit:
+                raise RunFailedError(f"no worker could be started for {patience:.0f} s")
+        if cls._latest is not None and not cls._latest._everyone:
+            raise RunFailedError(f"no worker could be started: {cls._latest._refusal}")
 
     @classmethod
     def kill_latest(cls) -> None:

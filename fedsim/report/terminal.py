@@ -347,7 +347,8 @@ def summary_of(plan: RunPlan, workers: int, path: Path) -> Summary:
     if config.rounds > 1:
         largest = max(plan.round_bytes(r) for r in range(1, config.rounds + 1))
         facts["a round"] = f"writes {format_bytes(largest)} at most"
-    facts["to write"] = f"{format_bytes(plan.run_bytes)} into {path}"
+    more = " more" if plan.done >= 0 else ""
+    facts["to write"] = f"{format_bytes(plan.bytes_after(plan.done))}{more} into {path}"
     facts["workers"] = f"{workers} with {config.client_cpus} CPU each"
     counts: list[list[int]] = []
     if not config.own_data:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedsim.core.errors import InputError
 from fedsim.flower import scratch
 from fedsim.flower.scratch import VARIABLE, Scratch, place_of, stack_when_late, sweep
 
@@ -144,3 +145,37 @@ def test_who_has_no_limit_leaves_no_stack(folder, monkeypatch):
     with stack_when_late(3, 0.05):
         assert list(folder.iterdir()) == []
     assert scratch.place_of(3) == ""
+
+
+@pytest.mark.parametrize("name", ["a" * 60, "Zoë"])
+def test_a_folder_with_a_long_or_foreign_path_has_a_short_name(folder, monkeypatch, name):
+    (folder / name).mkdir()
+    bases = folder / "bases"
+    bases.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / name))
+    monkeypatch.setattr(scratch, "_BASES", [folder / "none", Path(os.path.relpath(bases))])
+    with Scratch() as own:
+        assert own.short.samefile(own.path)
+        assert own.short.parent == Path(os.path.relpath(bases))
+        # Of one that was killed with its janitor.
+        (bases / "fedsim-dead").symlink_to(folder / "nowhere")
+        sweep()
+        assert [p.name for p in bases.iterdir()] == [own.short.name]
+    assert list(bases.iterdir()) == []
+    assert list((folder / name).iterdir()) == []
+
+
+def test_a_short_path_needs_no_other(folder, monkeypatch):
+    short = Path(tempfile.mkdtemp(prefix="fs-", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    with Scratch() as own:
+        assert own.short == own.path
+    short.rmdir()
+
+
+def test_where_no_short_name_can_be_had_it_is_refused_and_nothing_left(folder, monkeypatch):
+    monkeypatch.setattr(scratch, "_BASES", [folder / "none"])
+    monkeypatch.setattr(scratch, "_SHORT", 10)
+    with pytest.raises(InputError, match="is too long for a socket or not ASCII"), Scratch():
+        pass
+    assert list(folder.iterdir()) == []

@@ -238,9 +238,66 @@ def test_an_engine_that_cannot_start_fails_and_ends(folder):
     cause = "Flower's Ray engine could not run: ActorPool is empty"
     assert f"failed: {cause}" in out
     assert leftovers(folder) == ([], [])
+    # The same command is not refused for what it left.
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["job_1234567890_of_a_batch_system_with_long_names", "Zoë"])
+def test_any_temporary_folder_will_do(reference, folder, name):
+    (folder / name).mkdir()
+    flags = [*SMALL, "--output", "run", "--workers", "2"]
+    code, _, err = finish(start(flags, folder, TMPDIR=str(folder / name)))
+    assert (code, err) == (0, "")
+    assert hashes(folder / "run") == hashes(reference[0])
+    assert list((folder / name).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_warning_of_the_batch_system_ends_the_run_after_its_round(folder):
+    process = start([*SMALL, "--rounds", "500", "--output", "run"], folder)
+    rows = folder / "run" / "rounds.jsonl"
+    wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2, process)
+    # It goes to all processes of a job's step.
+    group = os.getpgid(process.pid)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        if os.getpgid(one.pid) == group:
+            one.send_signal(signal.SIGUSR1)
+    code, out, err = finish(process, timeout=60)
     run = load_run(folder / "run")
-    assert run.status == "failed"
-    assert run.manifest["error"].startswith(cause)
+    last = run.round_rows[-1]["round"]
+    assert code == 130
+    assert err.splitlines() == [
+        "fedsim: stopping after this round, as SIGUSR1 asks; an interrupt ends it now",
+        f"fedsim: stopped after round {last}; the finished rounds are kept in run, and "
+        "`fedsim resume run` continues",
+    ]
+    assert "failed" not in out
+    assert verify(folder / "run").violations == []
+    assert leftovers(folder) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_says_how_to_go_on(folder):
+    process = start([*SMALL, "--rounds", "500", "--output", "run"], folder)
+    rows = folder / "run" / "rounds.jsonl"
+    wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 2, process)
+    # It could not end by itself meanwhile.
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "ClientAppWorker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.suspend()
+    process.send_signal(signal.SIGINT)
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process, timeout=60)
+    assert first == "fedsim: stopping after an interrupt; a second one ends at once\n"
+    assert err == (
+        "fedsim: ended at once; the finished rounds are kept in run, and `fedsim resume run` "
+        "continues\n"
+    )
+    assert code == 130
 
 
 @pytest.fixture

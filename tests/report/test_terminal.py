@@ -5,6 +5,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,16 @@ def test_a_run_that_captures_nothing_says_so() -> None:
     console = console_of()
     print_summary(console, plan_of(capture="none"), 1, Path("run"))
     assert "capture    none" in lines_of(console)
+
+
+def test_a_run_that_goes_on_tells_the_bytes_still_to_come() -> None:
+    plan = plan_of(rounds=3, capture="none")
+    left = plan.round_bytes(3)
+    assert plan.bytes_after(2) == left
+    assert plan.bytes_after(-1) == plan.run_bytes == 3 * left + plan.state_bytes
+    console = console_of()
+    print_summary(console, replace(plan, done=2), 1, Path("run"))
+    assert f"to write   {format_bytes(left)} more into run" in lines_of(console)
 
 
 def test_the_name_of_a_dataset_is_printed_as_it_is() -> None:
