@@ -519,6 +519,8 @@ class _Verifier:
             if not self._away.isdisjoint(told):
                 for check in (GRADIENTS, REPLAY) if shards else ():
                     self.findings.leave(check, self._why_away(), at=client.place)
+                if shards:
+                    self.findings.leave(ROWS, row_proofs.NO_SHARDS, at=client.place)
             elif shards and _is_replayable(client) and not run.config.clients_clip:
                 others = [name for name in told if name not in shards]
                 if self._whole(GRADIENTS, others):

@@ -28,6 +28,7 @@ from fedsim.recording.collect import collect
 from fedsim.recording.findings import BUFFERS, Findings
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
+from fedsim.recording.row_proofs import NO_SHARDS
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from tests.local_grid import LocalGrid
@@ -195,6 +196,7 @@ def test_what_is_not_here_is_no_violation_and_is_said(away: Path) -> None:
     )
     told = {name for name, check in findings.checks.items() if reason in check.reasons}
     assert told == {"files", "steps", "gradients", "replay"}
+    assert NO_SHARDS in findings.checks["rows"].reasons
     counts = proven(findings)
     assert (counts["steps"], counts["replay"], counts["aggregate"], counts["state"]) == (0, 0, 2, 3)
     assert fedsim(["verify", str(run)]) == 0
