@@ -343,8 +343,9 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="prove that a run directory holds what happened",
         description="Check a run directory against itself: files, partition, participants, "
-        "batches, deltas, states, and the recorded gradients by replay. Says what could not be "
-        "proven and why. Exit code 1 where something is wrong.",
+        "batches, deltas, states, the recorded gradients by replay, and losses and accuracies by "
+        "evaluating each state again. Says what could not be proven and why. Exit code 1 where "
+        "something is wrong.",
         allow_abbrev=False,
     )
     command.set_defaults(command=_verify)
@@ -356,11 +357,27 @@ def _add_verify(commands: Any) -> None:
         "--client", type=int, action="append", metavar="P", help="this client only (repeatable)"
     )
     command.add_argument(
-        "--recompute",
-        type=int,
-        default=0,
+        "--evaluate",
+        default="all",
         metavar="N",
-        help="compute the gradients of N captured steps once more from the data",
+        help="evaluate N states again, drawn at random, or all (default: all)",
+    )
+    command.add_argument(
+        "--recompute",
+        default="0",
+        metavar="N",
+        help="compute N local steps again from the data, drawn at random, or all (default: 0)",
+    )
+    command.add_argument(
+        "--recompute-seed",
+        type=int,
+        metavar="SEED",
+        help="repeat the draw of an earlier --recompute or --evaluate, which prints its seed",
+    )
+    command.add_argument(
+        "--recompute-optional",
+        action="store_true",
+        help="exit with 0 also where --recompute could compute no step again",
     )
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
     command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
@@ -814,10 +831,14 @@ def _export_notebook(parsed: argparse.Namespace) -> None:
 def _verify(parsed: argparse.Namespace) -> int:
     import time
 
-    for name in ("recompute", "jobs"):
-        least = 0 if name == "recompute" else 1
-        if (value := getattr(parsed, name)) is not None and value < least:
-            raise InputError(f"--{name} = {value} cannot be used; allowed is {least} or more")
+    for name, value, least in (
+        ("jobs", parsed.jobs, 1),
+        ("recompute-seed", parsed.recompute_seed, 0),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"--{name} = {value} cannot be used; it must be {least} or more")
+    evaluations = _count_or_all("evaluate", parsed.evaluate)
+    recomputations = _count_or_all("recompute", parsed.recompute)
 
     from fedsim.recording.verify import verify
     from fedsim.report.terminal import ByteProgress, make_console, print_findings
@@ -829,17 +850,32 @@ def _verify(parsed: argparse.Namespace) -> int:
             parsed.run,
             rounds=parsed.round,
             clients=parsed.client,
-            recompute=parsed.recompute,
+            evaluate=evaluations,
+            recompute=recomputations,
+            seed=parsed.recompute_seed,
             data_root=parsed.data_root,
             jobs=parsed.jobs,
             progress=progress,
+            tell=progress.tell,
         )
     print_findings(console, findings, time.perf_counter() - started)
     if not (violations := findings.violations):
+        if recomputations != 0 and not findings.checks["recomputed"].proven:
+            _say(f"--recompute = {parsed.recompute}: no step of {parsed.run} could be recomputed")
+            return SUCCESS if parsed.recompute_optional else FAILURE
         return SUCCESS
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
     _say(f"{parsed.run} is not what was recorded: {violations[0]}{more}")
     return FAILURE
+
+
+def _count_or_all(flag: str, text: str) -> int | None:
+    """Read a number of things, or ``all`` as None."""
+    if text == "all":
+        return None
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise InputError(f"--{flag} = {text!r} cannot be used; it must be 0, a larger number, or all")
 
 
 def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:

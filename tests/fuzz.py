@@ -532,9 +532,7 @@ def arguments_of(this: Input, scratch: Path) -> list[str]:
 def reopen_only(plan: RunPlan, output: Path, *_: Any, recovery: Recovery, **__: Any) -> None:
     """Stand where a resumed run would start its clients."""
     config = plan.config.to_mapping()
-    writer = RunWriter.reopen(
-        output, config, plan.partition, recovery, versions(), device_of(plan.config)
-    )
+    writer = RunWriter.reopen(output, config, plan.partition, recovery, versions(), device_of(plan))
     if recovery.round >= 0:
         writer.state(recovery.round)
         writer.strategy_state(recovery.round)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from fedsim.core.datasets import DatasetSpec
 from fedsim.core.images import normalise
 
+BATCH_SIZE = 250
+"""Samples that are evaluated at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -29,7 +32,7 @@ def evaluate(
     spec: DatasetSpec,
     *,
     device: torch.device,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
 ) -> Evaluation:
     """Evaluate a model as it stands, in evaluation mode.
 
@@ -73,7 +76,7 @@ def first_overflow(
     spec: DatasetSpec,
     device: torch.device,
     *,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
 ) -> str | None:
     """Give the name of the first layer of a model whose output is not finite for some image.
 

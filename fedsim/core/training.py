@@ -204,6 +204,11 @@ class LocalResult:
     num_updates: int
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the samples of all steps."""
+        return float(np.average(self.losses, weights=self.batch_sizes))
+
 
 def schedule(
     num_samples: int, settings: TrainingSettings, draw: np.random.Generator
@@ -287,6 +292,15 @@ def make_optimizer(
     )
 
 
+def precision_of(autocast: Autocast, device: torch.device) -> torch.autocast:
+    """Give the context that a forward pass of training runs in."""
+    return torch.autocast(
+        device.type,
+        dtype=torch.float16 if autocast == "float16" else torch.bfloat16,
+        enabled=autocast != "none",
+    )
+
+
 def local_train(
     model: nn.Module,
     state: Mapping[str, NDArray[np.generic]],
@@ -336,11 +350,7 @@ def local_train(
         added = None if correction is None else _tensors(correction, named, device)
         whole = _Whole(Objective(start, proximal_mu, added), named)
     scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=autocast == "float16")
-    precision = torch.autocast(
-        device.type,
-        dtype=torch.float16 if autocast == "float16" else torch.bfloat16,
-        enabled=autocast != "none",
-    )
+    precision = precision_of(autocast, device)
     losses: list[Tensor] = []
     batch_sizes: list[int] = []
     num_updates = 0

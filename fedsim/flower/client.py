@@ -28,6 +28,7 @@ from flwr.supercore.differential_privacy import (
 from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
+from fedsim.core.arithmetic import training_arithmetic
 from fedsim.core.capture import CapturePolicy
 from fedsim.core.config import MOST_TOML_BYTES, RunConfig
 from fedsim.core.datasets import with_own_data
@@ -61,6 +62,20 @@ class _Workplace:
     model: nn.Module
     sketcher: Sketcher | None
     own: OwnData | None
+    _arithmetic: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def arithmetic(self, batch_size: int) -> str:
+        """Hash what this worker's arithmetic makes of a step; changes the state of the model."""
+        if batch_size not in self._arithmetic:
+            load_state(self.model, self.plan.initial_state)
+            self._arithmetic[batch_size] = training_arithmetic(
+                self.model,
+                self.plan.dataset.spec,
+                batch_size=batch_size,
+                autocast=self.plan.config.autocast,
+                device=self.device,
+            )
+        return self._arithmetic[batch_size]
 
 
 @functools.lru_cache(maxsize=1)
@@ -258,7 +273,7 @@ class FedSimClient(NumPyClient):
             "batch_size": settings.batch_size,
             "learning_rate": settings.optimizer.learning_rate,
             "loss_history": result.losses,
-            "local_loss": _weighted_mean(result.losses, result.batch_sizes),
+            "local_loss": result.mean_loss,
             "batch_sizes": result.batch_sizes,
             "gradient_norm": math.hypot(*norms.per_layer.values()),
             "per_layer_norms": norms.per_layer,
@@ -272,6 +287,9 @@ class FedSimClient(NumPyClient):
             "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
             "peak_memory": _peak_memory(workplace.device),
         }
+        if not plan.config.compile:
+            # What the compiler makes differs from machine to machine, and its first call is dear.
+            telemetry["arithmetic"] = workplace.arithmetic(settings.batch_size)
         if plan.config.autocast == "float16":
             telemetry["num_updates"] = result.num_updates
         if proximal_mu:
@@ -370,10 +388,6 @@ def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) 
     shrunk = compute_adaptive_clip_model_update(after, before, clipping_norm)
     local.update(zip(names, after, strict=True))
     return int(shrunk)
-
-
-def _weighted_mean(values: list[float], weights: list[int]) -> float:
-    return float(np.average(values, weights=weights))
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

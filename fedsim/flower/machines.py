@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 import fedsim
 import strategies
+from fedsim.core.arithmetic import evaluation_arithmetic
 from fedsim.core.config import RunConfig
 from fedsim.core.datasets import load_dataset, store_dataset
 from fedsim.core.errors import ConfigError, InputError
-from fedsim.core.models import resolve_device
+from fedsim.core.models import build_model, resolve_device
+from fedsim.core.plan import RunPlan
 
 CODE, DEVICE, PROCESSOR, GPU = "code", "device", "processor", "GPU"
 
@@ -37,18 +39,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def device_of(config: RunConfig) -> dict[str, Any]:
-    """Describe for ``run.json`` what this machine computes a run on.
+def device_of(plan: RunPlan) -> dict[str, Any]:
+    """Describe for ``run.json`` what this machine computes a run on, and how it rounds.
 
     Raises
     ------
     ConfigError
         When this machine has not the run's device.
     """
+    config = plan.config
+    device, spec = resolve_device(config.device), plan.dataset.spec
+    model = build_model(config.model, classes=spec.classes, norm=config.norm, seed=config.seed)
     return {
-        "type": resolve_device(config.device).type,
+        "type": device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "worker_threads": config.client_cpus,
+        "server_threads": torch.get_num_threads(),
+        "arithmetic": evaluation_arithmetic(model.to(device), spec, device=device),
     }
 
 

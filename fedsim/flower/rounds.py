@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.aggregation import first_not_finite, state_sha256
 from fedsim.core.allocator import give_freed_memory_back
+from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import (
     DiskFullError,
     DivergedError,
@@ -119,6 +121,8 @@ class RoundLoop:
         self._last = ""
         self._failure: type[RunFailedError] = RunFailedError
         self._device = resolve_device(self._config.device)
+        # Those that run.json tells of: they decide the last bits of an evaluation.
+        self._threads = torch.get_num_threads()
         self._model = build_model(
             self._config.model,
             classes=plan.dataset.spec.classes,
@@ -323,9 +327,10 @@ class RoundLoop:
         if number % self._config.evaluate_every == 0 or number == self._config.rounds:
             load_state(self._model, state)
             data = self._plan.dataset
-            outcome = evaluate(
-                self._model, data.test_images, data.test_labels, data.spec, device=self._device
-            )
+            with torch_threads(self._threads):
+                outcome = evaluate(
+                    self._model, data.test_images, data.test_labels, data.spec, device=self._device
+                )
             loss, accuracy = outcome.loss, outcome.accuracy
             if not math.isfinite(loss) and not self._config.allow_divergence:
                 layer = first_overflow(self._model, data.test_images, data.spec, self._device)

@@ -14,8 +14,10 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedsim.core.config import RunConfig
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
+from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
@@ -155,6 +157,11 @@ def _is_evaluated(run: Run, number: int) -> bool:
     return row["global_accuracy"] is not None
 
 
+def may_vary(config: RunConfig) -> bool:
+    """Say whether two runs of the configuration on this machine may differ in their last bits."""
+    return resolve_device(config.device).type != "cpu" and not config.deterministic
+
+
 def free_bytes(path: Path) -> int:
     """Count the free bytes of the disk on which `path` is or would be."""
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -222,7 +229,7 @@ def execute(
             plan.partition,
             recovery,
             versions(),
-            device_of(plan.config),
+            device_of(plan),
         )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
@@ -237,6 +244,11 @@ def execute(
             writer.on_change()
             if not is_announced:
                 observer.run_started(plan, workers, output)
+            if may_vary(plan.config):
+                observer.warned(
+                    "deterministic = false on a GPU: the run will not repeat to the bit, and "
+                    "`fedsim verify` can compute its steps again within a tolerance only"
+                )
             loop = RoundLoop(
                 plan,
                 grid=grid,
@@ -283,7 +295,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         "config": plan.config.to_mapping(),
         "seed": plan.config.seed,
         "versions": versions(),
-        "device": device_of(plan.config),
+        "device": device_of(plan),
         "model": {
             "arch": plan.config.model,
             "parameters": [

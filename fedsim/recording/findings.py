@@ -12,7 +12,7 @@ from fedsim.core.errors import InputError
 FILES, PARTITION, PARTICIPANTS = "files", "partition", "participants"
 INITIAL, STEPS, GRADIENTS = "initial state", "steps", "gradients"
 REPLAY, AGGREGATE, STATE, RECOMPUTED = "replay", "aggregate", "state", "recomputed"
-KEPT, ROWS = "kept", "rows"
+KEPT, ROWS, EVALUATION = "kept", "rows", "evaluation"
 
 # What is left open until something else settles it: by which words both know it.
 BUFFERS = "buffers: their deltas follow from no gradient"
@@ -42,7 +42,8 @@ _CHECKS = {
     AGGREGATE: ("rounds", "equal to the weighted mean of the deltas, bit for bit"),
     STATE: ("rounds", "equal to the state before plus the update, bit for bit, and its hash"),
     KEPT: ("rounds", "what the strategy keeps follows from what it kept, and the deltas"),
-    RECOMPUTED: ("steps", "gradients computed once more from data, draws and parameters"),
+    EVALUATION: ("states", "loss and accuracy equal to those of the state evaluated again"),
+    RECOMPUTED: ("steps", "losses and gradients equal to those computed again from the data"),
     ROWS: ("rows", "numbers equal to those that the files and the configuration lead to"),
 }
 _MOST_PARTS, _MOST_RANGES = 6, 8

@@ -23,7 +23,6 @@ from fedsim.core.aggregation import (
 from fedsim.core.datasets import Dataset
 from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
-from fedsim.core.plan import batches_of_round
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import kept_by, server_step
 from fedsim.core.support import unpack
@@ -41,10 +40,8 @@ from fedsim.recording.findings import (
     INITIAL,
     PARTICIPANTS,
     PARTITION,
-    RECOMPUTED,
     REPLAY,
     ROWS,
-    SOURCES,
     STATE,
     STEPS,
     Findings,
@@ -63,8 +60,6 @@ REPLAY_ROUNDINGS = 2
 """How much farther from the delta a replay of rounded gradients may land than another rounding."""
 _TRIES = 8
 """Other roundings of small parameters: a bias of two entries may happen not to notice one."""
-RECOMPUTED_TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
-"""Relative error of a gradient computed once more, by ``capture-dtype``."""
 
 _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
@@ -443,61 +438,6 @@ class _Course:
         unit = stored.float().abs() * torch.finfo(stored.dtype).eps + _least(stored.dtype)
         ups = torch.from_numpy(self._signs.integers(0, 2, tuple(stored.shape), dtype=np.int8))
         return unpack(stored.float() + unit * (2 * ups - 1), shape, shard.taps(name))
-
-
-def prove_recomputed(
-    run: Run,
-    client: Client,
-    step: int,
-    dataset: Dataset,
-    model: torch.nn.Module,
-    findings: Findings,
-) -> None:
-    """Check a gradient against the one of its batch, augmentation and parameters."""
-    device = next(model.parameters()).device
-    batches = batches_of_round(
-        run.config,
-        dataset,
-        run.partition[client.partition],
-        round_number=client.round,
-        partition=client.partition,
-        device=device,
-    )
-    batch = next(b for position, b in enumerate(batches) if position == step)
-    start = dict(run.round(client.round - 1).state)
-    model.load_state_dict(start | client.parameters_at(step))
-    model.train()
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=run.config.autocast == "bfloat16"
-    ):
-        loss = torch.nn.functional.cross_entropy(model(batch.inputs), batch.targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    recorded = client.gradient(step)
-    made = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
-    dtype = run.config.capture_dtype
-    found = torch.cat([made[n].reshape(-1) for n in recorded])
-    expected = torch.cat([g.reshape(-1) for g in recorded.values()])
-    off, tolerance = _norm(found - expected), RECOMPUTED_TOLERANCE[dtype]
-    unit = 0.0 if dtype == "float32" else _least(getattr(torch, dtype))
-    if not off <= tolerance * _norm(expected) + math.sqrt(len(found)) * unit:
-        findings.violate(
-            RECOMPUTED,
-            f"{client.folder}: the gradient of step {step} is off by "
-            f"{off / (_norm(expected) or 1):.1e}, more than {tolerance:.1e}",
-        )
-        return
-    findings.prove(RECOMPUTED)
-    findings.settle(RECOMPUTED, SOURCES, at=client.place, step=step)
-    findings.note(RECOMPUTED, f"some within {tolerance:.1e}" if off else "bit for bit")
-
-
-def recomputable_steps(client: Client) -> list[int]:
-    """Give the captured steps with all layers and all steps before them."""
-    if not client.has_all_parameters:
-        return []
-    captured = client.captured_steps
-    return [step for position, step in enumerate(captured) if position == step]
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:

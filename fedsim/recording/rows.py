@@ -18,6 +18,7 @@ _Id = Annotated[int, Field(ge=0, le=10**9)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Sentence = Annotated[str, Field(max_length=1000)]
+_Arithmetic = Annotated[str, Field(pattern=r"^[0-9a-f]{16}\z")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]
 
 
@@ -72,6 +73,8 @@ class _Device(_Row):
     type: str
     cpu_capability: str
     worker_threads: Annotated[int, Field(ge=1, le=1024)]
+    server_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    arithmetic: _Arithmetic | None = None
 
 
 class _Resumed(_Row):
@@ -168,6 +171,7 @@ class TrainedClientRow(_ClientRow):
     place: Literal["run", "node", "none"] = "run"
     not_captured: _Sentence = ""
     shard: _Id | None = None
+    arithmetic: _Arithmetic | None = None
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:

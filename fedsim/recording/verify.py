@@ -6,17 +6,16 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from fedsim.core.allowance import usable_cpus
 from fedsim.core.datasets import Dataset, load_dataset, official_sha256
+from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
-from fedsim.core.models import build_model, resolve_device
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.units import format_bytes
 from fedsim.recording import proofs, row_proofs, server_proofs, step_proofs
@@ -25,6 +24,7 @@ from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
 from fedsim.recording.findings import (
     AGGREGATE,
+    EVALUATION,
     FILES,
     GRADIENTS,
     INITIAL,
@@ -43,8 +43,10 @@ from fedsim.recording.findings import (
     Findings,
     Place,
 )
+from fedsim.recording.layout import STEPS as STEPS_FILE
 from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_shard
 from fedsim.recording.reader import Client, Run, load_run
+from fedsim.recording.recomputation import Candidate, Recomputation, draw, fresh_seed
 from fedsim.recording.shards import Shard
 
 Progress = Callable[[int, int], None]
@@ -59,10 +61,13 @@ def verify(
     *,
     rounds: Collection[int] | None = None,
     clients: Collection[int] | None = None,
-    recompute: int = 0,
+    evaluate: int | None = None,
+    recompute: int | None = 0,
+    seed: int | None = None,
     data_root: str | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Findings:
     """Check a run directory against itself.
 
@@ -73,14 +78,21 @@ def verify(
     rounds, clients : collection of int, optional
         Look at these rounds only, and in them at the steps and gradients of these clients only.
         Aggregates and states are always those of all clients.
-    recompute : int
-        Gradients to compute once more from the data, spread over the captured steps.
+    evaluate : int, optional
+        States to evaluate again, drawn at random; all by default.
+    recompute : int or None
+        Local steps to compute again from the data, drawn at random; None for all.
+    seed : int, optional
+        Of both draws; one from the operating system's randomness by default, which nobody who
+        altered the run could foresee.
     data_root : str, optional
         Folder of the data, where it is not the one of the run.
     jobs : int, optional
         Threads; by default as many as there are cores that this process may use.
     progress : callable, optional
         Told bytes done and bytes in all, from several threads.
+    tell : callable, optional
+        Told in a sentence what is about to take long.
 
     Returns
     -------
@@ -96,7 +108,7 @@ def verify(
         raise InputError(f"{path} is no folder; allowed is a run directory")
     verifier = _Verifier(path, jobs or usable_cpus(), progress)
     # Each thread of ours works on one client: more threads inside would only compete.
-    with _torch_threads(1):
+    with torch_threads(1):
         run = verifier.open()
         if run is None:
             reason = "one of run.json, rounds.jsonl, clients.jsonl is damaged: files only"
@@ -104,18 +116,14 @@ def verify(
             verifier.check_other_files()
         else:
             _refuse_unknown(run, rounds, clients)
-            verifier.check(run, rounds, clients, recompute, data_root)
+            verifier.check(
+                run,
+                rounds,
+                clients,
+                _Again(evaluate, recompute, fresh_seed() if seed is None else seed, tell),
+                data_root,
+            )
     return verifier.findings
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _refuse_unknown(
@@ -146,6 +154,21 @@ def _size_of(path: Path) -> int:
         return path.lstat().st_size
     except OSError:
         return 0
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What is to be computed once more: how many states and steps (None: all), by which draw."""
+
+    evaluate: int | None
+    recompute: int | None
+    seed: int
+    tell: Callable[[str], None] | None
+
+    def say(self, text: str) -> None:
+        """Announce what takes long."""
+        if self.tell is not None:
+            self.tell(text)
 
 
 class _DamagedShardError(Exception):
@@ -268,10 +291,10 @@ class _Verifier:
         run: Run,
         rounds: Collection[int] | None,
         clients: Collection[int] | None,
-        recompute: int,
+        again: _Again,
         data_root: str | None,
     ) -> None:
-        """Go through the run: partition, clients, rounds, and on request gradients once more."""
+        """Go through the run: partition, clients, rounds, and what is computed once more."""
         numbers = [row["round"] for row in run.round_rows]
         if numbers != list(range(len(numbers))):
             self.findings.violate(PARTICIPANTS, "rounds.jsonl: rounds do not count up from 0")
@@ -289,18 +312,22 @@ class _Verifier:
         # Replaying a gradient is work like reading it.
         self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen if _is_replayable(c))
         self._check_official(run)
-        dataset = self._dataset_of(run, data_root, asked_to_recompute=recompute > 0)
+        dataset = self._dataset_of(run, data_root, again)
         if self._whole(PARTITION, ["partition.safetensors"]):
             with self.findings.guarded(PARTITION, "partition.safetensors"):
-                proofs.prove_partition(run, dataset, self.findings)
+                trained_on = None if run.config.own_data else dataset
+                proofs.prove_partition(run, trained_on, self.findings)
             with self.findings.guarded(ROWS, "run.json"):
                 row_proofs.prove_manifest(run, dataset, self._why_no_data, self.findings)
         # The longest first: the last one decides when all is done.
         chosen.sort(key=lambda client: -client.telemetry["bytes_captured"])
         self._in_parallel([partial(self._check_client, run, client) for client in chosen])
         self._in_parallel([partial(self._check_round, run, number) for number in numbers])
-        if recompute:
-            self._recompute(run, chosen, dataset, recompute)
+        if dataset is not None:
+            recomputation = Recomputation(run, dataset, self.findings)
+            self._evaluate(run, numbers, recomputation, again)
+            if again.recompute != 0 and not run.config.own_data:
+                self._recompute(run, chosen, recomputation, again)
         if rounds is None and clients is None:
             self.check_other_files()
 
@@ -331,17 +358,10 @@ class _Verifier:
                 f"run.json: the data has sha256 {told[:16]}..., which is not the official {name}",
             )
 
-    def _dataset_of(
-        self, run: Run, data_root: str | None, *, asked_to_recompute: bool
-    ) -> Dataset | None:
-        config = run.config
+    def _dataset_of(self, run: Run, data_root: str | None, again: _Again) -> Dataset | None:
+        config, own = run.config, "the data is at the nodes, which tell its hash and keep it"
         if config.own_data:
-            reason = "the data is at the nodes, which tell its hash and keep it"
-            self._why_no_data = reason
-            self.findings.leave(PARTITION, f"class counts: {reason}")
-            if asked_to_recompute:
-                self.findings.leave(RECOMPUTED, reason)
-            return None
+            self._leave_without_data(own, again)
         try:
             run.check_sizes()
             dataset = load_dataset(
@@ -356,10 +376,16 @@ class _Verifier:
         except InputError as error:
             reason = f"the data is not at hand: {error}"
         self._why_no_data = reason
-        self.findings.leave(PARTITION, f"class counts: {reason}")
-        if asked_to_recompute:
-            self.findings.leave(RECOMPUTED, reason)
+        if not config.own_data:
+            self._leave_without_data(reason, again)
+        if again.evaluate != 0:
+            self.findings.leave(EVALUATION, reason)
         return None
+
+    def _leave_without_data(self, reason: str, again: _Again) -> None:
+        self.findings.leave(PARTITION, f"class counts: {reason}")
+        if again.recompute != 0:
+            self.findings.leave(RECOMPUTED, reason)
 
     # Files
 
@@ -601,43 +627,83 @@ class _Verifier:
             yield Shard(path, run.shapes, None if is_large else content)
             self._advance(self._listed[name].size)
 
-    def _recompute(
-        self, run: Run, clients: Sequence[Client], dataset: Dataset | None, count: int
-    ) -> None:
-        if dataset is None:
-            return
-        if run.config.autocast == "float16":
-            self.findings.leave(RECOMPUTED, "autocast = 'float16' scales by what came before")
-            return
-        candidates = [(c, step) for c in clients for step in self._recomputable_steps(run, c)]
-        if not candidates:
-            reason = "no step was captured with all layers and all steps before it"
-            if self._removed:
-                reason = self._why_away()
-            self.findings.leave(RECOMPUTED, reason)
-            return
-        count = min(count, len(candidates))
-        model = build_model(
-            run.config.model,
-            classes=dataset.spec.classes,
-            norm=run.config.norm,
-            seed=run.config.seed,
-        ).to(resolve_device(run.config.device))
-        # As many threads as the workers had: they decide the last bits of a convolution.
-        with _torch_threads(run.entry("device")["worker_threads"]):
-            for position in range(count):
-                client, step = candidates[position * len(candidates) // count]
-                with self.findings.guarded(RECOMPUTED, f"{self._name(client.folder)}, step {step}"):
-                    proofs.prove_recomputed(run, client, step, dataset, model, self.findings)
+    # What is computed once more
 
-    def _recomputable_steps(self, run: Run, client: Client) -> list[int]:
-        try:
-            folder = self._name(client.folder)
-            start = self._name(run.layout.state(client.round - 1))
-            files = [f"{folder}/{name}" for name in client.telemetry["files"]]
-            needed = [*files, start, "partition.safetensors"]
-            whole = all(self._is_whole(name) for name in needed)
-            return proofs.recomputable_steps(client) if whole else []
-        except InputError:
-            # The checks of the client have told.
-            return []
+    def _evaluate(
+        self, run: Run, numbers: Sequence[int], recomputation: Recomputation, again: _Again
+    ) -> None:
+        config, rows = run.config, {n: run.round(n).row for n in numbers}
+        due = []
+        for number, row in rows.items():
+            if row["global_loss"] is not None or row["global_accuracy"] is not None:
+                due.append(number)
+            elif number % config.evaluate_every == 0 or self._is_last(run, number):
+                self.findings.violate(
+                    EVALUATION, f"rounds.jsonl: round {number} tells no loss and no accuracy"
+                )
+        count = len(due) if again.evaluate is None else again.evaluate
+        drawn = [due[position] for position in draw(len(due), count, again.seed)]
+        if not drawn:
+            return
+        spent = sum(rows[number]["seconds"]["evaluate"] for number in drawn)
+        states = "1 state" if len(drawn) == 1 else f"{len(drawn):,} states"
+        again.say(f"evaluating {states} again, for which the run took {spent:.1f} s")
+        if len(drawn) < len(due):
+            seed = f"drawn from {len(due):,} with --recompute-seed {again.seed}"
+            self.findings.note(EVALUATION, seed)
+        for number in drawn:
+            state = self._name(run.layout.state(number))
+            if self._whole(EVALUATION, [state], (number, None)):
+                with self.findings.guarded(EVALUATION, state):
+                    recomputation.evaluate(number)
+
+    def _is_last(self, run: Run, number: int) -> bool:
+        return run.status == "finished" and number == len(run.round_rows) - 1
+
+    def _recompute(
+        self, run: Run, clients: Sequence[Client], recomputation: Recomputation, again: _Again
+    ) -> None:
+        candidates = []
+        for client in sorted(clients, key=lambda c: c.place):
+            # Where its files are not what they must be, the checks of the client have told.
+            with suppress(InputError):
+                candidate = self._candidate(run, client, recomputation)
+                if candidate is not None and candidate.count:
+                    candidates.append(candidate)
+        if not candidates:
+            return
+        total = sum(candidate.count for candidate in candidates)
+        count = total if again.recompute is None else min(again.recompute, total)
+        again.say(
+            f"computing {count:,} of {total:,} local steps again, drawn with "
+            f"--recompute-seed {again.seed}"
+        )
+        recomputation.recompute(candidates, count, again.seed)
+
+    def _candidate(
+        self, run: Run, client: Client, recomputation: Recomputation
+    ) -> Candidate | None:
+        folder, number = self._name(client.folder), client.round
+        needed = [self._name(run.layout.state(number - 1)), "partition.safetensors"]
+        needed.append(self._name(client.delta_path))
+        if run.config.strategy.name == "scaffold":
+            controls = (
+                run.layout.control(r, client.partition) for r in (client.control_round,) if r
+            )
+            needed += [self._name(path) for path in controls]
+            if number > 1:
+                needed.append(self._name(run.layout.strategy(number - 1)))
+        if not all(self._is_whole(name) for name in needed):
+            # The checks of the client and of the round have told.
+            return None
+        names = client.telemetry["files"]
+        whole = {name for name in names if self._is_whole(f"{folder}/{name}")}
+        if client.telemetry.get("place") != "none" and self._is_whole(
+            self._name(client.steps_path)
+        ):
+            whole.add(STEPS_FILE)
+        candidate = recomputation.candidate(client, frozenset(whole))
+        if not candidate.count:
+            reason = recomputation.why_not(client)
+            self.findings.leave(RECOMPUTED, reason, at=client.place)
+        return candidate

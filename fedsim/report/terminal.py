@@ -555,6 +555,10 @@ class ByteProgress:
         """Move the bar."""
         self._progress.update(self._task, completed=done, total=total)
 
+    def tell(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(Text(printable(text)), soft_wrap=True)
+
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
