@@ -135,7 +135,8 @@ def prove_round_row(run: Run, number: int, findings: Findings) -> None:
     where = f"rounds.jsonl: round {number}"
     accuracy, loss = row["global_accuracy"], row["global_loss"]
     samples = run.entry("dataset")["test_size"]
-    if number % every == 0 and accuracy is None:
+    is_last = run.status == "finished" and number == len(run.round_rows) - 1
+    if (number % every == 0 or is_last) and accuracy is None:
         findings.violate(ROWS, f"{where} was not evaluated, and evaluate-every = {every}")
     elif accuracy is None and loss is not None:
         findings.violate(ROWS, f"{where} has a loss and no accuracy")

@@ -632,15 +632,9 @@ class _Verifier:
     def _evaluate(
         self, run: Run, numbers: Sequence[int], recomputation: Recomputation, again: _Again
     ) -> None:
-        config, rows = run.config, {n: run.round(n).row for n in numbers}
-        due = []
-        for number, row in rows.items():
-            if row["global_loss"] is not None or row["global_accuracy"] is not None:
-                due.append(number)
-            elif number % config.evaluate_every == 0 or self._is_last(run, number):
-                self.findings.violate(
-                    EVALUATION, f"rounds.jsonl: round {number} tells no loss and no accuracy"
-                )
+        rows = {n: run.round(n).row for n in numbers}
+        # A loss that is not finite is null.
+        due = [n for n, row in rows.items() if row["global_accuracy"] is not None]
         count = len(due) if again.evaluate is None else again.evaluate
         drawn = [due[position] for position in draw(len(due), count, again.seed)]
         if not drawn:
@@ -656,9 +650,6 @@ class _Verifier:
             if self._whole(EVALUATION, [state], (number, None)):
                 with self.findings.guarded(EVALUATION, state):
                     recomputation.evaluate(number)
-
-    def _is_last(self, run: Run, number: int) -> bool:
-        return run.status == "finished" and number == len(run.round_rows) - 1
 
     def _recompute(
         self, run: Run, clients: Sequence[Client], recomputation: Recomputation, again: _Again
