@@ -968,7 +968,8 @@ def _simulate(
     from fedsim.api import how_to_go_on, run_plan
     from fedsim.report.terminal import TerminalObserver
 
-    where = f"Ray and {pool.workers} workers" if plan.config.cluster is None else "the workers"
+    workers = "1 worker" if pool.workers == 1 else f"{pool.workers} workers"
+    where = f"Ray and {workers}" if plan.config.cluster is None else "the workers"
     _tell(f"starting   {where}")
     stop, stop_after_round = threading.Event(), threading.Event()
     _stop_on_signals(stop, stop_after_round, lambda: how_to_go_on(plan.config, output))

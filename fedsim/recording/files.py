@@ -282,10 +282,13 @@ def append_line(path: Path, line: bytes, *, at: int) -> None:
     Raises
     ------
     RunFailedError
-        When the file has other bytes than those that were appended to it.
+        When the file was removed, or has other bytes than those that were appended to it.
     OSError
         When the disk has no room for the whole row.
     """
+    # A file that somebody removed is not made anew, without its rows.
+    if at and not path.exists():
+        raise RunFailedError(f"{path} was removed by another program")
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         if before != at:

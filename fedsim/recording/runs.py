@@ -68,7 +68,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
     Raises
     ------
     InputError
-        When the folder cannot be read.
+        When the folder cannot be read, or is a run and holds none.
     """
     try:
         inner = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
@@ -84,6 +84,11 @@ def find_runs(folder: Path) -> list[FoundRun]:
             cells = [cell.name for cell in os.scandir(path) if cell.is_dir(follow_symlinks=False)]
             opened = (_opened(path / name) for name in cells)
             found += [_described(run) for run in opened if run is not None]
+    if not found and _opened(Path(folder)) is not None:
+        raise InputError(
+            f"{folder} is a run itself; allowed is a folder of runs, and `fedsim inspect` "
+            "shows a run"
+        )
     return sorted(found, key=lambda run: (run.created, str(run.path)))
 
 

@@ -554,3 +554,10 @@ def test_a_cache_of_another_dtype_is_rebuilt(monkeypatch, tmp_path):
     (path,) = tmp_path.iterdir()
     save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
     assert load_dataset("digits", data_root=None, seed=0).train_images.dtype == torch.uint8
+
+
+def test_a_file_as_the_data_root_is_named(tmp_path: Path, own_cache: Path) -> None:
+    file = tmp_path / "train"
+    file.touch()
+    with pytest.raises(InputError, match="train is a file; allowed as --data-root or"):
+        load("cifar100", data_root=str(file))

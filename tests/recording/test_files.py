@@ -540,3 +540,12 @@ def test_a_last_line_without_its_newline_is_no_line(tmp_path: Path) -> None:
         assert list(read_lines(path)) == [{"round": 0}]
     path.write_bytes(b'{"round"')
     assert list(read_lines(path)) == []
+
+
+def test_rows_that_were_removed_are_not_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, b"{}\n", at=0)
+    path.unlink()
+    with pytest.raises(RunFailedError, match=f"^{path} was removed by another program$"):
+        append_line(path, b"{}\n", at=3)
+    assert not path.exists()

@@ -92,7 +92,12 @@ def test_runs_are_listed_with_what_they_are_and_take(folder: Path, recorded: Rec
     assert (found[0].size, found[0].gradients) == (sum(files.values()), gradients)
     assert (found[0].rounds, found[0].rounds_asked) == (2, 2)
     assert (found[0].strategy, found[0].created) == ("delta-fedavg", "2026-01-01T00:00:00+00:00")
-    assert find_runs(folder / "b") == []
+    assert find_runs(folder / "configs") == []
+
+
+def test_a_run_is_no_folder_of_runs(folder: Path) -> None:
+    with pytest.raises(InputError, match="b is a run itself; allowed is a folder of runs"):
+        find_runs(folder / "b")
 
 
 def test_a_run_is_removed_and_nothing_else(folder: Path) -> None:
