@@ -279,6 +279,10 @@ class Recomputation:
         threads = torch_threads(device["worker_threads"])
         with threads, deterministic_block(self._config.deterministic):
             if candidate.same and (whole or not recorded):
+                if not whole:
+                    self._findings.note(
+                        RECOMPUTED, "clients that were trained again count with all of their steps"
+                    )
                 self._train_again(client, candidate.whole)
             else:
                 self._follow(client, steps, same=candidate.same, whole=whole)
