@@ -800,8 +800,17 @@ class Run:
     def client_rows(self) -> list[dict[str, Any]]:
         """The lines of ``clients.jsonl`` that belong to finished rounds."""
         finished = {row["round"] for row in self.round_rows}
-        known = rows.read_rows(self.layout.clients, None, absent_is_empty=True)
-        return [row for row in known if row["round"] in finished]
+        return [row for row in self._all_client_rows if row["round"] in finished]
+
+    @cached_property
+    def unfinished_client_rows(self) -> list[dict[str, Any]]:
+        """The lines of ``clients.jsonl`` that belong to no finished round."""
+        finished = {row["round"] for row in self.round_rows}
+        return [row for row in self._all_client_rows if row["round"] not in finished]
+
+    @cached_property
+    def _all_client_rows(self) -> list[dict[str, Any]]:
+        return rows.read_rows(self.layout.clients, None, absent_is_empty=True)
 
     def client_rows_of(self, number: int) -> list[dict[str, Any]]:
         """Give those of `client_rows` that belong to a round."""

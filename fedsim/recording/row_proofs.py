@@ -27,6 +27,7 @@ MEASURED = (
 )
 TOLD = "id, status, error, diverged: only the server says so"
 OF_FAILED = "status, error of clients that failed: only the server says so"
+OF_UNFINISHED = "clients.jsonl: rows of a round that did not finish are compared with nothing"
 OF_NODES = "place, not_captured: only the client says so"
 PROXIMAL = "proximal_mu: only where steps are replayed does anything follow from it"
 UPDATES = "num_updates: seen only where all layers and steps were captured"
@@ -87,6 +88,7 @@ def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings
                          "rounds")  # fmt: skip
         if "error" in manifest or "diverged" in manifest:
             wrong.append("run.json: finished, with an error")
+    wrong += _wrong_rounds(run, findings)
     wrong += _wrong_partition(run, dataset, findings)
     for violation in wrong:
         findings.violate(ROWS, violation)
@@ -98,6 +100,23 @@ def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings
         findings.leave(ROWS, NOT_OF_THE_DATA + why_without)
     if run.entry("partition").get("nodes"):
         findings.leave(ROWS, NODES_DATA)
+
+
+def _wrong_rounds(run: Run, findings: Findings) -> list[str]:
+    """Look for clients in rounds that had none."""
+    wrong = []
+    untrained = next((row for row in run.round_rows if row["round"] == 0), None)
+    if untrained is not None and (untrained["participants"] or untrained["failed"]):
+        wrong.append("rounds.jsonl: round 0 has participants, and nobody trains in it")
+    if run.client_rows_of(0):
+        wrong.append("clients.jsonl: round 0 has clients, and nobody trains in it")
+    for number in sorted({row["round"] for row in run.unfinished_client_rows}):
+        # One that was stopped may have been in the midst of the round after its last.
+        if run.status == "finished" or number != len(run.round_rows):
+            wrong.append(f"clients.jsonl: there are clients of round {number}, which is no round")
+        else:
+            findings.leave(ROWS, OF_UNFINISHED, at=(number, None))
+    return wrong[:20]
 
 
 def _wrong_partition(run: Run, dataset: Dataset | None, findings: Findings) -> list[str]:
@@ -235,16 +254,31 @@ def _wrong_norms(run: Run, client: Client) -> list[str]:
     return []
 
 
+def _without_cause(run: Run, client: Client) -> str | None:
+    """Say which step tells of a term that the client's objective does not have."""
+    allowed = {"proximal", "objective_norm"} if client.proximal_mu else set()
+    if run.config.strategy.name == "scaffold":
+        allowed.add("objective_norm")
+    for row in client.steps:
+        for key in ("proximal", "objective_norm"):
+            if key in row and key not in allowed:
+                return f"step {row['step']} has {key}, and the objective is the loss alone"
+    return None
+
+
 def prove_first_norms(run: Run, client: Client, findings: Findings) -> None:
     """Check that the norms of the first step are those of its line in ``steps.jsonl``."""
     measured = run.config.gradient_statistics
-    if "gradient-statistics" not in run.entry("config"):
-        # Of a version that had no such choice.
-        return
-    if odd := next((r for r in client.steps if ("gradient_norm" in r) != measured), None):
+    # Where it is not in the configuration: of a version that had no such choice.
+    chosen = "gradient-statistics" in run.entry("config")
+    odd = next((r for r in client.steps if ("gradient_norm" in r) != measured), None)
+    if chosen and odd is not None:
         which = f"step {odd['step']} {'lacks' if measured else 'has'} figures of its gradient"
         reason = f"gradient-statistics = {str(measured).lower()}"
         findings.violate(ROWS, f"{client.steps_path}: {which}, with {reason}")
+        return
+    if odd_figure := _without_cause(run, client):
+        findings.violate(ROWS, f"{client.steps_path}: {odd_figure}")
         return
     if not client.steps or "per_layer_norms" not in client.steps[0]:
         return

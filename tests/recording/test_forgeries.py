@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -211,8 +212,33 @@ def times(by: float) -> Callable[[Any], Any]:
     return lambda value: value * by
 
 
+def first_norms(root: Path) -> None:
+    """Set all norms of a client's row, and let the whole run look as one without the choice."""
+    of_client("per_layer_norms", to=lambda norms: dict.fromkeys(norms, 7.0))(root)
+    of_client("gradient_norm", to=lambda _: 7 * math.sqrt(11))(root)
+    in_manifest("config", to=lambda c: {k: c[k] for k in c if k != "gradient-statistics"})(root)
+
+
 def plus(by: Any) -> Callable[[Any], Any]:
     return lambda value: value + by
+
+
+def a_client(number: int) -> Change:
+    """Tell of a client in a round that had none."""
+
+    def change(root: Path) -> None:
+        row = {"round": number, "partition": 0, "status": "failed", "error": "it is said so"}
+        rewrite_lines(root / "clients.jsonl", lambda found: found.append(row))
+
+    return change
+
+
+def another_figure(key: str) -> Change:
+    return in_lines(STEPS, lambda found: found[1].update({key: 5.0}))
+
+
+def in_lines(file: str, to: Callable[[list[dict[str, Any]]], None]) -> Change:
+    return lambda root: rewrite_lines(root / file, to)
 
 
 WRONG = [
@@ -233,7 +259,11 @@ WRONG = [
     (in_row("rounds.jsonl", 1, "participants", to=lambda v: v[::-1]), "participants", "round 1"),
     (in_row("rounds.jsonl", 1, "global_loss", to=times(-1)), "rows", "is negative"),
     (in_row("rounds.jsonl", 1, "global_accuracy", to=lambda _: None), "rows", "was not evaluated"),
+    (in_row("rounds.jsonl", 0, "participants", to=lambda _: [1]), "rows", "round 0 has participan"),
+    (in_row("rounds.jsonl", 0, "failed", to=lambda _: [1]), "rows", "round 0 has participants"),
     # clients.jsonl
+    (a_client(0), "rows", "clients.jsonl: round 0 has clients"),
+    (a_client(7), "rows", "there are clients of round 7, which is no round"),
     (of_client("num_samples", to=plus(1)), "rows", "another num_samples"),
     (of_client("local_loss", to=times(0.5)), "rows", "another local_loss"),
     (of_client("gradient_norm", to=times(1.001)), "rows", "another gradient_norm"),
@@ -242,6 +272,7 @@ WRONG = [
     (of_client("num_steps_captured", to=plus(-1)), "rows", "another num_steps_captured"),
     (of_client("learning_rate", to=times(2)), "rows", "another learning_rate"),
     (of_client("batch_sizes", 1, to=plus(1)), "rows", "another batch_sizes"),
+    (first_norms, "rows", "another norm of 0.weight than"),
     # steps.jsonl
     (in_row(STEPS, 1, "gradient_norm", to=times(1.001)), "gradients", "another gradient_norm"),
     (in_row(STEPS, 1, "cosine_to_previous", to=plus(0.01)), "gradients", "cosine_to_previous"),
@@ -249,6 +280,8 @@ WRONG = [
     (in_row(STEPS, 0, "zero_fraction", to=plus(0.001)), "gradients", "zero_fraction"),
     (in_row(STEPS, 1, "per_layer_norms", "8.weight", to=times(1.01)), "gradients", "has norm"),
     (in_row(STEPS, 1, "indices", to=lambda v: v[::-1]), "steps", "is not the one drawn"),
+    (another_figure("proximal"), "rows", "step 1 has proximal, and the objective is the loss"),
+    (another_figure("objective_norm"), "rows", "step 1 has objective_norm, and the objective"),
     # tensors
     (in_tensors("rounds/0000/global.safetensors", "8.weight", plus(1)), "initial state", "8.weig"),
     (in_tensors("rounds/0001/global.safetensors", "8.weight", plus(1)), "state", "8.weight is not"),
