@@ -367,12 +367,12 @@ class Recomputation:
             if not _is_close(told, _finite(loss), allowed, relative=True):
                 self._wrong(client, f"the loss of step {step} is {told}; computed once more {loss}")
                 return
-            off = _distance(made, recorded)
+            off = _distance(made, recorded, getattr(torch, dtype), same=same)
             size = math.sqrt(sum(float(g.double().square().sum()) for g in recorded.values()))
             unit = 0.0 if dtype == "float32" else _least(getattr(torch, dtype))
             slack = TOLERANCE[dtype] * size
             slack += unit * math.sqrt(sum(g.numel() for g in recorded.values()))
-            if not off <= (0.0 if same else slack):
+            if off and not (math.isfinite(off) and off <= (0.0 if same else slack)):
                 limit = "not equal to the bit" if same else f"more than {TOLERANCE[dtype]:.1e}"
                 off_by = f"off by {off / (size or 1):.1e}, {limit}"
                 self._wrong(client, f"the gradient of step {step} is {off_by}")
@@ -395,6 +395,9 @@ class Recomputation:
     def _buffers_are_close(self, client: Client, start: Mapping[str, Tensor]) -> bool:
         for name, buffer in self._model.named_buffers():
             moved, told = buffer.detach().cpu() - start[name], client.delta[name]
+            if not (moved.isfinite().all() or told.isfinite().all()):
+                # Both diverged, and of that no more can be asked of other arithmetic.
+                continue
             off = float((moved.double() - told.double()).norm())
             allowed = LOSS_TOLERANCE * float(start[name].double().norm() + told.double().norm())
             if not off <= (allowed if told.is_floating_point() else 0):
@@ -554,9 +557,24 @@ def _is_close(told: float | None, made: float | None, allowed: float, *, relativ
     return abs(told - made) <= allowed * (max(abs(told), abs(made)) if relative else 1)
 
 
-def _distance(made: Mapping[str, Tensor], recorded: Mapping[str, Tensor]) -> float:
+def _distance(
+    made: Mapping[str, Tensor], recorded: Mapping[str, Tensor], dtype: torch.dtype, *, same: bool
+) -> float:
+    """Measure how far a gradient made here is from the recorded one; infinite if one diverged."""
+    if not (_is_finite(recorded) and _is_finite({n: made[n].to(dtype) for n in recorded})):
+        if same:
+            pairs = ((made[name], gradient) for name, gradient in recorded.items())
+            alike = all(torch.allclose(m, g, rtol=0, atol=0, equal_nan=True) for m, g in pairs)
+        else:
+            # Which entries overflow first is a matter of rounding: that both do is not.
+            alike = not (_is_finite(recorded) or _is_finite({n: made[n].to(dtype) for n in made}))
+        return 0.0 if alike else math.inf
     squares = (float((made[n].double() - g.double()).square().sum()) for n, g in recorded.items())
     return math.sqrt(sum(squares))
+
+
+def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def _least(dtype: torch.dtype) -> float:

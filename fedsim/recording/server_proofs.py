@@ -58,12 +58,25 @@ def prove_kept(run: Run, number: int, findings: Findings) -> None:
     if strategy.dp is not None and kept_by(strategy):
         reason = f"with dp = {strategy.dp!r}, what {strategy.name} keeps follows from updates that "
         findings.leave(KEPT, f"{reason}are not recorded as they were clipped", at=at)
+    elif kept_by(strategy) and _has_diverged(run, number):
+        reason = f"what {strategy.name} keeps is not followed from deltas that are not finite"
+        findings.leave(KEPT, reason, at=at)
+        proven = False
     elif kept_by(strategy):
         proven = _prove_arrays(run, number, findings)
     if _is_adaptive(run):
         proven = _prove_clipping_norm(run, number, findings)
     if proven:
         findings.prove(KEPT)
+
+
+def _has_diverged(run: Run, number: int) -> bool:
+    """Say whether a run that may go on without finite numbers did so in a round."""
+    return run.config.allow_divergence and not all(
+        bool(client.delta[name].isfinite().all())
+        for client in run.round(number).clients.values()
+        for name in run.shapes
+    )
 
 
 def _prove_arrays(run: Run, number: int, findings: Findings) -> bool:
@@ -131,12 +144,16 @@ def moved_parameters(
 ) -> dict[str, Numbers] | None:
     """Give the parameters that a plain average leads to; None where the strategy is no such one.
 
+    None too where a client diverged: what it sent does not follow from a delta that is not finite.
+
     Of all arrays that the deltas allow it is the recorded one, if that is among them.
     """
     strategy = run.config.strategy
     moved: dict[str, Numbers] = {}
     exact = True
     if strategy.dp is not None or moved_to(strategy, *_NOTHING) is None:
+        return None
+    if _has_diverged(run, number):
         return None
     for name, start, mean in means_of_sent(run, number):
         found = moved_to(strategy, start, mean)

@@ -22,7 +22,7 @@ from fedsim.recording.files import read_lines
 from fedsim.recording.findings import LOSSES
 from fedsim.recording.layout import SKETCH_KEY
 from fedsim.recording.reader import load_run
-from fedsim.recording.recomputation import chance_of_catching, draw
+from fedsim.recording.recomputation import _distance, chance_of_catching, draw
 from fedsim.recording.verify import verify
 from tests.recording.test_forgeries import FEW, a_buffer, a_gradient, honest, repair  # noqa: F401
 from tests.recording.test_verify import (
@@ -108,6 +108,27 @@ def test_a_single_step_is_compared_to_the_bit_where_the_arithmetic_is_the_same(
     assert findings.violations == []
     assert "some within 1.0e-03" in findings.checks["recomputed"].notes
     assert "other arithmetic than here made the run" in findings.checks["recomputed"].notes
+
+
+@pytest.mark.parametrize("strategy", ["delta-fedavg", "fedavg", "fedprox", "fedadam"])
+def test_a_run_that_diverged_is_no_forgery(plan: RunPlan, tmp_path: Path, strategy: str) -> None:
+    diverged = {"strategy": strategy, "learning-rate": 1e30, "allow-divergence": True}
+    root = record(plan, tmp_path / "run", **FEW, **diverged)
+    findings = verify(root, jobs=1, recompute=4, seed=1)
+    assert violations_of(findings) == {}
+    assert findings.checks["recomputed"].proven == 4
+    forge_arithmetic(root)
+    assert violations_of(verify(root, jobs=1, evaluate=0, recompute=None)) == {}
+
+
+def test_a_gradient_is_no_longer_close_when_one_of_the_two_diverged() -> None:
+    finite, beyond = {"w": torch.ones(3)}, {"w": torch.tensor([1.0, math.inf, math.nan])}
+    for same in (True, False):
+        assert math.isinf(_distance(finite, beyond, torch.float32, same=same))
+        assert math.isinf(_distance(beyond, finite, torch.float32, same=same))
+        assert _distance(beyond, beyond, torch.float32, same=same) == 0
+    other = {"w": torch.tensor([2.0, math.inf, math.nan])}
+    assert math.isinf(_distance(beyond, other, torch.float32, same=True))
 
 
 def position_of(root: Path, number: int, partition: int, step: int) -> int:
