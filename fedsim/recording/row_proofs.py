@@ -12,10 +12,12 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from fedsim.core.datasets import Dataset, parse_name
 from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.recording import rows
 from fedsim.recording.findings import PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
 from fedsim.recording.reader import Client, Run
@@ -48,6 +50,12 @@ NO_DIFFERENCE = (
 NOT_OF_THE_DATA = "dataset.sha256, test split: "
 NO_SHARDS = "bytes_captured: the files are not at hand"
 NODES_DATA = "partition.nodes: only the nodes know what they hash"
+
+
+def leave_unknown(file: str, model: type[BaseModel], row: Any, findings: Findings) -> None:
+    """Name what a row tells that no version so far has told: a later one may have added it."""
+    for key in rows.unknown_keys(model, row):
+        findings.leave(ROWS, f"{file}: {key}, which this version does not know")
 
 
 def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings: Findings) -> None:
@@ -94,6 +102,7 @@ def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings
         findings.violate(ROWS, violation)
     if not wrong:
         findings.prove(ROWS)
+    leave_unknown("run.json", rows.Manifest, manifest, findings)
     for reason in (MEASURED, TOLD, NO_TRACE, NO_DIFFERENCE):
         findings.leave(ROWS, reason)
     if dataset is None:
@@ -151,6 +160,10 @@ def _wrong_partition(run: Run, dataset: Dataset | None, findings: Findings) -> l
 def prove_round_row(run: Run, number: int, findings: Findings) -> None:
     """Check what a line of ``rounds.jsonl`` says of evaluation, as far as it follows."""
     row, every = run.round(number).row, run.config.evaluate_every
+    leave_unknown("rounds.jsonl", rows.RoundRow, row, findings)
+    for of_client in run.client_rows_of(number):
+        model = rows.TrainedClientRow if of_client["status"] == "ok" else rows.FailedClientRow
+        leave_unknown("clients.jsonl", model, of_client, findings)
     where = f"rounds.jsonl: round {number}"
     accuracy, loss = row["global_accuracy"], row["global_loss"]
     samples = run.entry("dataset")["test_size"]
@@ -268,6 +281,8 @@ def _without_cause(run: Run, client: Client) -> str | None:
 
 def prove_first_norms(run: Run, client: Client, findings: Findings) -> None:
     """Check that the norms of the first step are those of its line in ``steps.jsonl``."""
+    for row in client.steps:
+        leave_unknown("steps.jsonl", rows.StepRow, row, findings)
     measured = run.config.gradient_statistics
     # Where it is not in the configuration: of a version that had no such choice.
     chosen = "gradient-statistics" in run.entry("config")

@@ -209,6 +209,14 @@ class SharedStepRow(StepRow):
     partition: _Id
 
 
+_ALSO_KNOWN: dict[type[BaseModel], set[str]] = {
+    Manifest: {"format", "seed"},
+    StepRow: {"cosine_to_previous", "cosine_to_mean", "zero_fraction", "partition"},
+}
+"""Keys that are read as they are by whoever compares them."""
+_MOST_UNKNOWN = 8
+
+
 def check(model: type[BaseModel], value: Any, where: str) -> None:
     """Check that a JSON value is what a model describes.
 
@@ -226,6 +234,20 @@ def check(model: type[BaseModel], value: Any, where: str) -> None:
             raise InputError(f"{where} has no {key}") from None
         given = f"{key} = {shorten(problem['input'])} cannot be used: " if key else ""
         raise InputError(f"{where}: {given}{problem['msg']}") from None
+
+
+def unknown_keys(model: type[BaseModel], value: Mapping[str, Any]) -> list[str]:
+    """Name the first keys of a row that this version does not know, and so compares with nothing.
+
+    Parameters
+    ----------
+    model : type of BaseModel
+        What the row is.
+    value : mapping
+        The row, for which `check` has found no fault.
+    """
+    known = model.model_fields.keys() | _ALSO_KNOWN.get(model, set())
+    return [shorten(key) for key in sorted(value.keys() - known)[:_MOST_UNKNOWN]]
 
 
 def check_described(model: type[BaseModel], value: dict[str, Any], where: str) -> None:

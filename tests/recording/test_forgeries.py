@@ -501,6 +501,22 @@ def test_the_cause_of_a_failure_is_named_with_its_client(honest: Path, tmp_path:
     assert f"{OF_FAILED} (client 2 of round 1)" in findings.checks["rows"].unproven
 
 
+@pytest.mark.parametrize("file", ["run.json", "rounds.jsonl", "clients.jsonl", STEPS])
+def test_a_key_that_no_version_writes_is_named(honest: Path, tmp_path: Path, file: str) -> None:
+    root = Path(shutil.copytree(honest, tmp_path / "run"))
+    if file == "run.json":
+        manifest = json.loads((root / file).read_bytes())
+        (root / file).write_text(json.dumps({**manifest, "f1-score": 0.99}))
+    else:
+        rewrite_lines(root / file, lambda found: found[1].update({"f1-score": 0.99}))
+    repair(root)
+    findings = verify(root, jobs=1, evaluate=0)
+    name = Path(file).name
+    assert (
+        f"{name}: 'f1-score', which this version does not know" in findings.checks["rows"].reasons
+    )
+
+
 def leaves(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
     """Give the place of one number of each key."""
     if isinstance(value, dict) and value:
