@@ -18,8 +18,9 @@ import torch
 from fedsim.cli import run as command
 from fedsim.core.determinism import deterministic_block
 from fedsim.core.plan import RunPlan
-from fedsim.recording.files import read_lines
-from fedsim.recording.findings import LOSSES
+from fedsim.recording.checksums import checksum_line, read_checksums
+from fedsim.recording.files import Checksum, read_lines
+from fedsim.recording.findings import LOSSES, SOURCES
 from fedsim.recording.layout import SKETCH_KEY
 from fedsim.recording.reader import load_run
 from fedsim.recording.recomputation import _distance, chance_of_catching, draw
@@ -129,6 +130,32 @@ def test_a_gradient_is_no_longer_close_when_one_of_the_two_diverged() -> None:
         assert _distance(beyond, beyond, torch.float32, same=same) == 0
     other = {"w": torch.tensor([2.0, math.inf, math.nan])}
     assert math.isinf(_distance(beyond, other, torch.float32, same=True))
+
+
+def test_shards_beside_a_removed_one_are_not_said_to_be_of_the_data(forged: Path) -> None:
+    folder, extra = "rounds/0001/clients/0002", "gradients-00001.safetensors"
+    removed = Checksum(size=100, xxh3_128="0" * 32)
+
+    def change(arrays: Arrays) -> None:
+        arrays["000001/8.weight"] += 0.5
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["partition"] == 2:
+                row["files"][extra] = removed.to_json()
+
+    rewrite_tensors(forged / folder / "gradients-00000.safetensors", change)
+    rewrite_lines(forged / "clients.jsonl", tell)
+    repair(forged)
+    lines = b""
+    for line in list(read_checksums(forged / "checksums.jsonl")):
+        of_client = f"{folder}/delta.safetensors" in line.files
+        more = {f"{folder}/{extra}": removed} if of_client else {}
+        lines += checksum_line({**line.files, **more}, (), more)
+    (forged / "checksums.jsonl").write_bytes(lines)
+    findings = verify(forged, jobs=1, evaluate=0, recompute=None)
+    (left,) = findings.checks["recomputed"].unproven
+    assert left == f"{SOURCES} (3 of 9 steps; client 2 of round 1)"
 
 
 def position_of(root: Path, number: int, partition: int, step: int) -> int:
