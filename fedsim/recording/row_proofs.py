@@ -270,7 +270,8 @@ def _wrong_norms(run: Run, client: Client) -> list[str]:
 def _without_cause(run: Run, client: Client) -> str | None:
     """Say which step tells of a term that the client's objective does not have."""
     allowed = {"proximal", "objective_norm"} if client.proximal_mu else set()
-    if run.config.strategy.name == "scaffold":
+    # A class of the user's may send corrections as well.
+    if run.config.strategy.name == "scaffold" or ":" in run.config.strategy.name:
         allowed.add("objective_norm")
     for row in client.steps:
         for key in ("proximal", "objective_norm"):
