@@ -646,9 +646,9 @@ class _Verifier:
             seed = f"drawn from {len(due):,} with --recompute-seed {again.seed}"
             self.findings.note(EVALUATION, seed)
         for number in drawn:
-            state = self._name(run.layout.state(number))
-            if self._whole(EVALUATION, [state], (number, None)):
-                with self.findings.guarded(EVALUATION, state):
+            with self.findings.guarded(EVALUATION, f"the state of round {number}"):
+                state = self._name(run.layout.state(number))
+                if self._whole(EVALUATION, [state], (number, None)):
                     recomputation.evaluate(number)
 
     def _recompute(

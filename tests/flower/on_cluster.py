@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class Killer(Memory):
                 titles += [t for t in child.cmdline()[:1] if t.startswith("ray::ClientAppWorker")]
         return titles
 
-    def run_started(self, plan: RunPlan, workers: int, path: Path) -> None:
+    def round_started(self, round_number: int, participants: Sequence[int]) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not self._workers() and time.monotonic() < deadline:
+        while round_number == 1 and not self._workers() and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def client_finished(self, row: Mapping[str, Any]) -> None:

@@ -19,9 +19,9 @@ import pytest
 import torch
 from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.metrics import VceMetrics
-from safetensors.torch import save_file
 
 from fedsim.core.config import RunConfig
+from fedsim.core.datasets import store_dataset
 from fedsim.core.errors import ConfigError
 from fedsim.flower import machines
 from fedsim.flower.cluster import Node, joined, slots_of
@@ -108,7 +108,7 @@ def test_nodes_that_differ_are_refused_before_anything_is_written(home, ray_clus
 
 
 @pytest.mark.slow
-def test_data_is_sent_once_to_nodes_that_lack_it(home, ray_cluster):
+def test_data_is_sent_once_to_nodes_that_lack_it(home, ray_cluster, monkeypatch):
     address, _, is_hidden = ray_cluster
     draw = np.random.default_rng(0)
     images = {
@@ -120,8 +120,8 @@ def test_data_is_sent_once_to_nodes_that_lack_it(home, ray_cluster):
         for name, size in (("train_labels", 50_000), ("test_labels", 10_000))
     }
     ours = home / "ours" / "cifar10-v1.safetensors"
-    ours.parent.mkdir(exist_ok=True)
-    save_file({**images, **labels}, ours)
+    monkeypatch.setenv("FEDSIM_CACHE", str(ours.parent))
+    store_dataset("cifar10", {**images, **labels}, seed=0)
     asked = config(dataset="cifar10", ray_address=address, data_root=str(home / "nowhere"))
     done = drive(home, "prepare", asked.to_json(), "run")
     assert done.returncode == 0, done.stderr

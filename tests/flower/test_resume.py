@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from fedsim import cli
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
+from fedsim.flower.machines import device_of
 from fedsim.flower.server_app import check_resume, execute, manifest_of, versions
 from fedsim.recording.checksums import checksum_line
 from fedsim.recording.files import Checksum, read_lines
@@ -167,9 +167,7 @@ def test_a_damaged_last_round_is_made_again(
     assert contents(tmp_path / "run") == contents(whole)
     assert verify(tmp_path / "run").violations == []
     resumed = json.loads((tmp_path / "run/run.json").read_bytes())["resumed"]
-    device = {"type": "cpu", "worker_threads": 1}
-    device["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    assert resumed == [{"after": 1, "versions": versions(), "device": device}]
+    assert resumed == [{"after": 1, "versions": versions(), "device": device_of(plan)}]
 
 
 def damage_file(path: Path, damage: str) -> None:
@@ -386,7 +384,7 @@ def test_what_would_change_a_run_is_refused(
     before = contents(whole)
     assert cli.run(["resume", str(whole), *flags]) == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    assert [line.split()[0] for line in out.splitlines()] in ([], ["preparing"])
     assert sentence in err
     assert err.count("\n") == 1
     assert contents(whole) == before

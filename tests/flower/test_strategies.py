@@ -310,9 +310,10 @@ def test_a_proximal_term_that_was_not_asked_for_is_a_violation(tmp_path: Path) -
     rows = path / "clients.jsonl"
     rows.write_text(rows.read_text().replace('"proximal_mu":0.01', '"proximal_mu":0.02'))
     fuzz.reseal(path)
-    told = [v for v in verify(path).violations if "proximal_mu" in v]
-    assert len(told) == 3
-    assert "trained with proximal_mu = 0.02, not 0.01" in told[0]
+    checks = verify(path).checks
+    steps = [v for v in checks["steps"].violations if "proximal_mu" in v]
+    assert len(steps) == len([v for v in checks["rows"].violations if "proximal_mu" in v]) == 3
+    assert "trained with proximal_mu = 0.02, not 0.01" in steps[0]
 
 
 @pytest.mark.parametrize("kind", ["client-side-fixed", "client-side-adaptive"])

@@ -72,8 +72,12 @@ def is_whole(url, folder):
     # As of any run that has no round yet.
     names = ("rounds.jsonl", "clients.jsonl")
     unlisted = [f"{name} is not listed in checksums.jsonl" for name in names]
-    assert violations == ([] if count else unlisted)
     run = load_run(folder)
+    if run.status == "finished" and 0 < count < 3:
+        # What was copied before and was made again is gone until it is there again.
+        assert violations == [f"run.json: finished, with {count - 1} of 2 rounds"]
+    else:
+        assert violations == ([] if count else unlisted)
     assert [row["round"] for row in run.round_rows] == list(range(count))
     assert not list(folder.rglob("*.partial"))
     return count

@@ -228,7 +228,9 @@ def test_a_run_without_its_gradients_is_whole_in_everything_else(
     assert findings.checks["aggregate"].proven == 2
     assert findings.checks["replay"].proven == findings.checks["gradients"].proven == 0
     told = "of gradients were removed to make room; `fedsim collect` brings them from a copy"
-    for check in ("files", "replay", "gradients", "recomputed"):
+    # Training again takes no gradients.
+    assert findings.checks["recomputed"].proven >= 2
+    for check in ("files", "replay", "gradients"):
         assert any(told in reason for reason in findings.checks[check].unproven)
 
     client = load_run(copied).round(1).client(0)
