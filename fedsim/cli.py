@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asks = {"-h", "--help"} & {*arguments}
     if list(arguments[:1]) in (["run"], ["resume"], ["compare"]) and not asks:
-        # It takes seconds, on a busy machine many: whoever waits sees for what.
+        # It takes seconds, more on a busy machine: say what the user is waiting for.
         _tell_loading()
     # The keys come with torch: only who asks for a run waits for it.
     _add_run(commands, with_keys="run" in arguments[:1])
@@ -917,7 +917,7 @@ def _prepared(
 
 def _run(parsed: argparse.Namespace) -> None:
     _check_trackers(parsed)
-    # Data may be downloaded, and loading takes seconds: whoever waits sees for what.
+    # Data may be downloaded, and loading takes seconds: say what the user is waiting for.
     plan, pool, output = _prepared(parsed, _tell)
 
     from fedsim.flower.server_app import check_output

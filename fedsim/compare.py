@@ -408,7 +408,7 @@ class ProcessLauncher:
     flags : sequence of str
         More flags of ``fedsim run`` and ``fedsim resume``.
     stop_after_round : threading.Event
-        Set by whoever wants all of it to end once the round under way is written.
+        Set to end all of it once the round under way is written.
     """
 
     output: Path

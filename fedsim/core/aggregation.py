@@ -55,7 +55,7 @@ def delta_of(local: State, reference: State) -> dict[str, Array]:
     return {n: np.asarray(np.subtract(local[n], array)) for n, array in reference.items()}
 
 
-# What is not finite has no range: whoever asks looks for it first.
+# Values that are not finite have no range: callers check for them first.
 @np.errstate(all="ignore")
 def local_range(delta: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Find the local arrays that have a delta, which is their difference after rounding.

@@ -91,7 +91,7 @@ class RoundLoop:
     stop : threading.Event
         Set by whoever wants the run to end.
     stop_after_round : threading.Event, optional
-        Set by whoever wants it to end once the round under way is written.
+        Set to end it once the round under way is written.
     """
 
     def __init__(

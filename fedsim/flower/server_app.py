@@ -204,7 +204,7 @@ def execute(
     is_announced : bool
         Whether the observer knows already what will be run.
     stop_after_round : threading.Event, optional
-        Set by whoever wants the run to end once the round under way is written.
+        Set to end the run once the round under way is written.
 
     Raises
     ------

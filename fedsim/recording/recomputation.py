@@ -267,7 +267,7 @@ class Recomputation:
         if len(drawn) < total:
             chance = chance_of_catching(total, len(drawn), max(1, round(FORGED * total)))
             self._findings.note(RECOMPUTED, f"drawn from {total:,} with --recompute-seed {seed}")
-            odds = f"who forged {FORGED:.0%} of them is caught with probability {chance:.2g}"
+            odds = f"forging {FORGED:.0%} of them is caught with probability {chance:.2g}"
             self._findings.note(RECOMPUTED, odds)
 
     def _recompute(self, candidate: Candidate, steps: Sequence[int]) -> None:

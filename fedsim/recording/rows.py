@@ -213,7 +213,7 @@ _ALSO_KNOWN: dict[type[BaseModel], set[str]] = {
     Manifest: {"format", "seed"},
     StepRow: {"cosine_to_previous", "cosine_to_mean", "zero_fraction", "partition"},
 }
-"""Keys that are read as they are by whoever compares them."""
+"""Keys that other checks read without a model."""
 _MOST_UNKNOWN = 8
 
 
