@@ -84,14 +84,7 @@ class RunPlan:
         )
         partition: list[NDArray[np.int64]] = []
         if not config.own_data:
-            partition = make_partition(
-                dataset.train_labels.numpy(),
-                PartitionScheme.parse(config.partition),
-                clients=config.clients,
-                alpha=config.alpha,
-                min_samples=config.min_samples,
-                seed=config.seed,
-            )
+            partition = deal_partition(config, dataset)
         model = build_model(
             config.model, classes=dataset.spec.classes, norm=config.norm, seed=config.seed
         )
@@ -312,6 +305,31 @@ class RunPlan:
         kept = self.config.rounds * self.strategy_bytes
         kept += self._times_drawn.total() * self.control_bytes
         return self.captured_bytes() + states * self.state_bytes + kept
+
+
+def deal_partition(config: RunConfig, dataset: Dataset) -> list[NDArray[np.int64]]:
+    """Deal the training samples to the clients, the same way whenever asked.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's; its data must not be the nodes' own.
+    dataset : Dataset
+        Its data.
+
+    Returns
+    -------
+    list of ndarray of int64
+        Positions in the training split, by client.
+    """
+    return make_partition(
+        dataset.train_labels.numpy(),
+        PartitionScheme.parse(config.partition),
+        clients=config.clients,
+        alpha=config.alpha,
+        min_samples=config.min_samples,
+        seed=config.seed,
+    )
 
 
 def batches_of_round(

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from fedsim.core.datasets import Dataset, parse_name
 from fedsim.core.models import build_model
-from fedsim.core.partition import PartitionScheme, make_partition
+from fedsim.core.plan import deal_partition
 from fedsim.recording import rows
 from fedsim.recording.findings import PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
@@ -136,14 +136,7 @@ def _wrong_partition(run: Run, dataset: Dataset | None, findings: Findings) -> l
     if dataset is None:
         findings.leave(PARTITION, "who holds which sample: the labels are not at hand")
         return []
-    dealt = make_partition(
-        dataset.train_labels.numpy(),
-        PartitionScheme.parse(config.partition),
-        clients=config.clients,
-        alpha=config.alpha,
-        min_samples=config.min_samples,
-        seed=config.seed,
-    )
+    dealt = deal_partition(config, dataset)
     found = run.partition
     if len(dealt) == len(found) and all(
         np.array_equal(found[number], indices) for number, indices in enumerate(dealt)
