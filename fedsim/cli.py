@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SUCCESS, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+_ONE_REQUEST_S = 0.5
 
 _LOADING = "loading    torch, Flower and Ray"
 
@@ -1085,13 +1088,19 @@ def _stop_on_signals(
     stop: threading.Event, stop_after_round: threading.Event, how_to_go_on: Callable[[], str]
 ) -> None:
     """End a run at an interrupt, at once at a second one, and after the round at SIGUSR1."""
+    asked = -math.inf
 
     def interrupt(number: int, frame: object) -> None:
+        nonlocal asked
         if stop.is_set():
+            # One request can arrive twice: from the terminal, and forwarded by what started this.
+            if time.monotonic() - asked < _ONE_REQUEST_S:
+                return
             _say_at_once(f"ended at once; {how_to_go_on()}")
             os._exit(INTERRUPTED)
-        _say_at_once("stopping after an interrupt; a second one ends at once")
+        asked = time.monotonic()
         stop.set()
+        _say_at_once("stopping after an interrupt; a second one ends at once")
 
     def warn(number: int, frame: object) -> None:
         if not stop_after_round.is_set():
