@@ -151,7 +151,7 @@ class Run(RecordedRun):
     Raises
     ------
     InputError
-        When it is no run directory of a format this version reads.
+        When it is not a run directory of a format this version reads.
     """
 
     @cached_property

@@ -1016,12 +1016,12 @@ def _compare(parsed: argparse.Namespace) -> int:
     for given in parsed.vary:
         key, equals, text = given.partition("=")
         if not equals:
-            raise InputError(f"--vary {given} cannot be used; allowed is KEY=A,B like alpha=0.1,1")
+            raise InputError(f"--vary {given} cannot be used; expected KEY=A,B like alpha=0.1,1")
         axes.append(parse_axis(key, text))
     flags = _flags_of(parsed)
     for axis in axes:
         if axis.key in flags:
-            raise InputError(f"{axis.key} is varied and set by a flag; allowed is one of them")
+            raise InputError(f"{axis.key} is both varied and set by a flag; expected only one")
     target = _target_of(parsed.target)
     _check_trackers(parsed)
     known = {*flags, *(axis.key for axis in axes)}
@@ -1081,7 +1081,7 @@ def _target_of(text: str | None) -> float | None:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)
-    raise InputError(f"--target = {text!r} cannot be used; allowed is an accuracy above 0, up to 1")
+    raise InputError(f"--target = {text!r} cannot be used; expected an accuracy above 0, up to 1")
 
 
 def _stop_on_signals(
@@ -1125,7 +1125,7 @@ def _say_at_once(text: str) -> None:
 def _runs(parsed: argparse.Namespace) -> None:
     keep = parsed.keep_gradients_of
     if keep is not None and keep < 0:
-        raise InputError(f"--keep-gradients-of = {keep} cannot be used; allowed is 0 or more")
+        raise InputError(f"--keep-gradients-of = {keep} cannot be used; expected 0 or more")
 
     from fedsim.recording import runs
     from fedsim.report.terminal import make_console, print_runs

@@ -117,7 +117,7 @@ def default_output() -> Path:
 
 
 def check_grid(output: Path, cells: Sequence[Cell]) -> None:
-    """Refuse a folder that is no comparison, or the comparison of another grid.
+    """Refuse a folder that is not a comparison, or the comparison of another grid.
 
     Cells may be added; those that are there stay, with their configuration.
 
@@ -135,8 +135,8 @@ def check_grid(output: Path, cells: Sequence[Cell]) -> None:
     except FileNotFoundError:
         if not _is_begun(output, (_LOCK,)):
             raise InputError(
-                f"output = {str(output)!r} exists already and is no comparison; allowed is one, "
-                "or a folder that does not exist"
+                f"output = {str(output)!r} exists already and is not a comparison; expected "
+                "a comparison or a new folder"
             ) from None
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -150,11 +150,11 @@ def check_grid(output: Path, cells: Sequence[Cell]) -> None:
         if keys != axes:
             raise InputError(
                 f"output = {str(output)!r} compares by {', '.join(keys)}, not by "
-                f"{', '.join(axes)}; allowed is the same keys"
+                f"{', '.join(axes)}; expected the same keys"
             )
         if name not in asked:
             raise InputError(
-                f"output = {str(output)!r} has a cell {name} that the grid has not; allowed is "
+                f"output = {str(output)!r} has a cell {name} that the grid lacks; expected "
                 "the same grid, or one with more values"
             )
         _check_same(asked[name], config)
@@ -208,7 +208,7 @@ def find_work(
         count = sum(work.action != "none" for work in works)
         raise InputError(
             f"output = {str(output)!r} needs {format_bytes(needed)} for {count} cells and its disk "
-            f"has {format_bytes(free)} free; allowed is fewer cells, fewer rounds or less capture"
+            f"has {format_bytes(free)} free; use fewer cells, fewer rounds or less capture"
         )
     return works
 
@@ -273,7 +273,7 @@ def begun(output: Path, works: Sequence[Work]) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"{output} is being compared by another process; allowed is one at a time"
+                f"{output} is in use by another comparison; wait until that ends"
             ) from None
         cells = [
             {"name": w.cell.name, "values": w.cell.values, "config": w.cell.config.to_mapping()}

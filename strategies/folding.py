@@ -144,7 +144,9 @@ def telemetry_of(reply: Message) -> dict[str, Any]:
         return {}
     text = str(record["json"])
     if len(text) > MOST_TELEMETRY:
-        raise ValueError(f"telemetry of {len(text):,} characters; allowed are {MOST_TELEMETRY:,}")
+        raise ValueError(
+            f"telemetry of {len(text):,} characters; expected at most {MOST_TELEMETRY:,}"
+        )
     row: dict[str, Any] = json.loads(text)
     return row
 

@@ -763,7 +763,7 @@ class Fuzzer:
         if not made <= _MADE.get(arguments[0], set()):
             problems.append(f"it made {sorted(made)}")
         if not all(is_plain(scratch / name) for name in made):
-            problems.append("it copied what is no file")
+            problems.append("it copied what is not a file")
         if (
             arguments[0] == "fetch"
             and code == 0

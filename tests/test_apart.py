@@ -109,7 +109,7 @@ def is_refused():
             simulate("refused", **{key: value})
         except ConfigError as error:
             assert (error.field, error.value) == (key.replace("_", "-"), value), vars(error)
-            assert str(error).startswith(f"{error.field} = {value} cannot be used; allowed is ")
+            assert str(error).startswith(f"{error.field} = {value} cannot be used; expected ")
         else:
             raise AssertionError
     assert not (HERE / "refused").exists()

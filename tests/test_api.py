@@ -120,7 +120,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     asked = VALUES | {"output": str(tmp_path / "run")}
-    with pytest.raises(InputError, match=r"^tracker = 'board' cannot be used; allowed is one of"):
+    with pytest.raises(InputError, match=r"^tracker = 'board' cannot be used; expected one of"):
         fedsim.simulate(asked, tracker=["board"])
     assert list(tmp_path.iterdir()) == []
 

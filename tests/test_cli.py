@@ -68,8 +68,8 @@ BAD = [
     (["--device", "tpu"], "device = 'tpu'"),
     (["--max-failures", "-1"], "max-failures = -1"),
     (["--evaluate-every", "0"], "evaluate-every = 0"),
-    (["--round", "3"], "round = '3' cannot be used; allowed is a known key, perhaps rounds"),
-    (["--learningrate=3"], "learningrate = '3' cannot be used; allowed is a known key"),
+    (["--round", "3"], "round = '3' cannot be used; expected a known key, perhaps rounds"),
+    (["--learningrate=3"], "learningrate = '3' cannot be used; expected a known key"),
     (["quick.toml", "second.toml"], "'second.toml'"),
     (["--rounds", "1000000000"], "rounds = 1000000000"),
     (["--rounds"], "--rounds"),
@@ -124,7 +124,7 @@ def test_an_existing_output_is_refused(capsys, tmp_path, monkeypatch):
     ("text", "said"),
     [
         ("rounds = ", "cannot be parsed"),
-        ("round = 3", "round = 3 cannot be used; allowed is a known key, perhaps rounds"),
+        ("round = 3", "round = 3 cannot be used; expected a known key, perhaps rounds"),
         ("clients = 20\n[clients.3]\nbatch-size = 8", "[client.<partition>]"),
         ("[clients.3]\nbatch-size = 8", "[client.<partition>]"),
         ("[client.3]\nbatch-size = 'x'", "client.3.batch-size = 'x'"),
@@ -143,7 +143,7 @@ def test_a_bad_file_is_one_sentence_and_exit_2(text, said, capsys, tmp_path):
 def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "run.json").write_text("[1, 2]")
-    for name, said in (("run.toml", "not UTF-8"), ("run.json", "holds no configuration")):
+    for name, said in (("run.toml", "not UTF-8"), ("run.json", "is not a configuration")):
         code, _, err = call(["run", str(tmp_path / name)], capsys)
         assert (code, err.count("\n")) == (2, 1)
         assert said in err
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_text_is_refused(capsys, tmp_path):
 def test_inspect_of_something_else_is_one_sentence_and_exit_2(capsys, tmp_path):
     code, _, err = call(["inspect", str(tmp_path)], capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert "is no run directory" in err
+    assert "is not a run directory" in err
 
 
 def test_help_lists_every_key_and_an_unknown_command_is_refused(capsys):
@@ -240,7 +240,7 @@ def test_run_simulation_takes_the_same_arguments():
     )
     assert finished.returncode == 2
     assert finished.stderr == (
-        "fedsim: clients = 0 cannot be used; allowed is a value of at least 1\n"
+        "fedsim: clients = 0 cannot be used; expected a value of at least 1\n"
     )
 
 
@@ -297,7 +297,7 @@ def test_plan_tells_what_is_kept(capsys, flags, told):
     [
         (
             ["--capture", "first:9", "--capture-budget", "1 MB"],
-            "capture-budget = '1 MB' cannot be used; allowed is at least ",
+            "capture-budget = '1 MB' cannot be used; expected at least ",
         ),
         (["--rounds", "100000"], "and its disk has"),
     ],

@@ -292,7 +292,7 @@ def test_cells_and_rounds_can_be_added_and_the_others_stay(whole, tmp_path):
     assert told.started == [6, 6, 18, 12]
     assert told.rounds == [3] * 6
     assert {f.rounds_done for f in figures.values()} == {3}
-    with pytest.raises(InputError, match="rounds = 2 cannot be used; allowed is 3 or more"):
+    with pytest.raises(InputError, match="rounds = 2 cannot be used; expected 3 or more"):
         go(output, cells_of(more))
 
 
@@ -301,16 +301,16 @@ def test_cells_and_rounds_can_be_added_and_the_others_stay(whole, tmp_path):
     [
         (
             lambda: cells_of(alpha=0.25),
-            "cell strategy=delta-fedavg,seed=1: alpha = 0.25 cannot be used; allowed is 0.5, "
+            "cell strategy=delta-fedavg,seed=1: alpha = 0.25 cannot be used; expected 0.5, "
             "with which the comparison was begun",
         ),
         (
             lambda: cells_of([AXES[0]]),
-            "compares by strategy, seed, not by strategy; allowed is the same keys",
+            "compares by strategy, seed, not by strategy; expected the same keys",
         ),
         (
             lambda: cells_of([AXES[0], Axis("seed", (1, 3))]),
-            "has a cell strategy=delta-fedavg,seed=2 that the grid has not; allowed is the same",
+            "has a cell strategy=delta-fedavg,seed=2 that the grid lacks; expected the same",
         ),
     ],
 )
@@ -325,7 +325,7 @@ def test_another_grid_is_refused_with_what_differs(whole, tmp_path, cells, said)
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists already and is no comparison"):
+    with pytest.raises(InputError, match="exists already and is not a comparison"):
         go(tmp_path)
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(InputError, match=r"compare\.json cannot be read"):
@@ -429,16 +429,16 @@ BAD = [
     ([], "nothing to compare"),
     (["--seeds", "1,x"], "cell seed='x': seed = 'x' cannot be used"),
     (["--strategies", "fedavgm,best"], "cell strategy='best': strategy = 'best' cannot be used"),
-    (["--vary", "alpha"], "--vary alpha cannot be used; allowed is KEY=A,B"),
-    (["--vary", "alhpa=1,2"], "alhpa = '1,2' cannot be used; allowed is a known key, perhaps"),
+    (["--vary", "alpha"], "--vary alpha cannot be used; expected KEY=A,B"),
+    (["--vary", "alhpa=1,2"], "alhpa = '1,2' cannot be used; expected a known key, perhaps"),
     (["--seeds", "1,2", "--seed", "3"], "seed is varied and set by a flag"),
     (["--seeds", "1,2", "--vary", "seed=3"], "seed is varied twice"),
     (
         ["--seeds", "1,2", "--target", "50"],
-        "--target = '50' cannot be used; allowed is an accuracy",
+        "--target = '50' cannot be used; expected an accuracy",
     ),
-    (["--seeds", "1,2", "--rouns", "3"], "rouns = '3' cannot be used; allowed is a known key"),
-    (["--seeds", "1,2", "--output", "."], "exists already and is no comparison"),
+    (["--seeds", "1,2", "--rouns", "3"], "rouns = '3' cannot be used; expected a known key"),
+    (["--seeds", "1,2", "--output", "."], "exists already and is not a comparison"),
     (["--seeds", "1,2", "--capture-budget", "9 kB"], "cell seed=1: capture-budget = '9 kB' cannot"),
     (["--vary", "client-cpus=1,4096"], "cell client-cpus=4096: client-cpus = 4096 cannot be used"),
 ]

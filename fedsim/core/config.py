@@ -599,7 +599,7 @@ def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
         raise InputError(f"config = {str(path)!r} cannot be parsed: {error}{hint}") from None
     except (KeyError, TypeError, AttributeError):
         raise InputError(
-            f"config = {str(path)!r} holds no configuration; allowed is a TOML file or the "
+            f"config = {str(path)!r} is not a configuration; expected a TOML file or the "
             "run.json of a run"
         ) from None
 
@@ -659,7 +659,7 @@ def check_outside(run: Path) -> None:
     if Path.cwd().is_relative_to(run.resolve()):
         raise InputError(
             f"the current folder lies in the run directory {run.resolve()}, from which no code "
-            "may be taken; allowed is a call from any other folder"
+            "may be taken; call it from another folder"
         )
 
 

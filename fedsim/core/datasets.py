@@ -478,8 +478,8 @@ def _make_synthetic(
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory // 2:
         raise InputError(
-            f"dataset = {spec.name!r} needs {needed / 1e9:.1f} GB of images; allowed is what half "
-            f"of this machine's memory holds, {memory / 2e9:.1f} GB"
+            f"dataset = {spec.name!r} needs {needed / 1e9:.1f} GB of images; expected at most half "
+            f"of this machine's memory, {memory / 2e9:.1f} GB"
         )
     draw = generator(seed, Purpose.SYNTHETIC_DATA)
     coarse = draw.uniform(64, 192, size=(spec.classes, 3, 4, 4))

@@ -27,7 +27,7 @@ class ConfigError(InputError):
     """
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{field} = {shorten(value)} cannot be used; allowed is {allowed}")
+        super().__init__(f"{field} = {shorten(value)} cannot be used; expected {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed

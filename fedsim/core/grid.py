@@ -115,18 +115,18 @@ def make_cells(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[Cell]:
     """
     if not axes:
         raise InputError(
-            "nothing to compare; allowed is one or more of --strategies, --seeds and --vary"
+            "nothing to compare; expected one or more of --strategies, --seeds and --vary"
         )
     keys = [axis.key for axis in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise InputError(f"{key} is varied twice; allowed is once")
+            raise InputError(f"{key} is varied twice; name it once")
     ordered = sorted(axes, key=lambda axis: _position(axis.key))
     count = 1
     for axis in ordered:
         count *= len(axis.values)
     if count > MOST_CELLS:
-        raise InputError(f"the grid has {count:,} cells; allowed is up to {MOST_CELLS:,}")
+        raise InputError(f"the grid has {count:,} cells; expected up to {MOST_CELLS:,}")
     slowest_first = sorted(ordered, key=lambda axis: axis.key == "seed")
     cells = []
     for combination in itertools.product(*(axis.values for axis in slowest_first)):
@@ -135,7 +135,7 @@ def make_cells(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[Cell]:
     names = [cell.name for cell in cells]
     for cell in cells:
         if names.count(cell.name) > 1:
-            raise InputError(f"the grid has {cell.name} twice; allowed is different values")
+            raise InputError(f"the grid has {cell.name} twice; expected distinct values")
     return cells
 
 

@@ -102,7 +102,7 @@ def _listed(root: Path) -> tuple[list[str], list[Path]]:
     for name in names:
         for path in sorted((root / name).iterdir()):
             if path.suffix.lower() not in _SUFFIXES:
-                raise ValueError(f"{path} is no image; allowed are {', '.join(_SUFFIXES)}")
+                raise ValueError(f"{path} is not an image; expected {', '.join(_SUFFIXES)}")
             paths.append(path)
     return names, paths
 
@@ -133,23 +133,23 @@ def _image(path: Path) -> NDArray[np.uint8]:
     try:
         image = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has millions of pixels; allowed is 32x32") from None
+        raise ValueError(f"{path} has millions of pixels; expected 32x32") from None
     # Each of Pillow's decoders has exceptions of its own.
     except Exception:
-        raise ValueError(f"{path} is no image that can be read") from None
+        raise ValueError(f"{path} is not an image that can be read") from None
     if image.size != IMAGE_SHAPE[:0:-1]:
         width, height = image.size
-        raise ValueError(f"{path} has {width}x{height} pixels; allowed is 32x32")
+        raise ValueError(f"{path} has {width}x{height} pixels; expected 32x32")
     if image.mode not in _MODES:
         # Pillow would clip what has 16 bits at 255: all of it white.
         raise ValueError(
-            f"{path} has pixels of kind {image.mode}; allowed are 8 bits a channel, in "
+            f"{path} has pixels of kind {image.mode}; expected 8 bits a channel, in "
             f"Pillow's kinds {', '.join(_MODES)}"
         )
     try:
         return np.asarray(image.convert("RGB"), np.uint8).transpose(2, 0, 1)
     except Exception:
-        raise ValueError(f"{path} is no image that can be read") from None
+        raise ValueError(f"{path} is not an image that can be read") from None
 
 
 def _open(path: Path) -> int:
@@ -173,14 +173,14 @@ def _arrays_of(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[s
         if names is None:
             raise ValueError(f"{path} has no classes in its metadata, a JSON list of names")
         if {*file.keys()} != {*_ARRAYS}:
-            raise ValueError(f"{path} has {sorted(file.keys())}; allowed is images and labels")
+            raise ValueError(f"{path} has {sorted(file.keys())}; expected images and labels")
         # Before they are read: of some dtypes numpy has none.
         for key, (dtype, shape, allowed) in _ARRAYS.items():
             part = file.get_slice(key)
             found = tuple(part.get_shape())
             if part.get_dtype() != dtype or found != (*found[:1], *shape) or not found:
                 raise ValueError(
-                    f"{path}: {key} are {part.get_dtype()} of shape {found}; allowed is {allowed}"
+                    f"{path}: {key} are {part.get_dtype()} of shape {found}; expected {allowed}"
                 )
         images, labels = file.get_tensor("images"), file.get_tensor("labels")
     if len(labels) != len(images):
@@ -208,7 +208,7 @@ def _save(
     for name in names:
         if len(name) > MOST_NAME or name.encode(errors="ignore").decode() != name:
             raise ValueError(
-                f"a class is called {shorten(name)}; allowed are names in UTF-8 of at most "
+                f"a class is called {shorten(name)}; expected names in UTF-8 of at most "
                 f"{MOST_NAME} characters"
             )
     classes = json.dumps(names)
@@ -257,6 +257,6 @@ def check_classes(found: int, allowed: int, dataset: str) -> None:
     """
     if found != allowed:
         raise InputError(
-            f"the data of this node has {found} classes; allowed is {allowed}, those of "
+            f"the data of this node has {found} classes; expected {allowed}, those of "
             f"dataset = {shorten(dataset)}"
         )

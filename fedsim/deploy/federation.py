@@ -103,7 +103,7 @@ class Federation:
         Raises
         ------
         InputError
-            When it is no folder of `fedsim deploy init`.
+            When it is not a folder of `fedsim deploy init`.
         """
         path = Places(folder).federation
         try:
@@ -111,7 +111,7 @@ class Federation:
             return cls(**values)
         except FileNotFoundError:
             raise InputError(
-                f"{folder} is no federation; allowed is a folder that `fedsim deploy init` made"
+                f"{folder} is not a federation; expected a folder that `fedsim deploy init` made"
             ) from None
         except (OSError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
@@ -188,7 +188,7 @@ def listen_at(host: str, port: int) -> socket.socket:
         )
     except OSError as error:
         raise InputError(
-            f"{at(host, port)} cannot be listened at: {os.strerror(error.errno or 0)}; allowed is "
+            f"{at(host, port)} cannot be listened on: {os.strerror(error.errno or 0)}; expected "
             "an address of this host, with a port that is free"
         ) from None
 

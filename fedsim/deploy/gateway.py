@@ -136,7 +136,7 @@ def _contexts(places: Places) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         reason = getattr(error, "reason", None) or error.strerror
         raise InputError(
             f"ca.crt, server.crt and server.key of {places.server} cannot be used: {reason}; "
-            "allowed are those of one federation, and `fedsim deploy renew` makes the server's two"
+            "expected those of one federation, and `fedsim deploy renew` makes the server's two"
         ) from None
 
 

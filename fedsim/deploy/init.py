@@ -55,11 +55,10 @@ def init(
     _check_days(days)
     folder = folder.absolute()
     if not str(folder).isprintable():
-        raise InputError(f"{str(folder)!r} cannot be used; allowed is a path of printable letters")
+        raise InputError(f"{str(folder)!r} cannot be used; expected a path of printable letters")
     if os.path.lexists(folder):
         raise InputError(
-            f"{folder} exists already; allowed is a folder that does not, since keys are never "
-            "overwritten"
+            f"{folder} exists already; expected a new folder, since keys are never overwritten"
         )
     now = now or datetime.datetime.now(datetime.UTC)
     try:
@@ -168,7 +167,7 @@ def _check_end(authority: Certified, now: datetime.datetime, days: int) -> None:
     if left < 1:
         raise InputError(
             f"the authority of this federation ended on {authority.not_valid_after:%Y-%m-%d}; "
-            "allowed is another federation, which `fedsim deploy init` makes"
+            "expected another federation, which `fedsim deploy init` makes"
         )
     if days > left:
         raise ConfigError("days", days, f"1 to {left}, as long as the authority is valid")

@@ -183,7 +183,7 @@ def _check_files(places: Places, federation: Federation, numbers: Sequence[int])
     for path in needed:
         if not path.exists():
             raise InputError(
-                f"{path} is not there; allowed is what `fedsim deploy init` made, of which only "
+                f"{path} does not exist; expected what `fedsim deploy init` made, of which only "
                 "whole folders of nodes may be elsewhere"
             )
 

@@ -74,12 +74,12 @@ def ask_data(
             if here != there:
                 raise RunFailedError(
                     f"class {label} is {shorten(here)} at the node of partition {partition} and "
-                    f"{shorten(there)} at that of partition 0; allowed are the same names at all"
+                    f"{shorten(there)} at that of partition 0; expected the same names on all nodes"
                 )
     # Half is left for the rest of run.json, which is one JSON text.
     if (size := len(json_document({"nodes": told}))) > MOST_JSON_BYTES // 2:
         raise RunFailedError(
-            f"the names of the classes of {len(told)} nodes take {size:,} bytes; allowed are "
+            f"the names of the classes of {len(told)} nodes take {size:,} bytes; expected at most "
             f"{MOST_JSON_BYTES // 2:,}, so choose shorter ones"
         )
     return plan.of_nodes(samples, told)
@@ -104,12 +104,12 @@ def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
     if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise RunFailedError(
             f"the node of partition {partition} tells {wire.DATA_SHA256} = {shorten(sha256)}; "
-            "allowed is a SHA-256 in 64 hexadecimal digits"
+            "expected a SHA-256 in 64 hexadecimal digits"
         )
     for name in classes:
         if not (isinstance(name, str) and len(name) <= MOST_NAME):
             raise RunFailedError(
-                f"the node of partition {partition} tells of a class {shorten(name)}; allowed are "
+                f"the node of partition {partition} reports a class {shorten(name)}; expected "
                 f"names of at most {MOST_NAME} characters"
             )
     return count, {"sha256": sha256, "classes": classes}

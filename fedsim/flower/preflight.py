@@ -73,7 +73,7 @@ def _check_temporary_folder() -> None:
     except OSError:
         raise InputError(
             f"TMPDIR = {os.environ.get('TMPDIR', '')!r} cannot be used; "
-            "allowed is a folder that can be written"
+            "expected a folder that can be written"
         ) from None
     if (free := shutil.disk_usage(folder).free) < _ROOM:
         raise InputError(

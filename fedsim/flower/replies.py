@@ -106,7 +106,7 @@ def problem_of_files(reply: Message, plan: RunPlan, partition: int) -> str | Non
         return None
     return (
         f"returned what cannot be folded: its telemetry lists {len(files):,} files of "
-        f"{format_bytes(size)}; allowed are at most {most_files:,} of {format_bytes(most_bytes)}"
+        f"{format_bytes(size)}; expected at most {most_files:,} of {format_bytes(most_bytes)}"
     )
 
 
@@ -118,7 +118,8 @@ def _check_telemetry(row: dict[str, Any]) -> None:
     # Letters beyond ASCII are written in more bytes than they had.
     if len(line) > MOST_TELEMETRY:
         raise ValueError(
-            f"its telemetry makes a line of {len(line):,} bytes; allowed are {MOST_TELEMETRY:,}"
+            f"its telemetry makes a line of {len(line):,} bytes; expected at most "
+            f"{MOST_TELEMETRY:,}"
         )
     rows.check_described(rows.TrainedClientRow, parse_json(line), "its telemetry")
     # One that is not finite has a name in a reply, and none in a row.

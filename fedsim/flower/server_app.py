@@ -58,7 +58,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
         raise InputError(f"output = {str(path)!r} cannot be made: {error.strerror}") from None
     else:
         raise InputError(
-            f"output = {str(path)!r} exists already; allowed is a folder that does not, since a "
+            f"output = {str(path)!r} exists already; expected a new folder, since a "
             "run is never overwritten"
         )
     check_can_be_made(path)
@@ -122,9 +122,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     check_can_be_written(run.path)
     if is_being_written(run.path):
-        raise InputError(
-            f"{run.path} is being written by another process; allowed is one at a time"
-        )
+        raise InputError(f"{run.path} is being written by another process; wait until that ends")
     recovery = find_recovery(run.path)
     last = recovery.round
     # One that was killed before it could say that it is finished has that left to do.
@@ -147,7 +145,7 @@ def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
     if needed > (free := free_bytes(run.path)):
         raise InputError(
             f"{run.path} needs {format_bytes(needed)} more and its disk has {format_bytes(free)} "
-            "free; allowed is fewer rounds, or more room"
+            "free; use fewer rounds, or make room"
         )
 
 

@@ -72,7 +72,7 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
         or there is no room.
     """
     if is_being_written(run.path):
-        raise InputError(f"{run.path} is being written; allowed is a run that has ended")
+        raise InputError(f"{run.path} is being written; expected a run that has ended")
     lines = list(read_checksums(run.layout.checksums))
     listed: dict[str, Checksum] = {}
     for line in lines:
@@ -101,7 +101,7 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
             progress(done, total)
     if not collected.files and not collected.wrong:
         raise InputError(
-            f"{', '.join(sources)} holds nothing that is wanted of {run.path}; allowed is what a "
+            f"{', '.join(sources)} holds nothing that is missing from {run.path}; expected what a "
             f"node calls its recordings, with the folder {run_id}, or that folder"
         )
     return collected
@@ -135,7 +135,7 @@ class _Source:
         except Exception as error:
             raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
         if not is_folder:
-            raise InputError(f"{source} cannot be collected from: it is no folder")
+            raise InputError(f"{source} cannot be collected from: it is not a folder")
         for below in (f"/{run_id}", ""):
             yield cls(fs, path, below, f"{source.rstrip('/')}{below}")
 

@@ -102,7 +102,7 @@ def export_breaching(
     if reasons and not allow_not_replayable:
         raise InputError(
             f"steps = {steps} cannot be used: breaching repeats plain SGD over equal batches, and "
-            f"this run has {', '.join(reasons)}; allowed is 1, or more with --allow-not-replayable"
+            f"this run has {', '.join(reasons)}; expected 1, or more with --allow-not-replayable"
         )
     batches = rebuild_batches(run, client, stop, data_root=data_root)[step:]
     before = client.parameters_at(step)
@@ -205,7 +205,7 @@ def rebuild_batches(
     expected, found = run.entry("dataset")["sha256"], dataset.sha256()
     if found != expected:
         raise InputError(
-            f"dataset = {config.dataset!r} on this machine has sha256 {found}; allowed is that of "
+            f"dataset = {config.dataset!r} on this machine has sha256 {found}; expected that of "
             f"the run, {expected}"
         )
     partition = client.partition
@@ -321,11 +321,10 @@ def _check_steps(client: Client, step: int, steps: int) -> None:
     made = client.telemetry["num_steps"]
     whose = f"client {client.partition} made {made} steps in round {client.round}"
     if not 0 <= step < made:
-        raise InputError(f"step = {step} cannot be used; allowed is 0 to {made - 1}: {whose}")
+        raise InputError(f"step = {step} cannot be used; expected 0 to {made - 1}: {whose}")
     if not 1 <= steps <= made - step:
         raise InputError(
-            f"steps = {steps} cannot be used from step {step}; allowed is 1 to {made - step}: "
-            f"{whose}"
+            f"steps = {steps} cannot be used from step {step}; expected 1 to {made - step}: {whose}"
         )
 
 
@@ -421,7 +420,7 @@ def _chosen_clients(of_round: Round, partitions: Sequence[int]) -> list[Client]:
     chosen = {of_round.client(p).partition for p in partitions} or {*of_round.clients}
     if not chosen:
         raise InputError(
-            f"round = {of_round.number} cannot be used: no client worked in it; allowed is a "
+            f"round = {of_round.number} cannot be used: no client worked in it; expected a "
             "training round"
         )
     return [of_round.client(p) for p in of_round.participants if p in chosen]
@@ -461,7 +460,7 @@ def _check_memory(clients: Sequence[Client], needed: int) -> None:
         fewer = "; --client P, given once or more, exports fewer clients at a time"
         raise InputError(
             f"clients = {[client.partition for client in clients]} need {needed / 1e9:.1f} GB of "
-            f"memory in one file; allowed is what is available, {available / 1e9:.1f} GB"
+            f"memory in one file; expected at most what is available, {available / 1e9:.1f} GB"
             + (fewer if len(clients) > 1 else "")
         )
 
@@ -499,7 +498,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise InputError(
-            f"output = {str(path)!r} exists already; allowed is a name that does not, since an "
+            f"output = {str(path)!r} exists already; expected a new name, since an "
             "export is never overwritten"
         )
 

@@ -152,8 +152,8 @@ def _check_apart(remote: RemoteFolder, root: Path) -> None:
     copy, run = (Path(os.path.realpath(folder)) for folder in (remote.folder, root))
     if copy.is_relative_to(run) or run.is_relative_to(copy):
         raise InputError(
-            f"{remote.url} is the run directory {root}, lies in it or holds it; allowed is a place "
-            "apart from it"
+            f"{remote.url} is the run directory {root}, lies in it or contains it; expected "
+            "a place apart from it"
         )
 
 
@@ -235,7 +235,7 @@ def push(
     Raises
     ------
     InputError
-        When it is no run, or the copy is that of another or no place apart from it.
+        When it is not a run, or the copy is that of another or no place apart from it.
     RunFailedError
         When a file cannot be copied, or is not what was written.
     Stopped
@@ -244,7 +244,7 @@ def push(
     _check_apart(remote, root)
     ours = _Lists.taken(_reader_of(root), str(root))
     if not ours.manifest:
-        raise InputError(f"{root} is no run directory: it has no {MANIFEST}")
+        raise InputError(f"{root} is not a run directory: it has no {MANIFEST}")
     theirs = _Lists.taken(remote.read, remote.url)
     _check_same(theirs, ours, remote.url)
     return _Push(root, remote, ours, theirs, stop, progress).run()
@@ -389,7 +389,7 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
         When a file cannot be copied, or is not what was written.
     """
     if os.path.lexists(folder):
-        raise InputError(f"{folder} exists already; allowed is a folder that does not")
+        raise InputError(f"{folder} exists already; expected a new folder")
     remote = RemoteFolder(url)
     _check_apart(remote, folder)
     lists = _consistent_lists(remote)

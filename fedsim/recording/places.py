@@ -70,13 +70,12 @@ def place_of_run(recordings: Path, name: str, run_id: str) -> Place:
     """
     if not re.fullmatch(RUN_ID, run_id):
         raise InputError(
-            f"run-id = {shorten(run_id)} cannot be used; allowed is the id of a run, "
+            f"run-id = {shorten(run_id)} cannot be used; expected the id of a run, "
             "like 20261123-140000-0a1b2c3d"
         )
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise InputError(
-            f"run = {shorten(name)} cannot be used; allowed is the name of a folder, which leads "
-            "nowhere else"
+            f"run = {shorten(name)} cannot be used; expected the plain name of a folder"
         )
     recordings = recordings.resolve()
     if _is_run(recordings / name, run_id):

@@ -304,7 +304,7 @@ class Client:
         if not 0 <= step <= self.telemetry["num_steps"]:
             raise InputError(
                 f"step {step} of client {self.partition} in round {self.round} was not made; "
-                f"allowed is 0 to {self.telemetry['num_steps']}"
+                f"expected 0 to {self.telemetry['num_steps']}"
             )
         replay = self._new_replay()
         for before in range(step):
@@ -419,7 +419,7 @@ class Client:
 
     def _new_replay(self) -> Replay:
         if not self.shards:
-            # There is nothing to follow; this says so.
+            # there is nothing to follow; this says so.
             self.gradient(0)
         if self._autocast == "float16" and not self.has_all_parameters:
             raise InputError(
@@ -569,7 +569,7 @@ class Run:
     Raises
     ------
     InputError
-        When it is no run directory of a format this version reads.
+        When it is not a run directory of a format this version reads.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -579,7 +579,9 @@ class Run:
             self.manifest: dict[str, Any] = parse_json(read_text_bytes(self.layout.manifest))
             found = self.manifest["format"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path} is no run directory: it has no whole run.json") from None
+            raise InputError(
+                f"{self.path} is not a run directory: it has no whole run.json"
+            ) from None
         if type(found) is not int or found not in (FORMAT, SHARED_FORMAT):
             raise InputError(
                 f"{self.path} has format {shorten(found)}; this version reads {FORMAT} and "
@@ -760,7 +762,7 @@ class Run:
         if (held, len(self.partition)) != (samples, self.config.clients):
             raise InputError(
                 f"{self.layout.partition} deals {held} samples to {len(self.partition)} clients; "
-                f"allowed is as config says, {samples} to {self.config.clients}"
+                f"expected as config says, {samples} to {self.config.clients}"
             )
         for indices in self.partition.values():
             if len(indices) and not 0 <= indices.min() <= indices.max() < held:
@@ -769,7 +771,7 @@ class Run:
         name, shape = list(self.shapes.items())[-1]
         if shape != (spec.classes,):
             raise InputError(
-                f"{self.layout.manifest}: {name} has shape {shape}; allowed is ({spec.classes},), "
+                f"{self.layout.manifest}: {name} has shape {shape}; expected ({spec.classes},), "
                 f"the classes of {self.config.dataset}"
             )
 
@@ -900,7 +902,7 @@ def _deltas_in(path: Path) -> dict[int, TensorPart]:
     for key in file:
         partition, _, name = key.partition("/")
         if not _PARTITION.fullmatch(partition):
-            raise InputError(f"{path}: {shorten(key)} is no array of a client's delta")
+            raise InputError(f"{path}: {shorten(key)} is not an array of a client's delta")
         keys.setdefault(int(partition), {})[name] = key
     return {partition: TensorPart(file, names) for partition, names in keys.items()}
 
@@ -940,6 +942,6 @@ def load_run(path: str | Path) -> Run:
     Raises
     ------
     InputError
-        When it is no run directory of a format this version reads.
+        When it is not a run directory of a format this version reads.
     """
     return Run(path)

@@ -48,7 +48,7 @@ def check_places(root: Path) -> None:
     Raises
     ------
     InputError
-        When something to be written, emptied or removed is a symbolic link, or is no file or no
+        When something to be written, emptied or removed is a symbolic link, or is not a file or no
         folder where one must be.
     """
     for folder in (root, root / "rounds"):
@@ -130,7 +130,7 @@ def find_recovery(root: Path) -> Recovery:
     if not damage and sum(line.rows is not None for line in lines) <= 1:
         return Recovery(-1, 0, [])
     told = damage[-1] if damage else "rounds.jsonl is not what was written"
-    raise InputError(f"{root} holds no whole round: {told}; allowed is a new run")
+    raise InputError(f"{root} holds no whole round: {told}; start a new run")
 
 
 def _check_nothing_unlisted(layout: RunLayout, listed: int) -> None:
@@ -139,7 +139,7 @@ def _check_nothing_unlisted(layout: RunLayout, listed: int) -> None:
         file.seek(listed)
         if b"\n" in file.read(MOST_JSON_BYTES):
             raise InputError(
-                f"{layout.rounds} has lines that {layout.checksums.name} does not list; allowed is "
+                f"{layout.rounds} has lines that {layout.checksums.name} does not list; expected "
                 "a run whose finished rounds are listed"
             )
 

@@ -86,8 +86,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
             found += [_described(run) for run in opened if run is not None]
     if not found and _opened(Path(folder)) is not None:
         raise InputError(
-            f"{folder} is a run itself; allowed is a folder of runs, and `fedsim inspect` "
-            "shows a run"
+            f"{folder} is a run itself; expected a folder of runs, and `fedsim inspect` shows a run"
         )
     return sorted(found, key=lambda run: (run.created, str(run.path)))
 
@@ -101,10 +100,10 @@ def find_run(path: Path) -> FoundRun:
         When it is none, or is a symbolic link.
     """
     if path.is_symlink():
-        raise InputError(f"{path} is a symbolic link; allowed is the run directory itself")
+        raise InputError(f"{path} is a symbolic link; expected the run directory itself")
     load_run(path)
     if (run := _opened(path)) is None:
-        raise InputError(f"{path} is no run directory: it has no checksums.jsonl")
+        raise InputError(f"{path} is not a run directory: it has no checksums.jsonl")
     return _described(run)
 
 
@@ -176,7 +175,9 @@ def check_removable(path: Path) -> None:
         Naming the file.
     """
     if is_being_written(path):
-        raise InputError(f"{path} is being written by another process; allowed is a run that ended")
+        raise InputError(
+            f"{path} is being written by another process; expected a run that has ended"
+        )
     with _not_compared(path):
         if odd := _not_of_a_run(path):
             raise InputError(f"{odd} is nothing that a run writes; move it out of {path} first")

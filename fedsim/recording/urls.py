@@ -90,7 +90,7 @@ class RemoteFolder:
     def _size_there(self, name: str) -> int:
         found = self._fs.info(self._path(name))
         if found["type"] != "file" or found["size"] is None:
-            raise OSError(errno.EINVAL, "it is no file of a known size")
+            raise OSError(errno.EINVAL, "it is not a file of a known size")
         return int(found["size"])
 
     def get(self, name: str, path: Path) -> None:
@@ -188,7 +188,9 @@ class RemoteFolder:
             path = self.folder
             above = next(p for p in (path, *path.parents) if os.path.lexists(p))
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                raise RemoteError(f"{self.url} cannot be written: {above} is no folder to write to")
+                raise RemoteError(
+                    f"{self.url} cannot be written: {above} is not a folder to write to"
+                )
             return
         name = f"probe-{secrets.token_hex(8)}"
         self.write(name, b"")

@@ -102,10 +102,10 @@ def verify(
     Raises
     ------
     InputError
-        When `path` is no folder, or a round or client asked for does not exist.
+        When `path` is not a folder, or a round or client asked for does not exist.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is no folder; allowed is a run directory")
+        raise InputError(f"{path} is not a folder; expected a run directory")
     verifier = _Verifier(path, jobs or usable_cpus(), progress)
     # Each thread of ours works on one client: more threads inside would only compete.
     with torch_threads(1):

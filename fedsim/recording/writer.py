@@ -157,7 +157,7 @@ class RunWriter:
             root.mkdir(parents=True)
         except FileExistsError:
             raise InputError(
-                f"output = {str(root)!r} exists already; allowed is a folder that does not, "
+                f"output = {str(root)!r} exists already; expected a new folder, "
                 "since a run is never overwritten"
             ) from None
         except OSError as error:
@@ -209,7 +209,7 @@ class RunWriter:
         Raises
         ------
         InputError
-            When it is no run directory, or is in use.
+            When it is not a run directory, or is in use.
         """
         run = load_run(root)
         check_places(root)
@@ -289,8 +289,7 @@ class RunWriter:
         while not self._take_lock(self._lock_file):
             if time.monotonic() >= deadline:
                 raise InputError(
-                    f"{self.layout.root} is being written by another process; allowed is one at a "
-                    "time"
+                    f"{self.layout.root} is being written by another process; wait until that ends"
                 )
             time.sleep(_LOCK_POLL)
 

@@ -35,7 +35,7 @@ Studies = Sequence[Study]
 
 
 class _NoFigureError(Exception):
-    """There is nothing to draw; the text says why."""
+    """there is nothing to draw; the text says why."""
 
 
 def draw(key: str, studies: Studies) -> Figure | Absent:

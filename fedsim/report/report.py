@@ -131,7 +131,7 @@ def _write(
 def _check_output(path: Path) -> None:
     try:
         if path.is_dir():
-            raise InputError(f"--output = {str(path)!r} is a folder; allowed is the name of a page")
+            raise InputError(f"--output = {str(path)!r} is a folder; expected the name of a page")
         if not path.parent.is_dir():
             raise InputError(f"--output = {str(path)!r} cannot be made: its folder is not there")
         # Refuses a name that no file can have.
@@ -139,7 +139,7 @@ def _check_output(path: Path) -> None:
             path.lstat()
         if os.path.lexists(path) and GENERATOR.encode() not in _beginning(path):
             raise InputError(
-                f"--output = {str(path)!r} exists and is no report; allowed is a name that is free "
+                f"--output = {str(path)!r} exists and is not a report; expected a new name "
                 "or a report, which is replaced"
             )
     except (OSError, ValueError) as error:
@@ -155,7 +155,7 @@ def _beginning(path: Path) -> bytes:
 def _check_folder(path: Path) -> None:
     try:
         if os.path.lexists(path) and not path.is_dir():
-            raise InputError(f"--png = {str(path)!r} is no folder; allowed is the name of one")
+            raise InputError(f"--png = {str(path)!r} is not a folder; expected the name of one")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--png = {str(path)!r} cannot be made: {reason}") from None

@@ -400,7 +400,7 @@ def _classes_of(run: Run) -> int:
 def _check_partition(run: Run, row: dict[str, Any], partition: int) -> None:
     if partition not in run.partition:
         raise InputError(
-            f"{run.path}: round {row['round']} speaks of client {partition}; allowed is 0 to "
+            f"{run.path}: round {row['round']} names client {partition}; expected 0 to "
             f"{len(run.partition) - 1}"
         )
 
@@ -411,7 +411,7 @@ def _check_row(run: Run, row: dict[str, Any]) -> None:
     if row["status"] == "ok" and len(row["class_distribution"]) != classes:
         raise InputError(
             f"{run.layout.clients}: class_distribution of client {row['partition']} in round "
-            f"{row['round']} has {len(row['class_distribution'])} numbers; allowed is {classes}"
+            f"{row['round']} has {len(row['class_distribution'])} numbers; expected {classes}"
         )
 
 

@@ -127,8 +127,7 @@ class WeightsAndBiases:
             prompt=False, verify=False
         ):
             raise InputError(
-                "tracker = 'wandb' has no key; allowed is after `wandb login`, or with "
-                "WANDB_MODE=offline"
+                "tracker = 'wandb' has no key; run `wandb login` first, or set WANDB_MODE=offline"
             )
 
     def start(self, path: Path, config: Mapping[str, Any], step: int) -> None:
@@ -202,7 +201,7 @@ def check_tracker(name: str) -> None:
     """
     if name not in _TRACKERS:
         allowed = ", ".join(repr(known) for known in NAMES)
-        raise InputError(f"tracker = {name!r} cannot be used; allowed is one of {allowed}")
+        raise InputError(f"tracker = {name!r} cannot be used; expected one of {allowed}")
     if importlib.util.find_spec(_TRACKERS[name][1]) is None:
         package = _PACKAGES.get(name, name)
         raise InputError(f"tracker = {name!r} is not installed; install it: pip install {package}")

@@ -259,7 +259,7 @@ def config(**values):
 @pytest.mark.parametrize(("field", "value", "allowed"), BAD_VALUES)
 def test_a_bad_value_is_refused_by_field_value_and_what_is_allowed(field, value, allowed):
     error = refused({field: value})
-    start, _, end = str(error).partition("; allowed is ")
+    start, _, end = str(error).partition("; expected ")
     assert start == f"{field} = {value!r} cannot be used"
     assert allowed in end
     assert "\n" not in str(error)
@@ -271,7 +271,7 @@ def test_a_bad_combination_is_refused_by_field_value_and_what_is_allowed(
     values, field, value, allowed
 ):
     error = refused(values)
-    start, _, end = str(error).partition("; allowed is ")
+    start, _, end = str(error).partition("; expected ")
     assert start == f"{field} = {value!r} cannot be used"
     assert allowed in end
     assert "\n" not in str(error)
@@ -471,7 +471,7 @@ def test_a_clients_table_beside_the_number_of_clients_hints_at_client_tables(tmp
 def test_a_clients_table_alone_hints_at_client_tables(tmp_path):
     error = refused(read_config_file(write(tmp_path, "[clients.3]\nbatch-size = 8\n")))
     assert str(error) == (
-        "clients = {'3': {'batch-size': 8}} cannot be used; allowed is a number of clients; "
+        "clients = {'3': {'batch-size': 8}} cannot be used; expected a number of clients; "
         "settings of single clients go into [client.<partition>]"
     )
 
@@ -481,10 +481,10 @@ def test_a_clients_table_alone_hints_at_client_tables(tmp_path):
     [
         ("broken.toml", b"clients = \n", "cannot be parsed: Invalid value"),
         ("broken.json", b"{", "cannot be parsed: "),
-        ("list.json", b"[1]", "holds no configuration"),
-        ("number.json", b"3", "holds no configuration"),
-        ("other.json", b'{"format": 1}', "holds no configuration"),
-        ("list-inside.json", b'{"config": [1]}', "holds no configuration"),
+        ("list.json", b"[1]", "is not a configuration"),
+        ("number.json", b"3", "is not a configuration"),
+        ("other.json", b'{"format": 1}', "is not a configuration"),
+        ("list-inside.json", b'{"config": [1]}', "is not a configuration"),
         ("latin.toml", b"output = '\xe9'", "cannot be read: it is not UTF-8 text"),
     ],
 )
@@ -646,7 +646,7 @@ def test_to_resume_a_run_what_it_alone_does_not_decide_is_said_again():
 
 def test_text_that_is_no_value_is_refused_by_the_checks():
     assert str(refused({"rounds": parse_text("rounds", "many")})) == (
-        "rounds = 'many' cannot be used; allowed is a whole number"
+        "rounds = 'many' cannot be used; expected a whole number"
     )
 
 
@@ -663,7 +663,7 @@ def test_an_unknown_key_of_a_text_suggests_the_nearest(key, nearest):
     with pytest.raises(ConfigError) as caught:
         parse_text(key, "3")
     assert str(caught.value) == (
-        f"{key} = '3' cannot be used; allowed is a known key, perhaps {nearest}"
+        f"{key} = '3' cannot be used; expected a known key, perhaps {nearest}"
     )
 
 
@@ -831,7 +831,7 @@ def test_what_is_no_number_of_bytes_above_zero_is_refused(text):
         parse_bytes(text)
     assert str(caught.value) == BYTES
     assert str(refused({"capture-budget": text})) == (
-        f"capture-budget = {text!r} cannot be used; allowed is {BYTES}"
+        f"capture-budget = {text!r} cannot be used; expected {BYTES}"
     )
 
 
@@ -852,5 +852,5 @@ def test_a_run_has_no_budget_unless_it_is_given_one():
 
 
 def test_compiling_a_model_that_torch_leaves_as_it_is_is_refused() -> None:
-    with pytest.raises(ConfigError, match="compile = True cannot be used; allowed is false with"):
+    with pytest.raises(ConfigError, match="compile = True cannot be used; expected false with"):
         RunConfig.from_mapping({"model": "cnn", "compile": True})

@@ -30,10 +30,10 @@ def test_values_are_read_as_flags_are(key, text, values):
 @pytest.mark.parametrize(
     ("key", "text", "said"),
     [
-        ("seeds", "1,2", "seeds = '1,2' cannot be used; allowed is a known key, perhaps seed"),
-        ("output", "a,b", "output = 'a,b' cannot be used; allowed is a key that decides something"),
-        ("seed", "1,,2", "seed = '1,,2' cannot be used; allowed is values separated by commas"),
-        ("seed", "", "seed = '' cannot be used; allowed is values separated by commas"),
+        ("seeds", "1,2", "seeds = '1,2' cannot be used; expected a known key, perhaps seed"),
+        ("output", "a,b", "output = 'a,b' cannot be used; expected a key that decides something"),
+        ("seed", "1,,2", "seed = '1,,2' cannot be used; expected values separated by commas"),
+        ("seed", "", "seed = '' cannot be used; expected values separated by commas"),
     ],
 )
 def test_what_is_no_axis_is_refused(key, text, said):
@@ -83,18 +83,18 @@ def test_the_order_of_asking_changes_no_name():
 @pytest.mark.parametrize(
     ("base", "axes", "said"),
     [
-        ({}, [], "nothing to compare; allowed is one or more of --strategies, --seeds and --vary"),
-        ({}, [SEEDS, SEEDS], "seed is varied twice; allowed is once"),
-        ({}, [Axis("alpha", (1, 0.5, 1.0))], "the grid has alpha=1.0 twice; allowed is different"),
+        ({}, [], "nothing to compare; expected one or more of --strategies, --seeds and --vary"),
+        ({}, [SEEDS, SEEDS], "seed is varied twice; name it once"),
+        ({}, [Axis("alpha", (1, 0.5, 1.0))], "the grid has alpha=1.0 twice; expected different"),
         (
             {},
             [Axis("seed", tuple(range(200))), Axis("rounds", tuple(range(1, 7)))],
-            "the grid has 1,200 cells; allowed is up to 1,000",
+            "the grid has 1,200 cells; expected up to 1,000",
         ),
         (
             {},
             [STRATEGIES, Axis("alpha", (1, -2))],
-            "cell strategy='fedavgm',alpha=-2: alpha = -2 cannot be used; allowed is a value above",
+            "cell strategy='fedavgm',alpha=-2: alpha = -2 cannot be used; expected a value above",
         ),
         ({}, [Axis("strategy", ("best",))], "cell strategy='best': strategy = 'best' cannot be"),
         ({"clients-per-round": 8}, [Axis("clients", (8, 7))], "cell clients=7: clients-per-round"),

@@ -156,7 +156,7 @@ def test_a_device_that_is_not_there_is_refused(name, module, monkeypatch):
     monkeypatch.setattr(module, "is_available", lambda: True)
     assert resolve_device(name) == torch.device(name)
     monkeypatch.setattr(module, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"^device = '{name}' cannot be used; allowed is 'auto'"):
+    with pytest.raises(ConfigError, match=f"^device = '{name}' cannot be used; expected 'auto'"):
         resolve_device(name)
 
 

@@ -123,18 +123,18 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         (lambda own: (write_images(own), write_arrays(own)), "it must have either a folder train"),
         (
             lambda own: (write_images(own), (own / "train/cat/notes.txt").write_text("")),
-            "train/cat/notes.txt is no image; allowed are .png, .jpg, .jpeg",
+            "train/cat/notes.txt is not an image; expected .png, .jpg, .jpeg",
         ),
         (
             lambda own: (write_images(own), (own / "train/cat/x.png").write_text("no")),
-            "train/cat/x.png is no image that can be read",
+            "train/cat/x.png is not an image that can be read",
         ),
         (
             lambda own: (
                 write_images(own),
                 Image.fromarray(pixels(1, 28, 30, 3)).save(own / "train/dog/x.png"),
             ),
-            "train/dog/x.png has 30x28 pixels; allowed is 32x32",
+            "train/dog/x.png has 30x28 pixels; expected 32x32",
         ),
         (
             lambda own: (write_images(own), (own / "train/dog/x.png").symlink_to("/etc/passwd")),
@@ -150,16 +150,16 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         ),
         (
             lambda own: (write_images(own), (own / "train/dog/x.png").write_bytes(bomb())),
-            "train/dog/x.png has millions of pixels; allowed is 32x32",
+            "train/dog/x.png has millions of pixels; expected 32x32",
         ),
         (
             lambda own: (write_images(own), cut(own / "train/cat/1.png")),
-            "train/cat/1.png is no image that can be read",
+            "train/cat/1.png is not an image that can be read",
         ),
         (lambda own: (own / "train/cat").mkdir(parents=True), "it holds no sample"),
         (
             lambda own: write_arrays(own, images=np.zeros((4, 3, 28, 28), np.uint8)),
-            "images are U8 of shape (4, 3, 28, 28); allowed is uint8 of shape (N, 3, 32, 32)",
+            "images are U8 of shape (4, 3, 28, 28); expected uint8 of shape (N, 3, 32, 32)",
         ),
         (
             lambda own: write_arrays(own, labels=np.array([0, 1], np.int64)),
@@ -167,20 +167,20 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         ),
         (
             lambda own: write_arrays(own, labels=np.array(1)),
-            "labels are I64 of shape (); allowed is int64 of shape (N,)",
+            "labels are I64 of shape (); expected int64 of shape (N,)",
         ),
         (
             lambda own: write_raw(own, "BF16", 2),
-            "images are BF16 of shape (1, 3, 32, 32); allowed is uint8 of shape (N, 3, 32, 32)",
+            "images are BF16 of shape (1, 3, 32, 32); expected uint8 of shape (N, 3, 32, 32)",
         ),
         (
             lambda own: write_raw(own, "F8_E4M3", 1),
-            "images are F8_E4M3 of shape (1, 3, 32, 32); allowed is uint8",
+            "images are F8_E4M3 of shape (1, 3, 32, 32); expected uint8",
         ),
         (lambda own: write_arrays(own, classes="no JSON"), "has no classes in its metadata"),
         (
             lambda own: write_arrays(own, labels=np.zeros(4, np.int32)),
-            "labels are I32 of shape (4,); allowed is int64 of shape (N,)",
+            "labels are I32 of shape (4,); expected int64 of shape (N,)",
         ),
         (
             lambda own: write_arrays(own, labels=np.array([0, 1, 2, 3])),
@@ -192,12 +192,12 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         ),
         (
             lambda own: (write_images(own), (own / "train" / "caf\udce9").mkdir()),
-            "a class is called 'caf\\udce9'; allowed are names in UTF-8 of at most 255",
+            "a class is called 'caf\\udce9'; expected names in UTF-8 of at most 255",
         ),
         (lambda own: write_arrays(own, classes="3"), "has no classes in its metadata"),
         (
             lambda own: write_arrays(own, more=np.zeros(1)),
-            "has ['images', 'labels', 'more']; allowed is images and labels",
+            "has ['images', 'labels', 'more']; expected images and labels",
         ),
     ],
 )
@@ -228,7 +228,7 @@ def test_pixels_of_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path, 
     with pytest.raises(InputError) as caught:
         find_own_data(tmp_path / "own")
     assert str(caught.value).endswith(
-        f"{path} has pixels of kind {found}; allowed are 8 bits a channel, in Pillow's kinds "
+        f"{path} has pixels of kind {found}; expected 8 bits a channel, in Pillow's kinds "
         "1, L, LA, P, RGB, RGBA, CMYK"
     )
 

@@ -218,7 +218,7 @@ def test_capture_layers_that_match_nothing_are_refused():
     with pytest.raises(ConfigError) as caught:
         prepare(capture_layers=["fc.*", "head.*"])
     assert str(caught.value) == (
-        "capture-layers = ['fc.*', 'head.*'] cannot be used; allowed is globs that match a "
+        "capture-layers = ['fc.*', 'head.*'] cannot be used; expected globs that match a "
         "parameter of cnn, like '0.weight'"
     )
     assert prepare(capture_layers=["fc.*"], capture="none").round_bytes(1) == 6 * 78_848
@@ -288,7 +288,7 @@ def test_a_budget_is_kept_to_the_byte():
     with pytest.raises(ConfigError) as caught:
         tight.check_budget()
     assert str(caught.value) == (
-        "capture-budget = '5629247' cannot be used; allowed is at least 5,629,248 bytes (5.6 MB) "
+        "capture-budget = '5629247' cannot be used; expected at least 5,629,248 bytes (5.6 MB) "
         "for capture = 'all'; capture-dtype = 'bfloat16' would fit"
     )
     four_steps(

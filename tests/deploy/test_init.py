@@ -160,20 +160,20 @@ def test_the_same_is_never_written_twice(made, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--supernodes", "0"], "supernodes = 0 cannot be used; allowed is 1 to 10000"),
+        (["--supernodes", "0"], "supernodes = 0 cannot be used; expected 1 to 10000"),
         (["--supernodes", "x"], "invalid int value: 'x'"),
-        (["--port", "65531"], "port = 65531 cannot be used; allowed is 1 to 65530"),
+        (["--port", "65531"], "port = 65531 cannot be used; expected 1 to 65530"),
         (["--port", "0"], "port = 0"),
-        (["--address", "a b"], "address = 'a b' cannot be used; allowed is a host name"),
+        (["--address", "a b"], "address = 'a b' cannot be used; expected a host name"),
         (["--address", 'x"\ny'], "address = "),
         (["--address", 'fe80::1%"x'], "address = 'fe80::1%\"x' cannot be used"),
         (["--address", "10.0.0.256"], "address = '10.0.0.256' cannot be used"),
         (
             ["--listen", "localhost"],
-            "listen = 'localhost' cannot be used; allowed is an IP address",
+            "listen = 'localhost' cannot be used; expected an IP address",
         ),
         (["--listen", "fe80::1%eth0"], "listen = 'fe80::1%eth0' cannot be used"),
-        (["--days", "0"], "days = 0 cannot be used; allowed is 1 to 36500"),
+        (["--days", "0"], "days = 0 cannot be used; expected 1 to 36500"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, capsys, flags, said):
@@ -202,7 +202,7 @@ def test_a_certificate_is_renewed_by_the_same_authority(made, capsys):
 
 def test_a_certificate_does_not_outlive_the_authority(made, capsys):
     folder, _ = made("--supernodes", "1")
-    assert "days = 3650 cannot be used; allowed is 1 to 3649, as long as" in refusal(
+    assert "days = 3650 cannot be used; expected 1 to 3649, as long as" in refusal(
         capsys, "renew", folder, "--days", 3650
     )
     assert cli.run(["deploy", "renew", str(folder), "--days", "3649"]) == 0
@@ -223,7 +223,7 @@ def test_a_renewal_that_was_killed_halfway_is_told_and_done_again(made, capsys):
     (server / "server.key").rename(server / ".server.key")
     (server / "server.key").write_bytes(key)
     told = refusal(capsys, "gateway", folder)
-    assert f"server.key of {server} cannot be used: KEY_VALUES_MISMATCH; allowed are" in told
+    assert f"server.key of {server} cannot be used: KEY_VALUES_MISMATCH; expected " in told
     assert told.count("\n") == 1
     assert cli.run(["deploy", "renew", str(folder)]) == 0
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -251,7 +251,7 @@ def test_a_node_is_given_another_key(made, capsys):
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     assert after["server/nodes/1.pub"] == public + b" partition-1\n"
-    assert "node = 2 cannot be used; allowed is 0 to 1" in refusal(
+    assert "node = 2 cannot be used; expected 0 to 1" in refusal(
         capsys, "renew", folder, "--node", 2
     )
     assert "--days is for the server's certificate" in refusal(
@@ -261,7 +261,7 @@ def test_a_node_is_given_another_key(made, capsys):
 
 @pytest.mark.parametrize("step", ["start", "register", "gateway", "renew"])
 def test_what_is_no_federation_is_refused(tmp_path, capsys, step):
-    assert "is no federation" in refusal(capsys, step, tmp_path)
+    assert "is not a federation" in refusal(capsys, step, tmp_path)
     (tmp_path / "federation.toml").write_text("port = 'x'\n")
     assert "federation.toml cannot be read" in refusal(capsys, step, tmp_path)
 
@@ -356,14 +356,14 @@ def test_what_cannot_be_listened_at_is_refused_in_a_sentence(made, capsys, step)
     port = free_ports(4)
     taken = socket.create_server(("127.0.0.1", port))
     folder, _ = made("--port", str(port), "--supernodes", "1")
-    allowed = "allowed is an address of this host, with a port that is free\n"
-    reason = "cannot be listened at: Address already in use"
+    allowed = "expected an address of this host, with a port that is free\n"
+    reason = "cannot be listened on: Address already in use"
     told = refusal(capsys, step, folder)
     assert told == f"fedsim: 127.0.0.1:{port} {reason}; {allowed}"
     taken.close()
     elsewhere = replace(Federation.read(folder), listen="192.0.2.1")
     (folder / "federation.toml").write_text(elsewhere.to_toml())
-    reason = "cannot be listened at: Cannot assign requested address"
+    reason = "cannot be listened on: Cannot assign requested address"
     told = refusal(capsys, step, folder)
     assert told == f"fedsim: 192.0.2.1:{port} {reason}; {allowed}"
     assert not (folder / "logs").exists()

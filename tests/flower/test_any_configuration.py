@@ -241,9 +241,9 @@ def assert_one_sentence(error: InputError, values: Values) -> None:
     unknown = [key for key in values if key not in KEYS]
     assert known in KEYS or unknown, text
     if isinstance(error, ConfigError):
-        assert " cannot be used; allowed is " in text
+        assert " cannot be used; expected " in text
         assert "Input should" not in text
-        assert "allowed is at most 0" not in text
+        assert "expected at most 0" not in text
 
 
 @contextlib.contextmanager

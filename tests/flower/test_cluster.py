@@ -100,7 +100,7 @@ def test_nodes_that_differ_are_refused_before_anything_is_written(home, ray_clus
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"fedsim: ray-address = '{address}' cannot be used; allowed is a cluster whose nodes "
+        rf"fedsim: ray-address = '{address}' cannot be used; expected a cluster whose nodes "
         r"compute what this machine does: \S+ has processor \w+, here DEFAULT\n",
         done.stderr,
     )
@@ -165,7 +165,7 @@ def test_a_node_lost_in_mid_round_changes_no_bit(home, ray_cluster, run_locally)
 def test_nobody_at_the_address_is_told_at_once():
     address = f"127.0.0.1:{free_ports(1)}"
     sentence = (
-        f"ray-address = '{address}' cannot be used; allowed is the address of a running cluster's "
+        f"ray-address = '{address}' cannot be used; expected the address of a running cluster's "
         "head (Connection refused)"
     )
     with pytest.raises(ConfigError) as caught, joined(address):
@@ -181,7 +181,7 @@ def test_what_is_no_address_is_refused(address):
     with pytest.raises(ConfigError) as caught:
         config(ray_address=address)
     assert str(caught.value) == (
-        f"ray-address = {address!r} cannot be used; allowed is 'local', 'auto' or HOST:PORT of the "
+        f"ray-address = {address!r} cannot be used; expected 'local', 'auto' or HOST:PORT of the "
         "head of a Ray cluster, like '10.0.0.1:6379'"
     )
 
@@ -232,16 +232,16 @@ def test_the_pool_is_what_the_cluster_has_free(values, workers):
     [
         (
             {"workers": 12},
-            "workers = 12 cannot be used; allowed is 1 to 11, for which the cluster has room now",
+            "workers = 12 cannot be used; expected 1 to 11, for which the cluster has room now",
         ),
         (
             {"client_cpus": 8},
-            "ray-address = 'a:1' cannot be used; allowed is a cluster with room for a worker: none "
+            "ray-address = 'a:1' cannot be used; expected a cluster with room for a worker: none "
             "of its 3 nodes has 8 CPU cores free",
         ),
         (
             {"client_gpus": 4},
-            "ray-address = 'a:1' cannot be used; allowed is a cluster with room for a worker: none "
+            "ray-address = 'a:1' cannot be used; expected a cluster with room for a worker: none "
             "of its 3 nodes has 1 CPU cores and 4 GPUs free",
         ),
     ],

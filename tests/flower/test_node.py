@@ -51,27 +51,27 @@ def test_every_key_of_a_node_is_taken():
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({}, "partition-id = None cannot be used; allowed is the partition that this node holds"),
-        ({"partition-id": -1}, "partition-id = -1 cannot be used; allowed is a value of at least"),
-        ({"partition-id": "0"}, "partition-id = '0' cannot be used; allowed is a whole number"),
-        ({"partition-id": True}, "partition-id = True cannot be used; allowed is a whole number"),
+        ({}, "partition-id = None cannot be used; expected the partition that this node holds"),
+        ({"partition-id": -1}, "partition-id = -1 cannot be used; expected a value of at least"),
+        ({"partition-id": "0"}, "partition-id = '0' cannot be used; expected a whole number"),
+        ({"partition-id": True}, "partition-id = True cannot be used; expected a whole number"),
         (
             {"partition-id": 4, "num-partitions": 4},
-            "partition-id = 4 cannot be used; allowed is 0 to 3",
+            "partition-id = 4 cannot be used; expected 0 to 3",
         ),
-        ({"capture": "yes"}, "capture = 'yes' cannot be used; allowed is true or false"),
+        ({"capture": "yes"}, "capture = 'yes' cannot be used; expected true or false"),
         (
             {"capture": True},
-            "capture = True cannot be used; allowed is false, or true together with recordings",
+            "capture = True cannot be used; expected false, or true together with recordings",
         ),
         (
             {"recordings": "here"},
-            "recordings = 'here' cannot be used; allowed is an absolute path",
+            "recordings = 'here' cannot be used; expected an absolute path",
         ),
-        ({"data": "../there"}, "data = '../there' cannot be used; allowed is an absolute path"),
+        ({"data": "../there"}, "data = '../there' cannot be used; expected an absolute path"),
         (
             {"recording": "/x"},
-            "recording = '/x' cannot be used; allowed is a known key, perhaps recordings",
+            "recording = '/x' cannot be used; expected a known key, perhaps recordings",
         ),
     ],
 )
@@ -89,14 +89,14 @@ def test_the_environment_stands_in_for_what_the_configuration_leaves_open(monkey
     node = NodeSettings.of({"partition-id": 0, "recordings": "/own", "capture": False})
     assert (node.recordings, node.capture) == ("/own", False)
     monkeypatch.setenv("FEDSIM_CAPTURE", "1")
-    with pytest.raises(ConfigError, match=r"FEDSIM_CAPTURE = '1' .* allowed is true or false"):
+    with pytest.raises(ConfigError, match=r"FEDSIM_CAPTURE = '1' .* expected true or false"):
         NodeSettings.of({"partition-id": 0})
 
 
 def test_a_wrong_configuration_answers_a_query_with_one_line():
     reply = ask(RecordDict({wire.CONFIG: ConfigRecord()}), "query", capture="yes")
     assert reply.error.reason == (
-        "node-config capture = 'yes' cannot be used; allowed is true or false"
+        "node-config capture = 'yes' cannot be used; expected true or false"
     )
 
 
@@ -127,7 +127,7 @@ def test_a_node_that_forbids_capture_trains_and_says_so(plan, tmp_path, caplog):
 )
 def test_a_server_cannot_choose_a_path(plan, tmp_path, caplog, key, value, allowed):
     reply = ask(train_content(plan, **{key: value}), "train", recordings=tmp_path / "node")
-    sentence = f"{key} = {value!r} cannot be used; allowed is {allowed}"
+    sentence = f"{key} = {value!r} cannot be used; expected {allowed}"
     assert reply.error.reason == sentence
     assert f"fedsim: {sentence}" in [r.getMessage() for r in caplog.records]
     assert list(tmp_path.iterdir()) == []
@@ -177,12 +177,12 @@ def test_more_bytes_than_the_model_has_are_refused_undecoded(plan, tmp_path):
     found = sum(len(array.data) for array in arrays.values())
     reply = ask(content, "train", recordings=tmp_path)
     assert reply.error.reason == (
-        f"the message brings {found:,} bytes of 'arrays'; allowed is what the model of the run "
+        f"the message brings {found:,} bytes of 'arrays'; expected what the model of the run "
         f"has, at most {most:,} bytes"
     )
     reply = ask(train_content(plan, config=" " * 2**21 + "{}"), "train")
     assert reply.error.reason == (
-        "the message brings a configuration of 2,097,154 bytes; allowed are 2,097,152"
+        "the message brings a configuration of 2,097,154 bytes; expected 2,097,152"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -200,7 +200,7 @@ def test_so_they_are_in_messages_of_the_former_api(plan, kind, ins):
     larger = RunConfig.from_mapping({**SMALL, "model": "resnet18"})
     content["more"] = ConfigRecord({"config": larger.to_json()})
     assert ask(content, kind).error.reason == (
-        f"the message brings {most + 1:,} bytes of {name!r}; allowed is what the model of the run "
+        f"the message brings {most + 1:,} bytes of {name!r}; expected what the model of the run "
         f"has, at most {most:,} bytes"
     )
 

@@ -99,7 +99,7 @@ def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp
         (lambda: None, "asks for data of each node's own, and that of partition 1 tells of none"),
         (
             lambda: write(tmp_path / "1", nodes, slice(0, 9), NAMES[:9]),
-            "partition 1: the data of this node has 9 classes; allowed is 10, those of",
+            "partition 1: the data of this node has 9 classes; expected 10, those of",
         ),
         (
             lambda: write(tmp_path / "1", nodes, slice(0, 9), ["zero", *NAMES[1:]]),
@@ -115,10 +115,10 @@ def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp
 @pytest.mark.parametrize(
     ("lie", "told"),
     [
-        ({"data-sha256": "x"}, "partition 1 tells data-sha256 = 'x'; allowed is a SHA-256 in 64"),
+        ({"data-sha256": "x"}, "partition 1 tells data-sha256 = 'x'; expected a SHA-256 in 64"),
         ({"data-sha256": "0" * 64 + "\n"}, "tells data-sha256 = '0000"),
-        ({"classes": ["a" * 256, *NAMES[1:]]}, "partition 1 tells of a class 'aaaa"),
-        ({"classes": [*range(10)]}, "partition 1 tells of a class 0; allowed are names"),
+        ({"classes": ["a" * 256, *NAMES[1:]]}, "partition 1 reports a class 'aaaa"),
+        ({"classes": [*range(10)]}, "partition 1 reports a class 0; expected names"),
     ],
 )
 def test_what_run_json_could_not_hold_ends_the_run_before_it_begins(nodes, tmp_path, lie, told):
@@ -147,7 +147,7 @@ def test_what_run_json_could_not_hold_ends_the_run_before_it_begins(nodes, tmp_p
 
 def test_names_that_make_run_json_too_long_are_told_before_it_is_made(nodes, tmp_path, monkeypatch):
     monkeypatch.setattr(inventory, "MOST_JSON_BYTES", 1000)
-    with pytest.raises(RunFailedError, match=r"the classes of 3 nodes take .* bytes; allowed are"):
+    with pytest.raises(RunFailedError, match=r"the classes of 3 nodes take .* bytes; expected "):
         go(nodes, tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -202,7 +202,7 @@ def test_data_that_changes_during_a_run_is_refused_by_the_node(nodes, tmp_path):
 
 
 def test_a_machine_has_no_nodes_of_its_own(nodes, capsys):
-    with pytest.raises(ConfigError, match="partition = 'nodes' cannot be used; allowed is a split"):
+    with pytest.raises(ConfigError, match="partition = 'nodes' cannot be used; expected a split"):
         size_pool(nodes.config, cpus=2, machine_gpus=0)
 
 

@@ -304,7 +304,7 @@ def test_a_run_does_not_end_with_a_round_that_was_not_evaluated(
     with pytest.raises(InputError) as refused:
         check_resume(load_run(path), lower)
     assert str(refused.value) == (
-        "rounds = 3 cannot be used; allowed is 4 or more: round 3 was not evaluated "
+        "rounds = 3 cannot be used; expected 4 or more: round 3 was not evaluated "
         "(evaluate-every = 4)"
     )
     assert check_resume(load_run(path), seldom).round == 3
@@ -370,10 +370,10 @@ def test_a_run_whose_rounds_are_all_damaged_is_not_begun_again(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "rounds = 4 cannot be used; allowed is 5 or more"),
-        (["--rounds", "3"], "rounds = 3 cannot be used; allowed is 5 or more"),
-        (["--rounds", "9", "--seed", "1"], "seed = 1 cannot be used; allowed is 42"),
-        (["--rounds", "9", "--model", "resnet18"], "model = 'resnet18' cannot be used; allowed is"),
+        ([], "rounds = 4 cannot be used; expected 5 or more"),
+        (["--rounds", "3"], "rounds = 3 cannot be used; expected 5 or more"),
+        (["--rounds", "9", "--seed", "1"], "seed = 1 cannot be used; expected 42"),
+        (["--rounds", "9", "--model", "resnet18"], "model = 'resnet18' cannot be used; expected "),
         (["--rounds", "9", "--capture-budget", "9 kB"], "capture-budget = '9 kB' cannot be used"),
         (["--rouns", "9"], "perhaps rounds"),
     ],
@@ -392,7 +392,7 @@ def test_what_would_change_a_run_is_refused(
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["resume", str(tmp_path)]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow

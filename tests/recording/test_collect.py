@@ -128,7 +128,7 @@ def test_what_clients_record_is_well_within_what_they_may_list(
 
 
 LISTS = [
-    ({"steps.jsonl": 2**62}, "lists 1 files of 4611686.0 TB; allowed are at most 8 of 2."),
+    ({"steps.jsonl": 2**62}, "lists 1 files of 4611686.0 TB; expected at most 8 of 2."),
     ({f"gradients-{n:05d}.safetensors": 1 for n in range(9)}, "lists 9 files of 9 B; allowed"),
 ]
 
@@ -321,7 +321,7 @@ def test_sources_that_are_none_are_one_sentence(here: Path, tmp_path: Path) -> N
     run = load_run(here / "run")
     (tmp_path / "empty").mkdir()
     for source, told in (
-        (str(tmp_path / "none"), "it is no folder"),
+        (str(tmp_path / "none"), "it is not a folder"),
         ("nothing://there", "Protocol not known: nothing"),
         (str(tmp_path / "empty"), f"with the folder {run.manifest['id']}, or that folder"),
     ):
@@ -334,7 +334,7 @@ def test_a_run_under_way_is_not_collected_into(here: Path) -> None:
     lock = (here / "run" / "lock").open("ab")
     writer.layout, writer._lock_file = load_run(here / "run").layout, lock
     writer._lock()
-    with pytest.raises(InputError, match="is being written; allowed is a run that has ended"):
+    with pytest.raises(InputError, match="is being written; expected a run that has ended"):
         collect(load_run(here / "run"), sources(here, 1))
     writer.close()
 

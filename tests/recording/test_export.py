@@ -316,7 +316,7 @@ def test_what_is_no_plain_sgd_is_refused_by_name(
     run = make_run(**changes)
     with pytest.raises(InputError) as refusal:
         breaching(run, tmp_path / "out", 0, 2)
-    assert f"has {', '.join(named)}; allowed is" in str(refusal.value)
+    assert f"has {', '.join(named)}; expected " in str(refusal.value)
     assert not (tmp_path / "out").exists()
     reasons = breaching(run, tmp_path / "out", 0, 2, allow_not_replayable=True)
     assert reasons == named
@@ -379,10 +379,10 @@ def test_obstacles(settings: dict[str, Any], sizes: list[int], expected: list[st
 @pytest.mark.parametrize(
     ("step", "steps", "said"),
     [
-        (4, 1, "step = 4 cannot be used; allowed is 0 to 3"),
-        (-1, 1, "step = -1 cannot be used; allowed is 0 to 3"),
-        (0, 0, "steps = 0 cannot be used from step 0; allowed is 1 to 4"),
-        (2, 3, "steps = 3 cannot be used from step 2; allowed is 1 to 2"),
+        (4, 1, "step = 4 cannot be used; expected 0 to 3"),
+        (-1, 1, "step = -1 cannot be used; expected 0 to 3"),
+        (0, 0, "steps = 0 cannot be used from step 0; expected 1 to 4"),
+        (2, 3, "steps = 3 cannot be used from step 2; expected 1 to 2"),
     ],
 )
 def test_steps_that_were_not_made_are_refused(
@@ -615,8 +615,8 @@ def test_what_does_not_fit_into_memory_is_refused_with_both_numbers(
     with pytest.raises(InputError) as refusal:
         export_notebook(run, 1, output=tmp_path / "fedavg")
     assert str(refusal.value) == (
-        "clients = [0, 2, 1] need 0.0 GB of memory in one file; allowed is what is available, "
-        "0.0 GB; --client P, given once or more, exports fewer clients at a time"
+        "clients = [0, 2, 1] need 0.0 GB of memory in one file; expected at most what is "
+        "available, 0.0 GB; --client P, given once or more, exports fewer clients at a time"
     )
     export_notebook(run, 1, output=tmp_path / "fedavg", clients=[1])
     monkeypatch.setattr(export, "available_memory", lambda: 1_000)
@@ -676,7 +676,7 @@ def test_the_command_exports_what_is_not_replayable_when_told_to(
     whose += ["--steps", 2, "--output", tmp_path / "out"]
     code, _, err = call(whose, capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert "momentum = 0.9, weight-decay = 0.0005; allowed is 1, or more with" in err
+    assert "momentum = 0.9, weight-decay = 0.0005; expected 1, or more with" in err
     code, out, _ = call([*whose, "--allow-not-replayable"], capsys)
     assert code == 0
     assert out.splitlines()[1] == "not replayable: momentum = 0.9, weight-decay = 0.0005"
@@ -703,7 +703,7 @@ def test_the_command_exports_a_round(
         (["notebook", "RUN", "--round", "9", "--output", "o"], "round 9 of"),
         (["notebook", "RUN", "--round", "1", "--client", "3", "--output", "o"], "client 3 has no"),
         (["notebook", "RUN", "--round", "1", "--steps", "3", "--output", "o"], "'--steps'"),
-        (["notebook", ".", "--round", "1", "--output", "o"], "is no run directory"),
+        (["notebook", ".", "--round", "1", "--output", "o"], "is not a run directory"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(

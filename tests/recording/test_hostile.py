@@ -464,7 +464,7 @@ def test_a_shard_of_other_gradients_is_refused(
         (lambda a: a.update({"00": a.pop("0")}), "has other names than the clients from 0 on"),
         (lambda a: a.update({"0": a["0"] + 10**6}), "has positions beyond 0 to 59"),
         (lambda a: a.update({"0": a["0"] - 60}), "has positions beyond 0 to 59"),
-        (lambda a: a.update({"0": a["0"][1:]}), "deals 59 samples to 3 clients; allowed is as"),
+        (lambda a: a.update({"0": a["0"][1:]}), "deals 59 samples to 3 clients; expected as"),
     ],
 )
 def test_a_partition_of_something_else_is_refused(
@@ -497,7 +497,7 @@ def test_a_configuration_that_asks_for_more_than_the_files_hold_is_not_followed(
     reseal(run)
     for arguments in (["resume", "{run}"], COMMANDS[1]):
         assert command(*(a.format(run=run, out=tmp_path / "out") for a in arguments)) == 2
-        assert "allowed is" in capsys.readouterr().err
+        assert "expected" in capsys.readouterr().err
     assert command("verify", run, "--recompute=1") == 1
 
 
@@ -594,7 +594,7 @@ def forget_rounds(path: Path, outside: Path) -> None:
         (
             "checksums.jsonl",
             forget_rounds,
-            "{run}/rounds.jsonl has lines that checksums.jsonl does not list; allowed is a run",
+            "{run}/rounds.jsonl has lines that checksums.jsonl does not list; expected a run",
         ),
     ],
 )
@@ -791,7 +791,7 @@ def test_any_value_of_a_key_is_allowed_or_refused(key: str, value: Any) -> None:
         ("x = " + "9" * 5000, "Exceeds the limit"),
         ("rounds = 0x" + "f" * 5000, "rounds = <int too large to print> cannot be used"),
         ("local-steps = 1000000000000", "local-steps = 1000000000000 cannot be used"),
-        ('dataset = "synthetic:' + "9" * 400 + '"', "allowed is digits, cifar10"),
+        ('dataset = "synthetic:' + "9" * 400 + '"', "expected digits, cifar10"),
         ("#" * (3 * 2**20), "it has more than 2,097,152 bytes"),
     ],
     ids=lambda value: value[:20],
@@ -888,7 +888,7 @@ def test_a_class_that_a_run_names_is_taken_from_the_command_line_alone(
     # What it says is what to type.
     flag = shlex.split(NAMED.split("`")[1].format())
     assert command("resume", named, "--rounds=2", "--strategy", "planted:Theirs") == 2
-    assert "allowed is {'name': 'planted:Theirs', 'trust': 0.5}" in capsys.readouterr().err
+    assert "expected {'name': 'planted:Theirs', 'trust': 0.5}" in capsys.readouterr().err
     assert ran(tmp_path) == []
     assert command("resume", named, "--rounds=2", *flag) == 0
     assert command("plan", manifest, *flag) == 0
@@ -906,7 +906,7 @@ def test_from_inside_of_a_run_directory_no_code_can_come(
             assert command(*arguments, *flag) == 2
             assert capsys.readouterr().err == (
                 f"fedsim: the current folder lies in the run directory {named}, from which no code "
-                "may be taken; allowed is a call from any other folder\n"
+                "may be taken; call it from another folder\n"
             )
     assert ran(named) == []
 

@@ -233,7 +233,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(finished, tmp_path):
 
 
 def test_a_folder_that_exists_is_not_fetched_into(finished, tmp_path):
-    with pytest.raises(InputError, match="exists already; allowed is a folder that does not"):
+    with pytest.raises(InputError, match="exists already; expected a new folder"):
         fetch(str(finished), tmp_path)
 
 
@@ -249,18 +249,18 @@ def test_another_run_is_never_overwritten(recorded, copied, tmp_path, monkeypatc
     with pytest.raises(ConfigError) as caught:
         check_mirror(url, copied)
     assert str(caught.value) == (
-        f"mirror = {url!r} cannot be used; allowed is a copy of {copied}, or a new URL "
+        f"mirror = {url!r} cannot be used; expected a copy of {copied}, or a new URL "
         f"({url} holds another run)"
     )
     check_mirror(url, recorded.path)
-    with pytest.raises(ConfigError, match="allowed is a URL that holds no run, since none is ever"):
+    with pytest.raises(ConfigError, match="expected a URL that holds no run, since none is ever"):
         open_mirror(url, tmp_path / "run")
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     url = f"{tmp_path}/file/copy"
-    with pytest.raises(ConfigError, match=r"^mirror = '.* cannot be used; allowed is a URL that"):
+    with pytest.raises(ConfigError, match=r"^mirror = '.* cannot be used; expected a URL that"):
         open_mirror(url, tmp_path / "run")
     open_mirror(str(tmp_path / "new"), tmp_path / "run")
     assert not (tmp_path / "new").exists()
@@ -357,7 +357,7 @@ def test_no_pipe_of_a_chained_url_is_waited_for(finished, tmp_path):
         content = (tmp_path / "copy" / name).read_bytes()
         (tmp_path / "copy" / name).unlink()
         os.mkfifo(tmp_path / "copy" / name)
-        with pytest.raises(RunFailedError, match=f"{name} cannot be read: it is no file of a"):
+        with pytest.raises(RunFailedError, match=f"{name} cannot be read: it is not a file of a"):
             fetch(url, tmp_path / "back")
         (tmp_path / "copy" / name).unlink()
         (tmp_path / "copy" / name).write_bytes(content)
@@ -402,10 +402,10 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert cli.run(["push", run]) == 2
     assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"fedsim: {back} exists already; allowed is a folder that does not",
+        f"fedsim: {back} exists already; expected a new folder",
         "fedsim: the following arguments are required: URL; `fedsim push --help` lists what is "
         "allowed",
-        f"fedsim: {tmp_path / 'nothing'} is no run directory: it has no whole run.json",
+        f"fedsim: {tmp_path / 'nothing'} is not a run directory: it has no whole run.json",
     ]
 
 
@@ -416,7 +416,9 @@ def test_a_copy_is_never_made_over_its_run(copied, place, form, tmp_path, capsys
     (tmp_path / "link").symlink_to(copied)
     url = form.format(tmp_path / place)
     before = files_of(tmp_path)
-    said = f"{url} is the run directory {copied}, lies in it or holds it; allowed is a place apart "
+    said = (
+        f"{url} is the run directory {copied}, lies in it or contains it; expected a place apart "
+    )
     assert cli.run(["push", str(copied), url]) == 2
     assert capsys.readouterr().err == f"fedsim: {said}from it\n"
     with pytest.raises(ConfigError, match="lies in it or holds it"):

@@ -99,7 +99,7 @@ def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_
     assert verify(tmp_path / "back").violations == []
     assert load_run(tmp_path / "back").status == "finished"
     assert push(tmp_path / "run", RemoteFolder("s3://bucket/of/run")) == 0
-    with pytest.raises(ConfigError, match="allowed is a URL that holds no run"):
+    with pytest.raises(ConfigError, match="expected a URL that holds no run"):
         open_mirror("s3://bucket/of/run", Path("run"))
 
 

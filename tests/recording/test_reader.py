@@ -580,8 +580,8 @@ def test_what_was_not_kept_is_named_with_what_was(tmp_path: Path) -> None:
         ),
         (lambda: some.parameters_at(1), f"step 0 {of} {left_out}"),
         (lambda: next(some.replay()), f"step 0 {of} {left_out}"),
-        (lambda: some.parameters_at(5), f"step 5 {of} was not made; allowed is 0 to 4"),
-        (lambda: some.parameters_at(-1), f"step -1 {of} was not made; allowed is 0 to 4"),
+        (lambda: some.parameters_at(5), f"step 5 {of} was not made; expected 0 to 4"),
+        (lambda: some.parameters_at(-1), f"step -1 {of} was not made; expected 0 to 4"),
         (
             lambda: some.layer("stem"),
             f"stem {of} was not captured: capture-layers = ['head'] keeps head",
@@ -1005,7 +1005,7 @@ def test_a_folder_without_a_whole_manifest_is_no_run(content: bytes | None, tmp_
         (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(InputError) as caught:
         load_run(tmp_path)
-    assert str(caught.value) == f"{tmp_path} is no run directory: it has no whole run.json"
+    assert str(caught.value) == f"{tmp_path} is not a run directory: it has no whole run.json"
 
 
 def test_a_path_that_is_no_folder_is_no_run(tmp_path: Path) -> None:
@@ -1013,7 +1013,7 @@ def test_a_path_that_is_no_folder_is_no_run(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(InputError) as caught:
             load_run(str(path))
-        assert str(caught.value) == f"{path} is no run directory: it has no whole run.json"
+        assert str(caught.value) == f"{path} is not a run directory: it has no whole run.json"
 
 
 @pytest.mark.parametrize("found", [0, 3, "1", None])

@@ -96,7 +96,7 @@ def test_runs_are_listed_with_what_they_are_and_take(folder: Path, recorded: Rec
 
 
 def test_a_run_is_no_folder_of_runs(folder: Path) -> None:
-    with pytest.raises(InputError, match="b is a run itself; allowed is a folder of runs"):
+    with pytest.raises(InputError, match="b is a run itself; expected a folder of runs"):
         find_runs(folder / "b")
 
 
@@ -178,11 +178,11 @@ def test_what_somebody_writes_is_left_as_it_is(remove: Callable[[Path], int], fo
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("linked", "is a symbolic link; allowed is the run directory itself"),
-        ("grid", "is no run directory: it has no whole run.json"),
-        ("configs", "is no run directory: it has no checksums.jsonl"),
-        ("notes.txt", "is no run directory: it has no whole run.json"),
-        ("none", "is no run directory: it has no whole run.json"),
+        ("linked", "is a symbolic link; expected the run directory itself"),
+        ("grid", "is not a run directory: it has no whole run.json"),
+        ("configs", "is not a run directory: it has no checksums.jsonl"),
+        ("notes.txt", "is not a run directory: it has no whole run.json"),
+        ("none", "is not a run directory: it has no whole run.json"),
     ],
 )
 def test_what_is_no_run_is_refused_before_anything_is_removed(

@@ -298,7 +298,7 @@ def test_a_client_that_a_shared_file_does_not_hold_is_told(pair: Pair, tmp_path:
     with pytest.raises(InputError, match=rf"00001\.safetensors holds nothing of client {second}$"):
         _ = run.round(1).client(second).delta
     write_tensors(file, arrays | {"07/13.bias": np.zeros(2, np.float32)})
-    with pytest.raises(InputError, match=r"'07/13\.bias' is no array of a client's delta$"):
+    with pytest.raises(InputError, match=r"'07/13\.bias' is not an array of a client's delta$"):
         _ = load_run(path).round(1).client(first).delta
     (path / "rounds" / "0001" / "steps-00000.jsonl").write_bytes(b'{"step":0}\n')
     with pytest.raises(InputError, match=r"steps-00000\.jsonl: line 1 has no epoch$"):

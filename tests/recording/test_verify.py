@@ -772,7 +772,7 @@ def test_what_is_not_in_the_run_is_refused(recorded: Recorded, tmp_path: Path) -
         verify(recorded.path, rounds=[1, 7])
     with pytest.raises(InputError, match=r"--client = 9 is not in the run"):
         verify(recorded.path, clients=[9])
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         verify(tmp_path / "absent")
 
 

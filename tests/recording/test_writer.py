@@ -114,8 +114,7 @@ def test_what_exists_is_refused_by_its_path_and_left_alone(what: str, tmp_path: 
     with pytest.raises(InputError) as caught:
         make(root, seed=2)
     assert str(caught.value) == (
-        f"output = '{root}' exists already; allowed is a folder that does not, since a run is "
-        "never overwritten"
+        f"output = '{root}' exists already; expected a new folder, since a run is never overwritten"
     )
     assert contents(tmp_path) == before
     assert not (tmp_path / "nowhere").exists()

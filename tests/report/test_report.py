@@ -44,19 +44,19 @@ def test_an_earlier_report_is_replaced_and_nothing_else(
     page.write_text("<!doctype html>mine")
     assert run_command(small, "--output", page) == 2
     assert page.read_text() == "<!doctype html>mine"
-    assert "exists and is no report" in capsys.readouterr().err
+    assert "exists and is not a report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--output", "{}"], "is a folder; allowed is the name of a page"),
+        (["--output", "{}"], "is a folder; expected the name of a page"),
         (["--output", "{}/no/page.html"], "its folder is not there"),
         (["--output", "{}/file/page.html"], "its folder is not there"),
-        (["--output", "{}/file"], "exists and is no report"),
+        (["--output", "{}/file"], "exists and is not a report"),
         (["--output", "{}/\0"], "embedded null byte"),
-        (["--png", "{}/file"], "is no folder; allowed is the name of one"),
-        (["--read-budget", "much"], "--read-budget = 'much' cannot be used; allowed is a number"),
+        (["--png", "{}/file"], "is not a folder; expected the name of one"),
+        (["--read-budget", "much"], "--read-budget = 'much' cannot be used; expected a number"),
         (["--rounds", "3"], "unrecognized argument '--rounds'"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_broken_run_is_one_sentence(
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(tmp_path, "--output", tmp_path / "page.html") == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 def test_a_run_that_was_changed_is_told_on_the_page_and_by_the_exit_code(

@@ -163,9 +163,9 @@ def change_lines(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "sentence"),
     [
-        ("clients.jsonl", {"partition": 6}, "speaks of client 6; allowed is 0 to 5"),
-        ("rounds.jsonl", {"participants": [10**9]}, "speaks of client 1000000000; allowed"),
-        ("clients.jsonl", {"class_distribution": [1]}, "has 1 numbers; allowed is 10"),
+        ("clients.jsonl", {"partition": 6}, "names client 6; expected 0 to 5"),
+        ("rounds.jsonl", {"participants": [10**9]}, "names client 1000000000; allowed"),
+        ("clients.jsonl", {"class_distribution": [1]}, "has 1 numbers; expected 10"),
     ],
 )
 def test_rows_that_speak_of_what_is_not_there_are_refused(

@@ -238,7 +238,7 @@ def test_a_tracker_that_does_not_exist_is_refused():
     with pytest.raises(InputError) as refused:
         check_tracker("aim")
     assert str(refused.value) == (
-        "tracker = 'aim' cannot be used; allowed is one of 'tensorboard', 'mlflow', 'wandb', "
+        "tracker = 'aim' cannot be used; expected one of 'tensorboard', 'mlflow', 'wandb', "
         "'trackio'"
     )
 
