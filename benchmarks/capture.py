@@ -174,7 +174,7 @@ def _notebook(keep: bool, steps: int, path: Path, ready: Barrier, results: Any) 
     import torch
 
     from fedsim.core.allocator import keep_freed_memory
-    from fedsim.core.models import build_model
+    from fedsim.tasks.vision.models import build_model
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -124,10 +124,10 @@ def train_bare(run: Path, number: int) -> None:
 
     from fedsim.core.allocator import keep_freed_memory
     from fedsim.core.config import RunConfig
-    from fedsim.core.models import build_model
     from fedsim.core.plan import RunPlan, batches_of_round
     from fedsim.core.training import local_train
     from fedsim.recording.reader import load_run
+    from fedsim.tasks.vision.models import build_model
 
     recorded = load_run(run)
     config: RunConfig = recorded.config

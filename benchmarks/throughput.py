@@ -43,7 +43,7 @@ RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 def _model(own: bool) -> Any:
     if own:
         from fedsim.core.allocator import keep_freed_memory
-        from fedsim.core.models import build_model
+        from fedsim.tasks.vision.models import build_model
 
         keep_freed_memory()
         return build_model("resnet18", classes=100, norm="batch", seed=0)

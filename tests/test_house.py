@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom; a module knows its own room and those below.
 ROOMS = [
-    ["fedsim.core"],
+    ["fedsim.core", "fedsim.tasks"],
     ["fedsim.recording"],
     ["strategies"],
     ["fedsim.flower"],

@@ -13,9 +13,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.datasets import DatasetSpec
-from fedsim.core.images import normalise
 from fedsim.core.training import Autocast, precision_of
+from fedsim.tasks.vision.datasets import DatasetSpec
+from fedsim.tasks.vision.images import normalise
 
 MOST_SAMPLES = 64
 """Larger batches are not asked about: they would cost a worker seconds at its start."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-IMAGE_SHAPE = (3, 32, 32)
-"""Channels, height and width of every image."""
-
 
 def cache_root() -> Path:
     """Give the folder of converted and downloaded datasets.

@@ -23,7 +23,6 @@ from pydantic import (
     model_validator,
 )
 
-from fedsim.core import datasets, models
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
@@ -54,6 +53,7 @@ from fedsim.core.strategies import (
 )
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
+from fedsim.tasks.vision import datasets, models
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.datasets import DatasetSpec
-from fedsim.core.images import normalise
+from fedsim.tasks.vision.datasets import DatasetSpec
+from fedsim.tasks.vision.images import normalise
 
 BATCH_SIZE = 250
 """Samples that are evaluated at a time."""

@@ -17,16 +17,16 @@ from torch import nn
 
 from fedsim.core.capture import ITEM_BYTES, CapturePolicy
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import Dataset, load_dataset
 from fedsim.core.errors import ConfigError
-from fedsim.core.images import normalise
-from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
+from fedsim.tasks.vision.datasets import Dataset, load_dataset
+from fedsim.tasks.vision.images import normalise
+from fedsim.tasks.vision.models import build_model
 
 _ENTRY_BYTES = 512
 """Bytes at most of what is said of one tensor: in a header, an index, a line about its step."""

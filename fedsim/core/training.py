@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.core.datasets import DatasetSpec
-from fedsim.core.images import augment, normalise
+from fedsim.tasks.vision.datasets import DatasetSpec
+from fedsim.tasks.vision.images import augment, normalise
 
 Arrays = dict[str, NDArray[np.generic]]
 Autocast = Literal["none", "bfloat16", "float16"]

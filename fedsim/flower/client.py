@@ -31,12 +31,10 @@ from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.arithmetic import training_arithmetic
 from fedsim.core.capture import CapturePolicy
 from fedsim.core.config import MOST_TOML_BYTES, RunConfig
-from fedsim.core.datasets import with_own_data
 from fedsim.core.determinism import use_deterministic
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model, resolve_device
-from fedsim.core.own_data import OwnData, find_own_data
 from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
 from fedsim.core.startup import leave_compiler_out
@@ -48,6 +46,9 @@ from fedsim.recording.files import DISK_FULL
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.places import Place, place_of_run
+from fedsim.tasks.vision.datasets import with_own_data
+from fedsim.tasks.vision.models import build_model
+from fedsim.tasks.vision.own_data import OwnData, find_own_data
 
 _ENVELOPE = 256
 """Bytes of an array in a message beyond its data: the header of ``numpy.save``."""

@@ -80,7 +80,7 @@ def query(message: Message, context: Context) -> Message:
     node = NodeSettings.of(context.node_config)
     numbers, texts = {messages.PARTITION: node.partition_id}, ConfigRecord()
     if node.data is not None:
-        from fedsim.core.own_data import find_own_data
+        from fedsim.tasks.vision.own_data import find_own_data
 
         own = find_own_data(Path(node.data))
         numbers[messages.NUM_EXAMPLES] = own.samples

@@ -13,13 +13,13 @@ from flwr.serverapp import Grid
 from fedsim.core.errors import InputError, RunFailedError, shorten
 from fedsim.core.fields import MOST
 from fedsim.core.inputs import MOST_JSON_BYTES
-from fedsim.core.own_data import MOST_NAME, check_classes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
 from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import cause_of
 from fedsim.recording.files import json_document
+from fedsim.tasks.vision.own_data import MOST_NAME, check_classes
 
 
 def ask_data(

@@ -21,10 +21,11 @@ import fedsim
 import strategies
 from fedsim.core.arithmetic import evaluation_arithmetic
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import load_dataset, store_dataset
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, InputError
-from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import RunPlan
+from fedsim.tasks.vision.datasets import load_dataset, store_dataset
+from fedsim.tasks.vision.models import build_model
 
 CODE, DEVICE, PROCESSOR, GPU = "code", "device", "processor", "GPU"
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedsim.core.aggregation import first_not_finite, state_sha256
 from fedsim.core.allocator import give_freed_memory_back
 from fedsim.core.determinism import torch_threads
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import (
     DiskFullError,
     DivergedError,
@@ -26,7 +27,6 @@ from fedsim.core.errors import (
     RunInterruptedError,
 )
 from fedsim.core.evaluation import evaluate, first_overflow
-from fedsim.core.models import build_model, resolve_device
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, global_seed
@@ -37,6 +37,7 @@ from fedsim.flower.membership import membership_of
 from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of, problem_of_files, writable
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
+from fedsim.tasks.vision.models import build_model
 from strategies.folding import telemetry_of
 from strategies.recorded import CorrectingStrategy, StatefulStrategy
 

@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 
 from fedsim.core.config import RunConfig
 from fedsim.core.determinism import use_deterministic
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
-from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data

@@ -35,8 +35,8 @@ from ray._private import worker as ray_worker
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.allowance import usable_cpus, usable_memory
 from fedsim.core.config import RunConfig
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
-from fedsim.core.models import resolve_device
 from fedsim.core.plan import RunPlan
 from fedsim.flower.actor import Duty
 from fedsim.flower.client_app import app as client_app

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core.cache import IMAGE_SHAPE
-from fedsim.core.datasets import load_dataset
 from fedsim.core.errors import InputError
 from fedsim.core.plan import batches_of_round
 from fedsim.core.training import Batch, OptimizerSettings
 from fedsim.recording.files import TEMPORARY, temporary, write_json, write_tensors
 from fedsim.recording.reader import Client, Round, Run
+from fedsim.tasks.vision import IMAGE_SHAPE
+from fedsim.tasks.vision.datasets import load_dataset
 
 Progress = Callable[[int, int], None]
 

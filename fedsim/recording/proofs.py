@@ -20,8 +20,6 @@ from fedsim.core.aggregation import (
     local_work,
     state_sha256,
 )
-from fedsim.core.datasets import Dataset
-from fedsim.core.models import build_model
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import kept_by, server_step
@@ -53,6 +51,8 @@ from fedsim.recording.rows import updates_of
 from fedsim.recording.server_proofs import moved_parameters
 from fedsim.recording.shards import Shard
 from fedsim.recording.step_proofs import Measures, prove_objective
+from fedsim.tasks.vision.datasets import Dataset
+from fedsim.tasks.vision.models import build_model
 
 REPLAY_TOLERANCE = 1e-4
 """Relative error of a replay where bit for bit cannot be asked for."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedsim.core.aggregation import correction_of
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import parse_name
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
 from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
@@ -38,6 +37,7 @@ from fedsim.recording.layout import (
 )
 from fedsim.recording.shards import Gradient, Shard
 from fedsim.recording.tensor_files import TensorFile, TensorPart
+from fedsim.tasks.vision.datasets import parse_name
 
 if TYPE_CHECKING:
     import pandas

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from fedsim.core.aggregation import delta_of
 from fedsim.core.arithmetic import evaluation_arithmetic, training_arithmetic
-from fedsim.core.datasets import Dataset
 from fedsim.core.determinism import deterministic_block, torch_threads
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model, resolve_device
 from fedsim.core.plan import batches_of_round
 from fedsim.core.sketch import Sketcher
 from fedsim.core.training import (
@@ -51,6 +50,8 @@ from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import SKETCH, STEPS, is_shard
 from fedsim.recording.reader import Client, Run
 from fedsim.recording.row_proofs import settle_replayed
+from fedsim.tasks.vision.datasets import Dataset
+from fedsim.tasks.vision.models import build_model
 
 TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 """Relative error of what other arithmetic computes once more, by ``capture-dtype``."""

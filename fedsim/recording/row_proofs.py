@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from fedsim.core.datasets import Dataset, parse_name
-from fedsim.core.models import build_model
 from fedsim.core.plan import deal_partition
 from fedsim.recording import rows
 from fedsim.recording.findings import PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
 from fedsim.recording.reader import Client, Run
 from fedsim.recording.step_proofs import NORM_TOLERANCE
+from fedsim.tasks.vision.datasets import Dataset, parse_name
+from fedsim.tasks.vision.models import build_model
 
 MEASURED = (
     "seconds, peak_memory, created, versions, device, arithmetic, resumed: measured, and nothing "

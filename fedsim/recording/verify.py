@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from fedsim.core.allowance import usable_cpus
-from fedsim.core.datasets import Dataset, load_dataset, official_sha256
 from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
@@ -48,6 +47,7 @@ from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_sh
 from fedsim.recording.reader import Client, Run, load_run
 from fedsim.recording.recomputation import Candidate, Recomputation, draw, fresh_seed
 from fedsim.recording.shards import Shard
+from fedsim.tasks.vision.datasets import Dataset, load_dataset, official_sha256
 
 Progress = Callable[[int, int], None]
 

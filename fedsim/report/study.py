@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core.datasets import load_dataset, parse_name
 from fedsim.core.errors import InputError
 from fedsim.core.partition import class_counts
 from fedsim.core.units import format_bytes
@@ -30,6 +29,7 @@ from fedsim.report.geometry import (
     noise_scale,
     pairs_of,
 )
+from fedsim.tasks.vision.datasets import load_dataset, parse_name
 
 DEFAULT_BUDGET = 20 * 10**9
 """Bytes of deltas and gradients that a report reads of one run."""

@@ -14,8 +14,8 @@ from fedsim.core.aggregation import (
     local_work,
     state_sha256,
 )
-from fedsim.core.models import build_model
 from fedsim.core.training import state_arrays
+from fedsim.tasks.vision.models import build_model
 
 
 def f32(*values):

@@ -10,8 +10,8 @@ from torchvision.transforms import functional
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model
 from fedsim.core.training import state_arrays
+from fedsim.tasks.vision.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

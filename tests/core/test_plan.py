@@ -8,10 +8,10 @@ import pytest
 from fedsim.core.capture import CapturePolicy
 from fedsim.core.config import RunConfig, read_config_file
 from fedsim.core.errors import ConfigError
-from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import state_arrays
+from fedsim.tasks.vision.models import build_model
 
 # Weights of three convolutions, their norms (weight, bias) and the classifier, at 10 classes.
 CNN_PARAMETERS = (432 + 2 * 16) + (4608 + 2 * 32) + (9216 + 2 * 32) + (5120 + 10)

@@ -9,9 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.core.datasets import load_dataset
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model
 from fedsim.core.partition import PartitionScheme, make_partition
 from fedsim.core.rng import Purpose, draw_participants, generator, global_seed, torch_seed
 from fedsim.core.training import (
@@ -21,6 +19,8 @@ from fedsim.core.training import (
     local_train,
     state_arrays,
 )
+from fedsim.tasks.vision.datasets import load_dataset
+from fedsim.tasks.vision.models import build_model
 
 BASE = (42, Purpose.BATCHES, 3, 5)
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsim.core.models import LiveTapConv2d
 from fedsim.core.support import (
     count_nonzero,
     join_taps,
@@ -19,6 +18,7 @@ from fedsim.core.support import (
     packed_size,
     unpack,
 )
+from fedsim.tasks.vision.models import LiveTapConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import functional
 
-from fedsim.core.models import LiveTapConv2d, build_model
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import live_taps
 from fedsim.core.training import (
@@ -28,6 +27,7 @@ from fedsim.core.training import (
     schedule,
     state_arrays,
 )
+from fedsim.tasks.vision.models import LiveTapConv2d, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,13 +21,13 @@ from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.metrics import VceMetrics
 
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import store_dataset
 from fedsim.core.errors import ConfigError
 from fedsim.flower import machines
 from fedsim.flower.cluster import Node, joined, slots_of
 from fedsim.flower.simulation import WorkerPool, hand_out_to, size_cluster_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
+from fedsim.tasks.vision.datasets import store_dataset
 from tests.flower.ray_nodes import ROOT, can_hide, ray_node, wait_for_nodes
 from tests.ports import free_ports
 

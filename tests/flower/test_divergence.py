@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim.core.datasets import DatasetSpec
 from fedsim.core.errors import RunFailedError
 from fedsim.core.evaluation import first_overflow
 from fedsim.core.rng import draw_participants
@@ -13,6 +12,7 @@ from fedsim.recording.files import read_lines
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
+from fedsim.tasks.vision.datasets import DatasetSpec
 
 FIRST = draw_participants(42, 1, 6, 3)
 HUGE = {"learning_rate": 1e30, "momentum": 0.0, "optimizer": "sgd", "batch_size": 64}

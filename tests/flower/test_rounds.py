@@ -12,7 +12,6 @@ from fedsim.core.aggregation import state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError, RunFailedError, RunInterruptedError
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import build_model
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, draw_participants, generator
@@ -22,6 +21,7 @@ from fedsim.flower.server_app import check_output, execute
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import is_being_written
+from fedsim.tasks.vision.models import build_model
 from tests.flower.conftest import SMALL
 from tests.local_grid import LocalGrid
 from tests.observers import Memory

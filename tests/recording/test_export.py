@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from fedsim import cli, load_run
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import load_dataset
 from fedsim.core.errors import InputError
-from fedsim.core.models import build_model
 from fedsim.core.plan import RunPlan
 from fedsim.core.training import OptimizerSettings
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording import export
 from fedsim.recording.export import available_memory, export_breaching, export_notebook, obstacles
+from fedsim.tasks.vision.datasets import load_dataset
+from fedsim.tasks.vision.models import build_model
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.recording.conftest import Recorded

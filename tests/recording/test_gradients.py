@@ -21,7 +21,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fedsim.core.aggregation import delta_of
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.config import RunConfig
-from fedsim.core.models import build_model
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.sketch import Sketcher
@@ -37,6 +36,7 @@ from fedsim.recording import gradients
 from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.shards import Shard
+from fedsim.tasks.vision.models import build_model
 from tests.recording.test_files import file_size_limit
 
 STEP_BYTES = 78_184

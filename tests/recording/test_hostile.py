@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from fedsim import cli, load_run, simulate
 from fedsim.core.config import RunConfig, read_config_file
-from fedsim.core.datasets import load_dataset
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import (
     MOST_JSON_BYTES,
@@ -41,6 +40,7 @@ from fedsim.recording.recovery import check_continuable, find_recovery
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
+from fedsim.tasks.vision.datasets import load_dataset
 from tests import fuzz
 from tests.recording.rows import client_row, round_row
 

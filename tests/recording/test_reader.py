@@ -26,7 +26,6 @@ from fedsim import load_run
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
-from fedsim.core.models import build_model
 from fedsim.core.partition import partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.sketch import Sketcher
@@ -38,6 +37,7 @@ from fedsim.recording.reader import Client
 from fedsim.recording.shards import Shard
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.writer import RunWriter
+from fedsim.tasks.vision.models import build_model
 from tests.recording.conftest import Recorded
 from tests.recording.rows import client_row, round_row
 

@@ -16,7 +16,6 @@ from flwr.app import Message
 from rich.console import Console
 
 from fedsim.core.config import RunConfig
-from fedsim.core.datasets import Dataset, parse_name
 from fedsim.core.errors import RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.core.units import format_bytes
@@ -36,6 +35,7 @@ from fedsim.report.terminal import (
     print_summary,
     round_line,
 )
+from fedsim.tasks.vision.datasets import Dataset, parse_name
 from tests.local_grid import LocalGrid
 from tests.recording.rows import client_row
 

@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedsim.core.cache import IMAGE_SHAPE, cache_root
+from fedsim.core.cache import cache_root
 from fedsim.core.errors import InputError
-from fedsim.core.own_data import OwnData, check_classes
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.units import parse_count
+from fedsim.tasks.vision import IMAGE_SHAPE
+from fedsim.tasks.vision.own_data import OwnData, check_classes
 
 _CACHE_VERSION = 1
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from fedsim.core.errors import ConfigError
-from fedsim.core.resnet import NormLayer, ResNet18
 from fedsim.core.rng import torch_seed
+from fedsim.tasks.vision.resnet import NormLayer, ResNet18
 
 GROUPS = 32
 """Groups of ``norm = group`` where a layer has at least as many channels (Wu & He 2018)."""
@@ -113,20 +111,3 @@ _BUILDERS: dict[str, Callable[[int, NormLayer], nn.Module]] = {
     "resnet18-cifar": _resnet18_cifar,
     "cnn": _cnn,
 }
-
-
-def resolve_device(name: str) -> torch.device:
-    """Turn ``auto`` into ``cuda`` or ``cpu``, whichever is at hand, and others into themselves.
-
-    Raises
-    ------
-    ConfigError
-        When this machine has no such device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", name, "'auto' or 'cpu': this machine has no CUDA device")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device", name, "'auto' or 'cpu': this machine has no MPS device")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

@@ -19,9 +19,9 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from fedsim.core import datasets
-from fedsim.core.datasets import cache_root, load_dataset, parse_name, store_dataset
 from fedsim.core.errors import InputError
+from fedsim.tasks.vision import datasets
+from fedsim.tasks.vision.datasets import cache_root, load_dataset, parse_name, store_dataset
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
-from fedsim.core.models import LiveTapConv2d, build_model, needs_two_samples, resolve_device
-from fedsim.core.resnet import ResNet18
+from fedsim.tasks.vision.models import LiveTapConv2d, build_model, needs_two_samples
+from fedsim.tasks.vision.resnet import ResNet18
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedsim.core.cache import IMAGE_SHAPE, cache_root
+from fedsim.core.cache import cache_root
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import open_regular, parse_json
+from fedsim.tasks.vision import IMAGE_SHAPE
 
 _VERSION = 2
 _SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -8,7 +8,7 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from fedsim.core.images import augment, normalise
+from fedsim.tasks.vision.images import augment, normalise
 
 # Every vertical offset, horizontal offset and coin.
 CASES = list(itertools.product(range(9), range(9), (False, True)))

@@ -1,0 +1,1 @@
+"""What clients learn: one package for each task."""
