@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.core.aggregation import apply_delta
-from strategies.folding import DeltaFold, RoundExporter, State, metrics_of, usable_replies
+from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
 
 
 class DeltaFedAvg(FedAvg):
@@ -67,7 +67,7 @@ class DeltaFedAvg(FedAvg):
         metrics: list[RecordDict] = []
         for reply in usable_replies(replies):
             fold.add(reply, self._reference)
-            metrics.append(RecordDict({"metrics": metrics_of(reply)}))
+            metrics.append(RecordDict({"metrics": reply.metrics}))
             # Still bound, it would live on while the next one is decoded.
             del reply
         if fold.is_empty:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvgM, Strategy
 from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdaptiveBase
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from fedsim.core.aggregation import apply_delta
 from fedsim.core.errors import RunFailedError
 from fedsim.core.rng import Purpose, global_seed
+from fedsim.flower.messages import Reply, with_arrays
 from fedsim.recording.layout import CLIPPING_NORM, strategy_key
 from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
 
@@ -88,16 +88,15 @@ class Recorded(Strategy):
     ) -> Iterable[Message]:
         """Let the strategy make its messages, and add the buffers to what it sends."""
         self._reference = {name: array.numpy() for name, array in arrays.items()}
-        # A list: sampling must be over when this returns.
-        messages = list(
-            self.strategy.configure_train(server_round, self._bare(arrays), config, grid)
-        )
-        for message in messages:
-            key, sent = next(iter(message.content.array_records.items()))
-            message.content[key] = ArrayRecord(
+
+        def whole(sent: ArrayRecord) -> ArrayRecord:
+            return ArrayRecord(
                 {n: sent[n] if n in self._trainable else a for n, a in arrays.items()}
             )
-        return messages
+
+        made = self.strategy.configure_train(server_round, self._bare(arrays), config, grid)
+        # A list: sampling must be over when this returns.
+        return [with_arrays(message, whole) for message in made]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -119,10 +118,10 @@ class Recorded(Strategy):
             weighted_by_key=getattr(self._inner, "weighted_by_key", "num-examples"),
             exporter=self._exporter,
         )
-        bare: list[Message] = []
+        bare: list[Reply] = []
         for reply in usable_replies(replies):
             fold.add(reply, self._reference)
-            bare.append(self._bare_reply(reply))
+            bare.append(with_arrays(reply, self._bare))
             # Still bound, its buffers would live on while the next one is decoded.
             del reply
         with global_seed(self._seed, Purpose.NOISE, server_round):
@@ -210,12 +209,6 @@ class Recorded(Strategy):
 
     def _bare(self, arrays: ArrayRecord) -> ArrayRecord:
         return ArrayRecord({n: a for n, a in arrays.items() if n in self._trainable})
-
-    def _bare_reply(self, reply: Message) -> Message:
-        key, arrays = next(iter(reply.content.array_records.items()))
-        bare = copy.copy(reply)
-        bare.content = RecordDict({**reply.content, key: self._bare(arrays)})
-        return bare
 
 
 def _unwrapped(strategy: Strategy) -> Strategy:

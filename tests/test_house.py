@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     ["fedsim.core", "fedsim.tasks"],
     ["fedsim.recording"],
+    ["fedsim.flower.messages"],
     ["strategies"],
     ["fedsim.flower"],
     ["fedsim.report"],
@@ -186,6 +187,16 @@ def test_texts_are_read_and_written_in_an_encoding_that_is_named(module):
         and "encoding" not in {keyword.arg for keyword in call.keywords}
     ]
     assert unnamed == []
+
+
+RECORDS_OF_A_MESSAGE = {"array_records", "config_records", "metric_records"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_one_module_alone_takes_messages_apart(module):
+    attributes = {n.attr for n in ast.walk(parse(MODULES[module])) if isinstance(n, ast.Attribute)}
+    used = attributes & RECORDS_OF_A_MESSAGE
+    assert (used == set()) != (module == "fedsim.flower.messages")
 
 
 COUNTS_OF_THE_MACHINE = {

@@ -113,7 +113,7 @@ class ClientAppWorker(VirtualClientEngineActor):
         self, client_app_fn: Any, message: Message, cid: str, context: Context
     ) -> tuple[str, Message, Context]:
         """Train a client; where the run directory is out of reach, into one of our own."""
-        if self._is_away and (run := _recorded(message)) is not None:
+        if self._is_away and (run := messages.run_of(message)) is not None:
             name, run_id = run
             self.forget()
             self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
@@ -146,14 +146,6 @@ class ClientAppWorker(VirtualClientEngineActor):
         return self._folder / run
 
 
-def _recorded(message: Message) -> tuple[str, str] | None:
-    """Give the name and the id of the run that a message asks to record; None where none."""
-    settings: Any = message.content.config_records.get(messages.CONFIG, {})
-    if messages.RUN_ID not in settings:
-        return None
-    return str(settings[messages.RUN]), str(settings[messages.RUN_ID])
-
-
 def _sweep() -> None:
     """Remove what workers of this user left here that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
@@ -184,7 +176,7 @@ def bring_back(worker: Any, message: Message, recordings: str) -> None:
     RunFailedError
         As `receive`.
     """
-    if (run := _recorded(message)) is None:
+    if (run := messages.run_of(message)) is None:
         return
     layout = RunLayout(Path(recordings) / run[0])
     for name, size in ray.get(worker.files.remote(run[0])).items():

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 from flwr.common.logger import log
@@ -131,7 +130,7 @@ class FedSimClient(NumPyClient):
         self._node = node
         self._run_config = run_config
 
-    def check_sizes(self, records: Mapping[str, ArrayRecord], config: Mapping[str, Scalar]) -> None:
+    def check_sizes(self, asked: messages.Instruction) -> None:
         """Refuse arrays of a message that are larger than the model of the run, undecoded.
 
         Raises
@@ -139,10 +138,10 @@ class FedSimClient(NumPyClient):
         InputError
             With the record and both numbers of bytes.
         """
-        state = self._workplace(config).plan.initial_state
+        state = self._workplace(asked.config).plan.initial_state
         # Some of Flower's strategies send what was float32 as float64.
         most = sum(8 * array.size + _ENVELOPE for array in state.values())
-        for name, record in records.items():
+        for name, record in asked.records.items():
             if (found := sum(len(array.data) for array in record.values())) > most:
                 raise InputError(
                     f"the message brings {found:,} bytes of {shorten(name)}; expected what the "

@@ -10,11 +10,10 @@ from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
-from flwr.common.typing import Scalar
 
 from fedsim.core.errors import FedsimError
 from fedsim.flower import messages
@@ -59,10 +58,9 @@ def _client_of(context: Context) -> FedSimClient:
 def _answer_former(message: Message, context: Context) -> Message:
     from flwr.client.message_handler.message_handler import handle_legacy_message_from_msgtype
 
-    arrays = message.content.array_records
-    # Whichever of them is used: there is one, but for who means no good.
-    for settings in message.content.config_records.values() if arrays else ():
-        _client_of(context).check_sizes(arrays, _scalars(settings))
+    for asked in messages.Instruction.former(message):
+        if asked.records:
+            _client_of(context).check_sizes(asked)
     return handle_legacy_message_from_msgtype(_former_client, message, context)
 
 
@@ -70,48 +68,36 @@ def _former_client(context: Context) -> Client:
     return _client_of(context).to_client()
 
 
-def _scalars(record: ConfigRecord) -> dict[str, Scalar]:
-    return {key: value for key, value in record.items() if not isinstance(value, list)}
-
-
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say which partition this node holds, and what data of its own."""
-    node = NodeSettings.of(context.node_config)
-    numbers, texts = {messages.PARTITION: node.partition_id}, ConfigRecord()
+    node, told = NodeSettings.of(context.node_config), None
     if node.data is not None:
         from fedsim.tasks.vision.own_data import find_own_data
 
         own = find_own_data(Path(node.data))
-        numbers[messages.NUM_EXAMPLES] = own.samples
-        texts = ConfigRecord({messages.DATA_SHA256: own.sha256, messages.CLASSES: [*own.classes]})
-    content = RecordDict({messages.METRICS: MetricRecord({**numbers}), messages.CONFIG: texts})
-    return Message(content, reply_to=message)
+        told = (own.samples, own.sha256, own.classes)
+    return Message(messages.answer_content(node.partition_id, told), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Decode a training message, delegate to `FedSimClient.train`, encode the reply."""
-    client = _client_of(context)
-    config = _scalars(message.content.config_records[messages.CONFIG])
-    client.check_sizes(message.content.array_records, config)
-    record = message.content.array_records[messages.ARRAYS]
-    added = message.content.array_records.get(messages.CORRECTION)
-    correction = None if added is None else messages.state_of(added)
+    client, asked = _client_of(context), messages.Instruction.of(message)
+    client.check_sizes(asked)
+    state = asked.state
     arrays, num_examples, metrics = client.train(
-        list(messages.state_of(record).values()), config, correction
+        list(state.values()), asked.config, asked.correction
     )
-    local = messages.array_record(dict(zip(record, arrays, strict=True)))
+    local = messages.array_record(dict(zip(state, arrays, strict=True)))
     return Message(messages.reply_content(local, num_examples, metrics), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
     """Decode an evaluation message, delegate to `FedSimClient.evaluate`, encode the reply."""
-    client = _client_of(context)
-    config = _scalars(message.content.config_records[messages.CONFIG])
-    client.check_sizes(message.content.array_records, config)
-    record = message.content.array_records[messages.ARRAYS]
-    loss, num_examples, metrics = client.evaluate(list(messages.state_of(record).values()), config)
+    client, asked = _client_of(context), messages.Instruction.of(message)
+    client.check_sizes(asked)
+    loss, num_examples, metrics = client.evaluate(list(asked.state.values()), asked.config)
     content = messages.reply_content(None, num_examples, {"loss": loss, **metrics})
     return Message(content, reply_to=message)

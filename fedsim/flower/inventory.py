@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedsim.core.errors import InputError, RunFailedError, shorten
@@ -17,7 +17,6 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
 from fedsim.flower.membership import membership_of
-from fedsim.flower.replies import cause_of
 from fedsim.recording.files import json_document
 from fedsim.tasks.vision.own_data import MOST_NAME, check_classes
 
@@ -57,7 +56,9 @@ def ask_data(
     membership = membership_of(grid, clients=len(clients), stop=stop, tell=tell)
     membership.wait_for_all(patience)
     nodes = membership.nodes_of(clients, spare=0, patience=patience)
-    queries = [Message(_query(), nodes[partition], MessageType.QUERY) for partition in clients]
+    queries = [
+        Message(wire.query_content(), nodes[partition], MessageType.QUERY) for partition in clients
+    ]
     replies = stream_replies(grid, queries, window=window, stop=stop)
     samples: list[int] = []
     told: list[dict[str, Any]] = []
@@ -88,17 +89,15 @@ def ask_data(
 def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
     if reply.has_error():
         raise RunFailedError(
-            f"the node of partition {partition} could not say which data it has: {cause_of(reply)}"
+            f"the node of partition {partition} could not say which data it has: "
+            f"{wire.cause_of(reply)}"
         )
-    try:
-        count = reply.content.metric_records[wire.METRICS][wire.NUM_EXAMPLES]
-        about = reply.content.config_records[wire.CONFIG]
-        classes, sha256 = about[wire.CLASSES], about[wire.DATA_SHA256]
-    except KeyError:
+    if (data := wire.data_told_by(reply)) is None:
         raise RunFailedError(
             f"partition = 'nodes' asks for data of each node's own, and that of partition "
             f"{partition} tells of none"
-        ) from None
+        )
+    count, sha256, classes = data
     if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
         raise RunFailedError(f"the node of partition {partition} tells no number of samples")
     if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
@@ -113,7 +112,3 @@ def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
                 f"names of at most {MOST_NAME} characters"
             )
     return count, {"sha256": sha256, "classes": classes}
-
-
-def _query() -> RecordDict:
-    return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})

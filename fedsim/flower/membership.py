@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedsim.core.errors import RunFailedError, RunInterruptedError
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
-from fedsim.flower.replies import cause_of
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
@@ -90,7 +89,7 @@ class KnownMembership:
         self._nodes = self._known.nodes_by_partition(self._stop)
         if missing := sorted(set(range(self._clients)) - set(self._nodes)):
             raise RunFailedError(_unheld(missing, self._clients))
-        query = Message(_empty_query(), self._nodes[0], MessageType.QUERY)
+        query = Message(wire.query_content(), self._nodes[0], MessageType.QUERY)
         (reply,) = stream_replies(self._grid, [query], window=1, stop=self._stop)
         if reply.has_error():
             raise RunFailedError(_speechless(reply))
@@ -228,7 +227,7 @@ class Membership:
         under_way = set(self._asked.values())
         new = [m for m in self._here if m not in self._claims and m not in under_way]
         for member in new[: _WINDOW - len(self._asked)]:
-            query = Message(_empty_query(), member.node_id, MessageType.QUERY)
+            query = Message(wire.query_content(), member.node_id, MessageType.QUERY)
             if message_id := next(iter(self._grid.push_messages([query])), None):
                 self._asked[message_id] = member
         heard = False
@@ -269,7 +268,7 @@ class Membership:
         return reply.error.code == ErrorCode.NODE_UNAVAILABLE or member not in self._here
 
     def _claim_of(self, reply: Message) -> int | None:
-        claim = None if reply.has_error() else _said(reply)
+        claim = None if reply.has_error() else wire.client_told_by(reply)
         if claim is None:
             self._failures.append(_speechless(reply))
         return claim
@@ -303,16 +302,6 @@ def _unheld(missing: Sequence[int], clients: int) -> str:
     return f"no node holds {_named(missing)}; clients = {clients}"
 
 
-def _said(reply: Message) -> int | None:
-    record = reply.content.metric_records.get(wire.METRICS)
-    claim = None if record is None else record.get(wire.PARTITION)
-    return claim if isinstance(claim, int) else None
-
-
 def _speechless(reply: Message) -> str:
-    cause = cause_of(reply) if reply.has_error() else "its answer names none"
+    cause = wire.cause_of(reply) if reply.has_error() else "its answer names none"
     return f"a node could not say which partition it holds: {cause}"
-
-
-def _empty_query() -> RecordDict:
-    return RecordDict({wire.CONFIG: ConfigRecord(), wire.METRICS: MetricRecord()})

@@ -6,15 +6,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
 from fedsim.core.aggregation import first_not_finite, state_sha256
 from fedsim.core.allocator import give_freed_memory_back
@@ -34,14 +33,12 @@ from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
 from fedsim.flower.membership import membership_of
-from fedsim.flower.replies import NOT_FINITE, loss_of, problem_of, problem_of_files, writable
+from fedsim.flower.messages import State
+from fedsim.flower.replies import NOT_FINITE, UnusableReplyError, accept, loss_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
 from fedsim.tasks.vision.models import build_model
-from strategies.folding import telemetry_of
 from strategies.recorded import CorrectingStrategy, StatefulStrategy
-
-State = Mapping[str, NDArray[np.generic]]
 
 _PATIENCE = 60.0
 """Seconds on top of what two late clients take, each as often as it is repeated."""
@@ -70,6 +67,70 @@ class RunObserver(Protocol):
 
     def run_finished(self, path: Path) -> None:
         """Tell that the last round is written."""
+
+
+@dataclass
+class RoundOutcome:
+    """What became of the clients of a round, in the order of folding.
+
+    Parameters
+    ----------
+    number : int
+        The round; 0 is the untrained model.
+    participants : sequence of int
+        The clients that were drawn.
+
+    Attributes
+    ----------
+    failed : list of int
+        Those whose reply was not folded.
+    last : str
+        The cause of the last of them.
+    failure : type of RunFailedError
+        What ends the run if these failures do: `DivergedError` where nothing else went wrong.
+    suspects : dict of int to str
+        Clients whose loss stopped to be finite, with the words that tell where.
+    """
+
+    number: int
+    participants: Sequence[int]
+    failed: list[int] = field(default_factory=list)
+    last: str = ""
+    failure: type[RunFailedError] = DivergedError
+    suspects: dict[int, str] = field(default_factory=dict)
+
+    def add(self, client: int, answer: wire.Reply | str) -> None:
+        """Take a client's reply, or why it failed."""
+        if isinstance(answer, wire.Reply):
+            if loss := loss_of(answer.telemetry):
+                self.suspects[client] = loss
+            return
+        self.failed.append(client)
+        self.last = answer.splitlines()[-1].strip()
+        if NOT_FINITE not in self.last:
+            self.failure = RunFailedError
+
+    def without_model(self) -> RunFailedError:
+        """Give the error of a round whose strategy made no model."""
+        good = len(self.participants) - len(self.failed)
+        if good:
+            return RunFailedError(
+                f"the strategy made no model of what {good} of {len(self.participants)} clients "
+                f"returned in round {self.number}"
+            )
+        return self.failure(
+            f"no client of round {self.number} returned a model; the last that failed was client "
+            f"{self.failed[-1]}: {self.last}"
+        )
+
+    def diverged(self, what: str) -> DivergedError:
+        """Give the error of a round that diverged, with the first client that did."""
+        client, loss = next(iter(self.suspects.items()), (None, ""))
+        who = "" if client is None else f" (client {client}{loss})"
+        return DivergedError(
+            f"round {self.number} diverged: {what}{who}; the rounds before are kept, and "
+            "`--allow-divergence` goes on"
+        )
 
 
 class RoundLoop:
@@ -118,9 +179,6 @@ class RoundLoop:
         self._window = 2 * workers
         self._stop = stop
         self._stop_after_round = stop_after_round or threading.Event()
-        self._suspects: dict[int, str] = {}
-        self._last = ""
-        self._failure: type[RunFailedError] = RunFailedError
         self._device = resolve_device(self._config.device)
         # Those that run.json tells of: they decide the last bits of an evaluation.
         self._threads = torch.get_num_threads()
@@ -156,7 +214,7 @@ class RoundLoop:
         if after is None:
             state: State = self._plan.initial_state
             self._writer.add_state(0, state)
-            self._close_round(0, [], [], state, time.perf_counter(), clients_seconds=0.0)
+            self._close_round(RoundOutcome(0, []), state, time.perf_counter(), 0.0)
         else:
             state = self._writer.state(after)
             # Round 0 trains nobody: what is kept begins with the next one.
@@ -175,102 +233,88 @@ class RoundLoop:
                 spare=self._config.max_failures,
                 patience=self._config.node_timeout,
             )
-            failed: list[int] = []
-            arrays, _ = self._strategy.aggregate_train(
-                number, self._replies(number, participants, nodes, state, failed)
-            )
-            if arrays is None and len(failed) < len(participants):
-                raise RunFailedError(
-                    f"the strategy made no model of what {len(participants) - len(failed)} of "
-                    f"{len(participants)} clients returned in round {number}"
-                )
+            outcome = RoundOutcome(number, participants)
+            arrays, _ = self._strategy.aggregate_train(number, self._replies(outcome, nodes, state))
             if arrays is None:
-                raise self._failure(f"no client of round {number} returned a model{self._last}")
+                raise outcome.without_model()
             state = wire.state_of(arrays)
             del arrays
             if layer := self._not_finite(state):
-                raise self._diverged(number, f"{layer} of the global state is not finite")
+                raise outcome.diverged(f"{layer} of the global state is not finite")
             seconds = time.perf_counter() - started
-            self._close_round(number, participants, failed, state, started, seconds)
+            self._close_round(outcome, state, started, seconds)
 
     def _replies(
-        self,
-        number: int,
-        participants: Sequence[int],
-        nodes: Mapping[int, int],
-        state: State,
-        failed: list[int],
-    ) -> Iterator[Message]:
-        order = fold_order(participants, self._plan.sizes)
-        messages = self._messages(number, order, nodes, state)
+        self, outcome: RoundOutcome, nodes: Mapping[int, int], state: State
+    ) -> Iterator[wire.Reply]:
+        """Yield what the strategy is to fold, and keep in `outcome` what became of each client."""
+        for client, answer in self._answers(outcome, nodes, state):
+            outcome.add(client, answer)
+            if isinstance(answer, wire.Reply):
+                telemetry = answer.telemetry
+                yield answer
+                # The next reply is decoded before this name is bound again.
+                del answer
+                # After the strategy has folded and written it: what is told is done.
+                self._observer.client_finished({"round": outcome.number, **telemetry})
+            else:
+                self._fail(outcome, client, answer)
+
+    def _answers(
+        self, outcome: RoundOutcome, nodes: Mapping[int, int], state: State
+    ) -> Iterator[tuple[int, wire.Reply | str]]:
+        """Yield each client with its reply, or with why that cannot be folded."""
+        number = outcome.number
+        order = fold_order(outcome.participants, self._plan.sizes)
         limit = self._config.client_timeout
         replies = stream_replies(
             self._grid,
-            messages,
+            self._messages(number, order, nodes, state),
             window=self._window,
             stop=self._stop,
-            # Whoever runs the clients answers for late ones; this is for when nobody does.
+            # The engine ends late clients itself; this is for when nobody does.
             patience=None if limit is None else 2 * (1 + RETRIES) * limit + _PATIENCE,
         )
-        self._suspects = {}
-        self._failure = DivergedError
-        for partition in order:
-            reply = next(replies)
-            reason = problem_of(
-                reply,
-                state,
-                partition=partition,
-                num_samples=self._plan.sizes[partition],
-                config=self._config,
-                folder=self._writer.layout.client(number, partition),
-            )
-            reason = reason or problem_of_files(reply, self._plan, partition)
-            if reason is None:
-                row = telemetry_of(reply)
-                if loss := loss_of(row):
-                    self._suspects[partition] = loss
-                yield reply
-                # After the strategy has folded and written it: what is told is done.
-                del reply
-                self._observer.client_finished({"round": number, **row})
-            else:
-                self._fail(number, partition, writable(reason), failed)
+        for client in order:
+            try:
+                yield (
+                    client,
+                    accept(
+                        next(replies),
+                        state,
+                        partition=client,
+                        num_samples=self._plan.sizes[client],
+                        most=(self._plan.most_files_of(client), self._plan.most_bytes_of(client)),
+                        config=self._config,
+                        folder=self._writer.layout.client(number, client),
+                    ),
+                )
+            except UnusableReplyError as error:
+                yield client, wire.writable(str(error))
 
-    def _fail(self, number: int, partition: int, reason: str, failed: list[int]) -> None:
+    def _fail(self, outcome: RoundOutcome, client: int, reason: str) -> None:
         if self._stop.is_set():
             # Ctrl-C reaches the workers too: their complaint is not the cause.
             raise RunInterruptedError("interrupted")
-        failed.append(partition)
+        number, last = outcome.number, outcome.last
         self._writer.add_failure(
-            {"round": number, "partition": partition, "status": "failed", "error": reason}
+            {"round": number, "partition": client, "status": "failed", "error": reason}
         )
-        last = reason.splitlines()[-1].strip()
-        self._last = f"; the last that failed was client {partition}: {last}"
-        if NOT_FINITE not in last:
-            self._failure = RunFailedError
         if wire.DISK_FULL in last:
             # However many failures are allowed: the next client fares no better.
             raise DiskFullError(
-                f"the disk of {self._writer.layout.root} is full: client {partition} of round "
+                f"the disk of {self._writer.layout.root} is full: client {client} of round "
                 f"{number} has no room for its gradients; the rounds before are kept"
             )
-        self._observer.client_failed(number, partition, reason)
-        if len(failed) > self._config.max_failures:
-            raise self._failure(
-                f"client {partition} failed in round {number} "
+        self._observer.client_failed(number, client, reason)
+        if len(outcome.failed) > self._config.max_failures:
+            raise outcome.failure(
+                f"client {client} failed in round {number} "
                 f"(max-failures = {self._config.max_failures}): {last}"
             )
 
     def _not_finite(self, state: State) -> str | None:
         return None if self._config.allow_divergence else first_not_finite(state)
-
-    def _diverged(self, number: int, what: str) -> DivergedError:
-        # The first in the order of folding, which does not depend on who came first.
-        who = next((f" (client {p}{loss})" for p, loss in self._suspects.items()), "")
-        return DivergedError(
-            f"round {number} diverged: {what}{who}; the rounds before are kept, and "
-            "`--allow-divergence` goes on"
-        )
 
     def _messages(
         self, number: int, order: Sequence[int], nodes: Mapping[int, int], state: State
@@ -295,54 +339,48 @@ class RoundLoop:
         return _Lazily(order, lambda p: self._addressed(by_node[nodes[p]], number, p))
 
     def _addressed(self, message: Message, number: int, partition: int) -> Message:
-        # All messages of a strategy share one RecordDict; settings of one client need their own.
-        arrays = next(iter(message.content.array_records.values()))
-        config = ConfigRecord(dict(next(iter(message.content.config_records.values()))))
-        config.update(
-            wire.train_config(
-                self._config_json,
-                round_number=number,
-                partition=partition,
-                partition_sha256=self._plan.partition_sha256,
-                run=self._run_name,
-                run_id=self._writer.run_id,
-                data_sha256=self._plan.nodes[partition]["sha256"] if self._plan.nodes else None,
-            )
+        settings = wire.train_config(
+            self._config_json,
+            round_number=number,
+            partition=partition,
+            partition_sha256=self._plan.partition_sha256,
+            run=self._run_name,
+            run_id=self._writer.run_id,
+            data_sha256=self._plan.nodes[partition]["sha256"] if self._plan.nodes else None,
         )
-        content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
+        correction: State | None = None
         if isinstance(self._strategy, CorrectingStrategy):
-            content[wire.CORRECTION] = wire.array_record(self._strategy.correction(partition))
-        return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+            correction = self._strategy.correction(partition)
+        return wire.train_message(message, settings, correction)
 
     def _close_round(
         self,
-        number: int,
-        participants: Sequence[int],
-        failed: Sequence[int],
+        outcome: RoundOutcome,
         state: State,
         started: float,
         clients_seconds: float,
     ) -> None:
+        number = outcome.number
         loss = accuracy = None
         evaluating = time.perf_counter()
         if number % self._config.evaluate_every == 0 or number == self._config.rounds:
             load_state(self._model, state)
             data = self._plan.dataset
             with torch_threads(self._threads):
-                outcome = evaluate(
+                found = evaluate(
                     self._model, data.test_images, data.test_labels, data.spec, device=self._device
                 )
-            loss, accuracy = outcome.loss, outcome.accuracy
+            loss, accuracy = found.loss, found.accuracy
             if not math.isfinite(loss) and not self._config.allow_divergence:
                 layer = first_overflow(self._model, data.test_images, data.spec, self._device)
                 where = f": {layer} overflows" if layer else ""
-                raise self._diverged(number, f"the global loss is not finite{where}")
+                raise outcome.diverged(f"the global loss is not finite{where}")
             give_freed_memory_back()
         evaluated = time.perf_counter()
         row = {
             "round": number,
-            "participants": list(participants),
-            "failed": list(failed),
+            "participants": list(outcome.participants),
+            "failed": outcome.failed,
             "global_loss": loss,
             "global_accuracy": accuracy,
             "state_sha256": state_sha256(state),

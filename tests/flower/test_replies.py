@@ -7,7 +7,8 @@ from flwr.app import Array
 from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
 from fedsim.flower.client_app import app
-from fedsim.flower.replies import loss_of, problem_of, traceback_of, writable
+from fedsim.flower.messages import traceback_of, writable
+from fedsim.flower.replies import UnusableReplyError, accept, loss_of
 from fedsim.recording.files import json_line
 from fedsim.recording.rows import read_rows
 from tests.local_grid import LocalGrid
@@ -23,14 +24,19 @@ def _identity():
 def problem(message, folder, **values):
     keys = {key.replace("_", "-"): value for key, value in values.items()}
     asked = {"clients-per-round": 5, "batch-size": 200, "learning-rate": 0.1, "local-epochs": 1}
-    return problem_of(
-        message,
-        global_state(),
-        partition=1,
-        num_samples=SIZES[1],
-        config=RunConfig.from_mapping({**asked, **keys}),
-        folder=folder,
-    )
+    try:
+        accept(
+            message,
+            global_state(),
+            partition=1,
+            num_samples=SIZES[1],
+            most=(9, 2**40),
+            config=RunConfig.from_mapping({**asked, **keys}),
+            folder=folder,
+        )
+    except UnusableReplyError as error:
+        return str(error)
+    return None
 
 
 HASH = "0123456789abcdef0123456789abcdef"
@@ -366,6 +372,16 @@ def test_of_a_chain_of_tracebacks_the_clients_own_is_told():
         "ray::ClientAppActor.run()\nflwr.ClientAppException: zero'>"
     )
     told = '  File "client.py", line 3, in fit\n    1 / 0\nZeroDivisionError: zero'
-    assert traceback_of(ray) == told
-    assert traceback_of("<class 'flwr.Gone'>:<'the node is gone'>") == "the node is gone"
-    assert traceback_of("") == "no reason given"
+    assert traceback_of(failure(ray)) == told
+    gone = "<class 'flwr.Gone'>:<'the node is gone'>"
+    assert traceback_of(failure(gone)) == "the node is gone"
+    assert traceback_of(failure("")) == "no reason given"
+
+
+def test_more_files_than_a_client_can_have_written_are_a_problem(tmp_path):
+    files = {"steps.jsonl": {"bytes": 2**41, "xxh3_128": HASH}}
+    found = problem(reply_of(files=files, place="node"), tmp_path)
+    assert found == (
+        "returned what cannot be folded: its telemetry lists 1 files of 2.2 TB; "
+        "expected at most 9 of 1.1 TB"
+    )

@@ -47,10 +47,10 @@ def reply(partition, *, state=None, num_examples=None, node=None):
     return message
 
 
-def failure():
+def failure(reason="it broke"):
     asked = Message(RecordDict(), dst_node_id=1, message_type="train")
     asked.metadata.__dict__["_message_id"] = "1"
-    return Message(Error(code=2, reason="it broke"), reply_to=asked)
+    return Message(Error(code=2, reason=reason), reply_to=asked)
 
 
 def built(name, exporter=None, parameters=("w",), **settings):
