@@ -27,7 +27,7 @@ from fedsim.core.characters import Shown
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, RunFailedError, RunInterruptedError
 from fedsim.core.plan import RunPlan
-from fedsim.report.terminal import Summary, TerminalObserver, summary_of
+from fedsim.terminal import Summary, TerminalObserver, summary_of
 
 _CHUNK = 2**16
 _LAST = 4096

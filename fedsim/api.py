@@ -11,133 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.core.config import RunConfig, flags_to_resume, read_config_file
-from fedsim.core.errors import InputError, RunInterruptedError
+from fedsim.core.errors import RunInterruptedError
+from fedsim.core.plugins import provider
 from fedsim.core.rng import nothing_drawn
 from fedsim.recording.reader import Run as RecordedRun
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from fedsim.core.plan import RunPlan
     from fedsim.flower.rounds import RunObserver
     from fedsim.flower.simulation import WorkerPool
     from fedsim.recording.recovery import Recovery
-
-
-class Plots:
-    """The figures of a run, one method for each: ``run.plot.accuracy()``.
-
-    Parameters
-    ----------
-    run : Run
-        What to draw.
-
-    Notes
-    -----
-    Each method takes nothing, returns a plotly figure (with an image for where plotly's scripts do
-    not run, as in pages of nbconvert), and raises `InputError` where the run has nothing to draw.
-    `fedsim.report.charts` says what each shows.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    @cached_property
-    def _study(self) -> Any:
-        from fedsim.report.study import Study
-
-        return Study(self._run, self._run.path.resolve().name)
-
-    def _draw(self, key: str) -> go.Figure:
-        from fedsim.report.charts import draw
-        from fedsim.report.figures import Absent
-        from fedsim.report.notebook_view import NotebookFigure
-
-        figure = draw(key, [self._study])
-        if isinstance(figure, Absent):
-            raise InputError(f"{self._run.path} has no figure {key!r}: {figure.reason}")
-        return NotebookFigure.of(figure)
-
-    def __repr__(self) -> str:
-        from fedsim.report.charts import KEYS
-
-        width = max(map(len, KEYS)) + 2
-        lines = [f"figures of the run {self._run.path.name}:"]
-        for key in KEYS:
-            what, _, needs = (getattr(type(self), key).__doc__ or "").partition("\n\n")
-            line = what.removeprefix("Draw ") + (" " + needs.strip() if needs else "")
-            lines.append(f"  {key + '()':{width}}  {line}".replace("``", ""))
-        return "\n".join(lines)
-
-    def accuracy(self) -> go.Figure:
-        """Draw the test accuracy of the global model, by round."""
-        return self._draw("accuracy")
-
-    def loss(self) -> go.Figure:
-        """Draw the test loss of the global model, by round."""
-        return self._draw("loss")
-
-    def partition(self) -> go.Figure:
-        """Draw the samples of each class at each client."""
-        return self._draw("partition")
-
-    def participation(self) -> go.Figure:
-        """Draw who took part in which round, and who failed."""
-        return self._draw("participation")
-
-    def client_loss(self) -> go.Figure:
-        """Draw the local training loss of each client, by round."""
-        return self._draw("client_loss")
-
-    def gradient_norm(self) -> go.Figure:
-        """Draw the norm of the first local gradient of each client, by round."""
-        return self._draw("gradient_norm")
-
-    def layer_norms(self) -> go.Figure:
-        """Draw the norm of the first local gradient of each parameter, by round."""
-        return self._draw("layer_norms")
-
-    def drift(self) -> go.Figure:
-        """Draw the cosine of each client's delta to the global model's movement, by round."""
-        return self._draw("drift")
-
-    def delta_norm(self) -> go.Figure:
-        """Draw the norm of each client's delta, by round."""
-        return self._draw("delta_norm")
-
-    def pair_cosines(self) -> go.Figure:
-        """Draw the cosines of all pairs of clients' deltas, by round."""
-        return self._draw("pair_cosines")
-
-    def drift_pairs(self) -> go.Figure:
-        """Draw the matrix of cosines of clients' deltas, round by round."""
-        return self._draw("drift_pairs")
-
-    def conflict(self) -> go.Figure:
-        """Draw the share of pairs of clients with gradients in conflict (Yu et al. 2020).
-
-        It needs the first step of each client, which ``capture = "first:1"`` keeps.
-        """
-        return self._draw("conflict")
-
-    def noise(self) -> go.Figure:
-        """Draw the simple noise scale of each client (McCandlish et al. 2018).
-
-        It needs two full batches of a client, which ``capture = "first:2"`` keeps.
-        """
-        return self._draw("noise")
-
-    def round_time(self) -> go.Figure:
-        """Draw the wall time of each round, by what it went into."""
-        return self._draw("round_time")
-
-    def client_time(self) -> go.Figure:
-        """Draw the time of all clients of each round, by what it went into."""
-        return self._draw("client_time")
-
-    def bytes(self) -> go.Figure:
-        """Draw the bytes that each round wrote, by what they are."""
-        return self._draw("bytes")
 
 
 class Run(RecordedRun):
@@ -155,9 +38,9 @@ class Run(RecordedRun):
     """
 
     @cached_property
-    def plot(self) -> Plots:
+    def plot(self) -> Any:
         """The figures of the run, as far as it is now: ``run.plot.accuracy()``."""
-        return Plots(self)
+        return provider("plots", "run.plot")(self)
 
 
 def load_run(path: str | Path) -> Run:
@@ -209,7 +92,7 @@ def simulate(
     with nothing_drawn():
         # rich draws a number when it is imported.
         from fedsim.apart import simulate_apart
-        from fedsim.report.terminal import TerminalObserver
+        from fedsim.terminal import TerminalObserver
 
     checked = _as_config(config)
     with contextlib.ExitStack() as stack:
@@ -259,7 +142,7 @@ def run_plan(
         After an interrupt, with the command that goes on.
     """
     from fedsim.flower.simulation import simulate
-    from fedsim.report.trackers import Observers, TrackingObserver, make_tracker
+    from fedsim.trackers import Observers, TrackingObserver, make_tracker
 
     trackers = [TrackingObserver(name, make_tracker(name), warn) for name in tracker]
     with contextlib.ExitStack() as stack:

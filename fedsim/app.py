@@ -17,7 +17,7 @@ from fedsim.flower.run_config import check_paths, config_from_run_config
 from fedsim.flower.server_app import check_output, check_resume, default_output, execute
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import Recovery, check_continuable
-from fedsim.report.terminal import TerminalObserver
+from fedsim.terminal import TerminalObserver
 
 server = ServerApp()
 

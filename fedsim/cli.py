@@ -408,9 +408,9 @@ def _add_collect(commands: Any) -> None:
 
 def _collect(parsed: argparse.Namespace) -> int:
     from fedsim.core.units import format_bytes
-    from fedsim.recording.collect import collect
+    from fedsim.plugins.remote.collect import collect
     from fedsim.recording.reader import load_run
-    from fedsim.report.terminal import ByteProgress, make_console
+    from fedsim.terminal import ByteProgress, make_console
 
     console = make_console()
     with ByteProgress(console, f"collecting into {parsed.run}") as progress:
@@ -542,11 +542,11 @@ def _add_fetch(commands: Any) -> None:
 
 def _push(parsed: argparse.Namespace) -> None:
     from fedsim.core.units import format_bytes
-    from fedsim.recording.mirror import push
+    from fedsim.plugins.remote.mirror import push
+    from fedsim.plugins.remote.urls import RemoteFolder
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_places
-    from fedsim.recording.urls import RemoteFolder
-    from fedsim.report.terminal import ByteProgress, make_console
+    from fedsim.terminal import ByteProgress, make_console
 
     load_run(parsed.run)
     check_places(parsed.run)
@@ -558,8 +558,8 @@ def _push(parsed: argparse.Namespace) -> None:
 
 
 def _fetch(parsed: argparse.Namespace) -> None:
-    from fedsim.recording.mirror import fetch
-    from fedsim.report.terminal import ByteProgress, make_console
+    from fedsim.plugins.remote.mirror import fetch
+    from fedsim.terminal import ByteProgress, make_console
 
     console = make_console()
     with ByteProgress(console, f"fetching {parsed.url}") as progress:
@@ -666,8 +666,8 @@ def _add_deploy(commands: Any) -> None:
 
 
 def _deploy_init(parsed: argparse.Namespace) -> None:
-    from fedsim.deploy.federation import Federation
-    from fedsim.deploy.init import init
+    from fedsim.plugins.deploy.federation import Federation
+    from fedsim.plugins.deploy.init import init
 
     init(
         parsed.folder,
@@ -688,8 +688,8 @@ def _deploy_init(parsed: argparse.Namespace) -> None:
 
 
 def _deploy_start(parsed: argparse.Namespace) -> None:
-    from fedsim.deploy.federation import Federation
-    from fedsim.deploy.start import start
+    from fedsim.plugins.deploy.federation import Federation
+    from fedsim.plugins.deploy.start import start
 
     if Federation.read(parsed.folder).insecure:
         _say("insecure: whoever reaches the server may join, listen and change what is sent")
@@ -701,13 +701,13 @@ def _deploy_start(parsed: argparse.Namespace) -> None:
 
 
 def _deploy_register(parsed: argparse.Namespace) -> None:
-    from fedsim.deploy.start import register
+    from fedsim.plugins.deploy.start import register
 
     register(parsed.folder, _tell)
 
 
 def _deploy_renew(parsed: argparse.Namespace) -> None:
-    from fedsim.deploy.init import renew, renew_node
+    from fedsim.plugins.deploy.init import renew, renew_node
 
     if parsed.node is None:
         renew(parsed.folder, days=365 if parsed.days is None else parsed.days)
@@ -723,8 +723,8 @@ def _deploy_renew(parsed: argparse.Namespace) -> None:
 
 
 def _tell_how_to_unregister(folder: Path, public_key: bytes) -> None:
-    from fedsim.deploy.federation import CONNECTION, Federation, Places
-    from fedsim.deploy.registered import node_id_of
+    from fedsim.plugins.deploy.federation import CONNECTION, Federation, Places
+    from fedsim.plugins.deploy.registered import node_id_of
 
     places = Places(folder.absolute())
     try:
@@ -740,13 +740,13 @@ def _tell_how_to_unregister(folder: Path, public_key: bytes) -> None:
 def _deploy_gateway(parsed: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fedsim.deploy.federation import Federation, Places
+    from fedsim.plugins.deploy.federation import Federation, Places
 
     federation = Federation.read(parsed.folder)
     if federation.insecure:
         raise InputError(f"{parsed.folder} is insecure: its nodes reach the SuperLink itself")
 
-    from fedsim.deploy.gateway import serve
+    from fedsim.plugins.deploy.gateway import serve
 
     listen = parsed.listen or federation.listen
     serve(Places(parsed.folder.absolute()), replace(federation, listen=listen))
@@ -762,8 +762,8 @@ def _tell(text: str) -> None:
 def _report(parsed: argparse.Namespace) -> int:
     from fedsim.core.errors import ConfigError
     from fedsim.core.units import parse_bytes
-    from fedsim.report.report import write_report
-    from fedsim.report.terminal import ByteProgress, make_console
+    from fedsim.plugins.report.report import write_report
+    from fedsim.terminal import ByteProgress, make_console
 
     try:
         budget = parse_bytes(parsed.read_budget)
@@ -793,9 +793,9 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _export_breaching(parsed: argparse.Namespace) -> None:
-    from fedsim.recording.export import export_breaching
+    from fedsim.plugins.export.export import export_breaching
     from fedsim.recording.reader import load_run
-    from fedsim.report.terminal import make_console
+    from fedsim.terminal import make_console
 
     reasons = export_breaching(
         load_run(parsed.run),
@@ -814,9 +814,9 @@ def _export_breaching(parsed: argparse.Namespace) -> None:
 
 
 def _export_notebook(parsed: argparse.Namespace) -> None:
-    from fedsim.recording.export import export_notebook
+    from fedsim.plugins.export.export import export_notebook
     from fedsim.recording.reader import load_run
-    from fedsim.report.terminal import ByteProgress, make_console
+    from fedsim.terminal import ByteProgress, make_console
 
     console = make_console()
     with ByteProgress(console, f"collecting round {parsed.round}") as progress:
@@ -844,7 +844,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     recomputations = _count_or_all("recompute", parsed.recompute)
 
     from fedsim.recording.verify import verify
-    from fedsim.report.terminal import ByteProgress, make_console, print_findings
+    from fedsim.terminal import ByteProgress, make_console, print_findings
 
     console = make_console()
     started = time.perf_counter()
@@ -892,7 +892,7 @@ def _flags_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _check_trackers(parsed: argparse.Namespace) -> None:
     if parsed.tracker:
-        from fedsim.report.trackers import check_tracker
+        from fedsim.trackers import check_tracker
 
         for name in parsed.tracker:
             check_tracker(name)
@@ -910,7 +910,7 @@ def _prepared(
     from fedsim.core.plan import RunPlan
     from fedsim.flower.server_app import default_output
     from fedsim.flower.simulation import fit_pool
-    from fedsim.report.terminal import preparing_line
+    from fedsim.terminal import preparing_line
 
     pool = fit_pool(config)
     output = Path(config.output) if config.output else default_output()
@@ -937,7 +937,7 @@ def _resume(parsed: argparse.Namespace) -> None:
     from fedsim.flower.simulation import fit_pool
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_continuable
-    from fedsim.report.terminal import make_console, preparing_line, printable
+    from fedsim.terminal import make_console, preparing_line, printable
 
     _check_trackers(parsed)
     # Also where nothing is left to do.
@@ -969,7 +969,7 @@ def _simulate(
     recovery: Recovery | None = None,
 ) -> None:
     from fedsim.api import how_to_go_on, run_plan
-    from fedsim.report.terminal import TerminalObserver
+    from fedsim.terminal import TerminalObserver
 
     workers = "1 worker" if pool.workers == 1 else f"{pool.workers} workers"
     where = f"Ray and {workers}" if plan.config.cluster is None else "the workers"
@@ -996,7 +996,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     from fedsim.core.units import format_bytes
     from fedsim.flower.server_app import check_output, free_bytes
-    from fedsim.report.terminal import make_console, print_summary
+    from fedsim.terminal import make_console, print_summary
 
     console = make_console()
     print_summary(console, plan, pool.workers, output)
@@ -1007,7 +1007,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _compare(parsed: argparse.Namespace) -> int:
     from fedsim.core.config import read_config_file
-    from fedsim.core.grid import make_cells, parse_axis
+    from fedsim.plugins.compare.cells import make_cells, parse_axis
 
     axes = []
     for flag, key in (("strategies", "strategy"), ("seeds", "seed")):
@@ -1029,12 +1029,12 @@ def _compare(parsed: argparse.Namespace) -> int:
     named = values.pop("output", None)
     cells = make_cells(values, axes)
 
-    from fedsim import compare
     from fedsim.core.config import RunConfig
     from fedsim.flower.scratch import sweep
     from fedsim.flower.simulation import fit_pool
-    from fedsim.report.comparison import GridProgress, group_rows, print_comparison
-    from fedsim.report.terminal import make_console
+    from fedsim.plugins.compare import compare
+    from fedsim.plugins.compare.tables import GridProgress, group_rows, print_comparison
+    from fedsim.terminal import make_console
 
     # Checked as the same key of a run is.
     folder = RunConfig.from_mapping({"output": named} if named is not None else {}).output
@@ -1128,7 +1128,7 @@ def _runs(parsed: argparse.Namespace) -> None:
         raise InputError(f"--keep-gradients-of = {keep} cannot be used; expected 0 or more")
 
     from fedsim.recording import runs
-    from fedsim.report.terminal import make_console, print_runs
+    from fedsim.terminal import make_console, print_runs
 
     if parsed.remove:
         chosen = [runs.find_run(path) for path in {p.absolute(): p for p in parsed.remove}.values()]
@@ -1156,7 +1156,7 @@ def _runs(parsed: argparse.Namespace) -> None:
 def _remove(chosen: Sequence[FoundRun], *, gradients: bool, yes: bool) -> None:
     from fedsim.core.units import format_bytes
     from fedsim.recording.runs import remove_gradients, remove_run
-    from fedsim.report.terminal import make_console, print_runs, printable
+    from fedsim.terminal import make_console, print_runs, printable
 
     console = make_console()
     print_runs(console, chosen)
@@ -1181,6 +1181,6 @@ def _agreed(question: str, yes: bool) -> bool:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from fedsim.recording.reader import load_run
-    from fedsim.report.terminal import make_console, print_run
+    from fedsim.terminal import make_console, print_run
 
     print_run(make_console(), load_run(parsed.run))

@@ -46,7 +46,7 @@ from fedsim.core.inputs import read_text_bytes
 from fedsim.core.plan import RunPlan
 from fedsim.flower import simulation
 from fedsim.flower.client_app import app
-from fedsim.flower.machines import device_of, versions
+from fedsim.flower.machine import device_of, versions
 from fedsim.flower.server_app import execute
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum

@@ -19,7 +19,7 @@ from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.report.charts import KEYS
+from fedsim.plugins.report.charts import KEYS
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.patience import PATIENCE

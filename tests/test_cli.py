@@ -15,7 +15,7 @@ from fedsim.core.strategies import STRATEGIES
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import load_run
-from fedsim.report.terminal import TerminalObserver
+from fedsim.terminal import TerminalObserver
 from tests import fuzz
 from tests.local_grid import LocalGrid
 

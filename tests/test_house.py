@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from fedsim.core.plugins import GROUP
 
 ROOT = Path(__file__).parents[1]
 # From the bottom; a module knows its own room and those below.
@@ -17,13 +20,13 @@ ROOMS = [
     ["fedsim.flower.messages"],
     ["strategies"],
     ["fedsim.flower"],
-    ["fedsim.report"],
-    ["fedsim.deploy"],
     [
-        *("fedsim.api", "fedsim.apart", "fedsim.cli", "fedsim.compare", "fedsim.cell"),
-        *("fedsim.app", "fedsim.__main__", "run_simulation"),
+        *("fedsim.api", "fedsim.apart", "fedsim.app", "fedsim.cell", "fedsim.cli"),
+        *("fedsim.terminal", "fedsim.trackers", "fedsim.__main__", "run_simulation"),
     ],
+    ["fedsim.plugins"],
 ]
+PLUGINS = sorted(p.parent.name for p in (ROOT / "fedsim/plugins").glob("*/__init__.py"))
 FILES = [
     *sorted((ROOT / "fedsim").rglob("*.py")),
     *sorted((ROOT / "strategies").rglob("*.py")),
@@ -85,9 +88,22 @@ def test_a_module_knows_only_its_own_room_and_those_below(module):
     imported = set(imported_by(module, parse(MODULES[module])))
     ours = {name for name in imported if name.split(".")[0] in OURS} - {"fedsim"}
     above = sorted(n for n in ours if room_of(n) is None or room_of(n) > room_of(module))
+    if module == "fedsim.cli":
+        above = [name for name in above if not name.startswith("fedsim.plugins.")]
     assert above == []
     if room_of(module) <= 1:
         assert {n.split(".")[0] for n in imported}.isdisjoint({"flwr", "ray"})
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_knows_no_other_plugin_and_is_declared(plugin):
+    room = f"fedsim.plugins.{plugin}"
+    own = [m for m in MODULES if m == room or m.startswith(f"{room}.")]
+    imported = {name for m in own for name in imported_by(m, parse(MODULES[m]))}
+    theirs = {n for n in imported if n.startswith("fedsim.plugins") and not n.startswith(room)}
+    assert theirs == set()
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert declared["entry-points"][GROUP][plugin] == room
 
 
 def test_the_package_itself_imports_its_face_alone_and_only_when_asked():
@@ -106,7 +122,7 @@ def test_the_package_itself_imports_its_face_alone_and_only_when_asked():
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save", "torch.serialization", "pandas.read_pickle"}
 # The one form that is a pickle, for readers that take nothing else: written, never read.
-MAY_SAVE = {"fedsim.recording.export"}
+MAY_SAVE = {"fedsim.plugins.export.export"}
 # The one room that lends the global generators out, and puts them back.
 MAY_SEED = {"fedsim.core.rng"}
 SEEDS = {f"numpy.random.{call}" for call in ("get_state", "seed", "set_state")} | {"random.seed"}

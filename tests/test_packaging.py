@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DATA = {"fedsim/py.typed", "fedsim/report/page.css", "fedsim/report/page.js"}
+DATA = {"fedsim/py.typed"}
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
@@ -43,7 +43,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def code() -> set[str]:
     paths = [p for name in ("fedsim", "strategies") for p in (ROOT / name).rglob("*.py")]
-    return {path.relative_to(ROOT).as_posix() for path in paths} | DATA
+    pages = [p for kind in ("css", "js") for p in (ROOT / "fedsim/plugins").rglob(f"*.{kind}")]
+    return {path.relative_to(ROOT).as_posix() for path in [*paths, *pages]} | DATA
 
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(
@@ -52,11 +53,11 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(
     with zipfile.ZipFile(built[".whl"]) as wheel:
         assert {n for n in wheel.namelist() if ".dist-info/" not in n} == code
     shutil.unpack_archive(built[".whl"], tmp_path, "zip")
-    program = "import fedsim.cli, fedsim.app, fedsim.report.page as page; print(page.__file__)"
+    program = "import fedsim.cli, fedsim.app, fedsim.terminal as found; print(found.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
-    assert (done.stdout, done.stderr) == (f"{tmp_path / 'fedsim/report/page.py'}\n", "")
+    assert (done.stdout, done.stderr) == (f"{tmp_path / 'fedsim/terminal.py'}\n", "")
 
 
 def test_the_source_distribution_builds_the_same(built: dict[str, Path], code: set[str]) -> None:

@@ -8,9 +8,10 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
@@ -19,20 +20,40 @@ from fedsim.core.determinism import use_deterministic
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.plan import RunPlan
+from fedsim.core.plugins import provider
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
-from fedsim.flower.machines import device_of, versions
+from fedsim.flower.machine import device_of, versions
 from fedsim.flower.membership import KnownMembership, KnowsPartitions
 from fedsim.flower.preflight import check_can_be_made, check_can_be_written
 from fedsim.flower.rounds import RoundLoop, RunObserver
 from fedsim.recording.files import DISK_FULL, read_lines
 from fedsim.recording.layout import format_of
-from fedsim.recording.mirror import check_mirror, mirrored, open_mirror
 from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
 from strategies.registry import build_strategy, check_strategy
+
+
+class Mirror(Protocol):
+    """Keeps a copy of a run at a URL; a plugin provides it as ``mirror``."""
+
+    def check_new(self, url: str, root: Path) -> None:
+        """Refuse a URL for a run directory that is yet to be made, with `ConfigError`."""
+
+    def check_same(self, url: str, root: Path) -> None:
+        """Refuse a URL that holds another run than the directory does, with `ConfigError`."""
+
+    def kept(
+        self, url: str, root: Path, *, tell: Callable[[str], None], stop: threading.Event
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Keep the copy up to date; yields what is called when the run has something new."""
+
+
+def _mirror() -> Mirror:
+    mirror: Mirror = provider("mirror", "mirror")
+    return mirror
 
 
 def default_output() -> Path:
@@ -66,7 +87,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     if not plan.config.own_data:
         _check_room(path, plan)
     if plan.config.mirror:
-        open_mirror(plan.config.mirror, path)
+        _mirror().check_new(plan.config.mirror, path)
 
 
 def _check_room(path: Path, plan: RunPlan) -> None:
@@ -135,7 +156,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     if not plan.config.own_data:
         _check_room_left(run, plan, last)
     if plan.config.mirror:
-        check_mirror(plan.config.mirror, run.path)
+        _mirror().check_same(plan.config.mirror, run.path)
     return recovery
 
 
@@ -237,8 +258,9 @@ def execute(
         try:
             if plan.config.deterministic:
                 use_deterministic(True)
-            mirror = mirrored(plan.config.mirror, output, tell=observer.warned, stop=stop)
-            writer.on_change = copying.enter_context(mirror)
+            if plan.config.mirror:
+                kept = _mirror().kept(plan.config.mirror, output, tell=observer.warned, stop=stop)
+                writer.on_change = copying.enter_context(kept)
             writer.on_change()
             if not is_announced:
                 observer.run_started(plan, workers, output)

@@ -8,12 +8,13 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Flower and Ray read these when they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -38,17 +39,9 @@ from fedsim.core.config import RunConfig
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
 from fedsim.core.plan import RunPlan
+from fedsim.core.plugins import provider
 from fedsim.flower.actor import Duty
 from fedsim.flower.client_app import app as client_app
-from fedsim.flower.cluster import (
-    Connection,
-    Node,
-    is_alive,
-    joined,
-    prepared,
-    present_nodes,
-    slots_of,
-)
 from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.preflight import check_machine
 from fedsim.flower.rounds import RunObserver
@@ -83,6 +76,26 @@ class WorkerPool:
     workers: int
     cpus: int
     gpus: float
+
+
+class Cluster(Protocol):
+    """Places workers on the nodes of a Ray cluster; a plugin provides it as ``cluster``."""
+
+    def fit_pool(self, config: RunConfig) -> WorkerPool:
+        """Fit the workers to what the cluster at ``ray-address`` has free."""
+
+    def joined(
+        self, plan: RunPlan, output: Path, pool: WorkerPool, *, verbose: bool
+    ) -> AbstractContextManager[tuple[Duty, Callable[[], str | None]]]:
+        """Join the cluster and check its nodes for a run.
+
+        Gives the duty of the workers, and a function that says what has died that they need.
+        """
+
+
+def _cluster() -> Cluster:
+    cluster: Cluster = provider("cluster", "ray-address")
+    return cluster
 
 
 def size_pool(
@@ -133,7 +146,7 @@ def size_pool(
         raise ConfigError("workers", config.workers, f"1 to {most} with the {cores} for use here")
     # The server needs memory as well.
     room = memory // _WORKER_BYTES - 1
-    fitting = min(cpus // config.client_cpus, _most_participants(config), room)
+    fitting = min(cpus // config.client_cpus, most_participants(config), room)
     if config.client_gpus:
         slots = _gpu_slots(machine_gpus, config.client_gpus)
         if config.workers is not None and config.workers > slots:
@@ -148,56 +161,13 @@ def size_pool(
     return WorkerPool(workers=workers, cpus=config.client_cpus, gpus=gpus)
 
 
-def size_cluster_pool(config: RunConfig, nodes: Sequence[Node]) -> WorkerPool:
-    """Fit the workers to what a Ray cluster has free.
-
-    Parameters
-    ----------
-    config : RunConfig
-        As for `size_pool`, but that a worker has a whole GPU where ``client-gpus`` is unset.
-    nodes : sequence of Node
-        From `present_nodes`.
-
-    Returns
-    -------
-    WorkerPool
-
-    Raises
-    ------
-    ConfigError
-        When the cluster has no room for what is asked for.
-    """
-    trains_on_gpus = resolve_device(config.device).type == "cuda"
-    if config.client_gpus == 0 and trains_on_gpus:
-        raise ConfigError(
-            "client-gpus", 0, "a share above 0, or any with device = 'cpu': training runs on GPUs"
-        )
-    gpus = config.client_gpus
-    if gpus is None:
-        gpus = 1.0 if trains_on_gpus else 0.0
-    slots = sum(slots_of(node, cpus=config.client_cpus, gpus=gpus) for node in nodes)
-    if slots == 0:
-        room = f"{config.client_cpus} CPU cores" + (f" and {gpus:g} GPUs" if gpus else "")
-        raise ConfigError(
-            "ray-address",
-            config.ray_address,
-            f"a cluster with room for a worker: none of its {len(nodes)} nodes has {room} free",
-        )
-    if config.workers is not None and config.workers > slots:
-        raise ConfigError(
-            "workers", config.workers, f"1 to {slots}, for which the cluster has room now"
-        )
-    workers = config.workers or min(slots, _most_participants(config))
-    return WorkerPool(workers=workers, cpus=config.client_cpus, gpus=gpus)
-
-
 def fit_pool(config: RunConfig) -> WorkerPool:
     """Fit the workers to where the run will be: this machine, or the cluster at ``ray-address``.
 
     Raises
     ------
     ConfigError
-        As `size_pool` and `size_cluster_pool`, or when there is no such cluster.
+        As `size_pool`, or when there is no such cluster, or it has no room.
     """
     if config.cluster is None:
         pool = size_pool(
@@ -208,11 +178,11 @@ def fit_pool(config: RunConfig) -> WorkerPool:
         )
         check_machine(pool.workers)
         return pool
-    with joined(config.cluster):
-        return size_cluster_pool(config, present_nodes())
+    return _cluster().fit_pool(config)
 
 
-def _most_participants(config: RunConfig) -> int:
+def most_participants(config: RunConfig) -> int:
+    """Count the clients of the largest round."""
     return max(config.num_participants(r) for r in range(1, config.rounds + 1))
 
 
@@ -298,11 +268,9 @@ def simulate(
             broken = _OwnProcesses().broken
             SupervisedPool.duty = Duty()
         else:
-            stack.enter_context(joined(plan.config.cluster, verbose=verbose))
-            nodes = [n for n in present_nodes() if slots_of(n, cpus=pool.cpus, gpus=pool.gpus)]
-            SupervisedPool.duty = stack.enter_context(prepared(plan, output, nodes))
+            joined = _cluster().joined(plan, output, pool, verbose=verbose)
+            SupervisedPool.duty, broken = stack.enter_context(joined)
             backend = {"client_resources": _resources_of(pool)}
-            broken = Connection().broken
         engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
 
         def serve(grid: Grid) -> None:
@@ -473,6 +441,13 @@ class _OwnProcesses:
             if not is_alive(process) and ray.is_initialized():
                 return f"Ray's process {name} died, and with it the workers"
         return None
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Say whether a process still runs."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _root_of(error: BaseException) -> BaseException:

@@ -20,7 +20,7 @@ from ray.exceptions import (
 )
 
 from fedsim.core.errors import InputError, RunFailedError, RunInterruptedError
-from fedsim.flower.actor import ClientAppWorker, Duty, bring_back
+from fedsim.flower.actor import ClientAppWorker, Duty
 from fedsim.flower.scratch import place_of
 
 RETRIES = 2
@@ -47,7 +47,7 @@ class SupervisedPool(BasicActorPool):
     most: ClassVar[int] = 1
     """Workers to start, where there is room for as many."""
     duty: ClassVar[Duty] = Duty()
-    """What workers must know before their first client."""
+    """What workers do before their first client, and around each."""
     ready: ClassVar[threading.Event] = threading.Event()
     """Set once a worker has started, or none can be."""
     _latest: ClassVar[SupervisedPool | None] = None
@@ -111,7 +111,7 @@ class SupervisedPool(BasicActorPool):
                 _, reply, after = ray.get(answer)
                 worker = self._future_to_actor[future]
                 if worker in self._away:
-                    bring_back(worker, message, self.duty.recordings)
+                    self.duty.bring_back(worker, message)
             except _LOST as error:
                 deaths += 1
                 self._replace(future)

@@ -25,7 +25,7 @@ from fedsim.core.config import RunConfig
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.report.terminal import TerminalObserver
+from fedsim.terminal import TerminalObserver
 from tests.local_grid import LocalGrid
 
 ROUNDS = 220

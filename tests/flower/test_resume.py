@@ -20,7 +20,7 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import FedsimError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
-from fedsim.flower.machines import device_of
+from fedsim.flower.machine import device_of
 from fedsim.flower.server_app import check_resume, execute, manifest_of, versions
 from fedsim.recording.checksums import checksum_line
 from fedsim.recording.files import Checksum, read_lines

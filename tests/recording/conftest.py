@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from fedsim.core.config import RunConfig
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
+from fedsim.recording.recovery import find_recovery
 from tests.local_grid import LocalGrid
+from tests.observers import Memory
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,3 +122,23 @@ def recorded(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Recorde
 def copied(recorded: Recorded, tmp_path: Path) -> Path:
     """A copy of the run directory to break."""
     return Path(shutil.copytree(recorded.path, tmp_path / "run"))
+
+
+def own_folder(nodes: Path) -> Callable[[int], dict[str, Any]]:
+    """Let each client record into a folder of its own below `nodes`."""
+    return lambda partition: {"recordings": str(nodes / str(partition)), "capture": True}
+
+
+def record(
+    plan: RunPlan, path: Path, node_config: Callable[[int], dict[str, Any]], *, resume: bool = False
+) -> None:
+    """Run a plan over the in-process grid, each node configured by its client."""
+    execute(
+        LocalGrid(app, plan.config.clients, node_config=node_config),
+        plan,
+        path,
+        observer=Memory(),
+        workers=2,
+        stop=threading.Event(),
+        recovery=find_recovery(path) if resume else None,
+    )

@@ -19,13 +19,10 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.checksums import checksum_line, read_checksums
-from fedsim.recording.collect import collect
 from fedsim.recording.layout import is_gradients
-from fedsim.recording.mirror import fetch, push
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.runs import find_run, find_runs, remove_gradients, remove_run
-from fedsim.recording.urls import RemoteFolder
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
@@ -246,24 +243,6 @@ def test_a_run_without_its_gradients_is_whole_in_everything_else(
         )
 
 
-def test_gradients_that_were_removed_come_back_from_a_copy(
-    recorded: Recorded, copied: Path
-) -> None:
-    remove_gradients(copied)
-    run = load_run(copied)
-    removed = run.removed
-    collected = collect(run, [str(recorded.path)])
-    assert (collected.files, collected.wrong, collected.missing) == (len(removed), [], [])
-    assert load_run(copied).removed == []
-    findings = verify(copied)
-    assert findings.violations == []
-    assert findings.checks["replay"].proven == verify(recorded.path).checks["replay"].proven > 0
-    assert not any("were removed" in text for c in findings.checks.values() for text in c.unproven)
-    # And go again, whatever the lines said before.
-    remove_gradients(copied)
-    assert load_run(copied).removed == removed
-
-
 def test_a_run_without_its_gradients_is_continued(recorded: Recorded, copied: Path) -> None:
     remove_gradients(copied)
     removed = load_run(copied).removed
@@ -286,24 +265,6 @@ def test_a_run_without_its_gradients_is_continued(recorded: Recorded, copied: Pa
     findings = verify(copied)
     assert findings.violations == []
     assert findings.checks["replay"].proven > 0
-
-
-def test_copies_of_a_run_without_its_gradients(
-    recorded: Recorded, copied: Path, tmp_path: Path
-) -> None:
-    whole, without = tmp_path / "whole", tmp_path / "without"
-    push(copied, RemoteFolder(str(whole)))
-    remove_gradients(copied)
-    # A copy that has them keeps them; a new one has none, and says so.
-    push(copied, RemoteFolder(str(whole)))
-    push(copied, RemoteFolder(str(without)))
-    fetch(str(whole), tmp_path / "first")
-    fetch(str(without), tmp_path / "second")
-    first, second = (load_run(tmp_path / name) for name in ("first", "second"))
-    assert (first.removed, second.removed) == ([], load_run(copied).removed)
-    assert verify(first.path).checks["replay"].proven > 0
-    for path in (first.path, second.path):
-        assert verify(path).violations == []
 
 
 @pytest.mark.parametrize("name", ["delta.safetensors", "steps.jsonl"])

@@ -19,8 +19,6 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording import layout, shared
-from fedsim.recording.collect import collect
-from fedsim.recording.export import export_notebook
 from fedsim.recording.files import Checksum, json_line, read_lines, write_tensors
 from fedsim.recording.findings import Findings
 from fedsim.recording.layout import RunLayout, format_of
@@ -31,11 +29,10 @@ from fedsim.recording.shared import SharedFiles
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
-from fedsim.report.report import write_report
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.recording.conftest import own_folder, record
 from tests.recording.rows import client_row
-from tests.recording.test_collect import own_folder, record
 from tests.recording.test_reader import example_reader
 
 VALUES = {
@@ -239,6 +236,7 @@ def unproven(findings: Findings) -> dict[str, set[str]]:
 
 
 def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Path) -> None:
+    remote = pytest.importorskip("fedsim.plugins.remote.collect")
     record(pair.plan, tmp_path / "run", own_folder(tmp_path / "nodes"))
     run = load_run(tmp_path / "run")
     assert run.manifest["format"] == 2
@@ -252,7 +250,7 @@ def test_what_many_clients_kept_is_collected(pair: Pair, few: None, tmp_path: Pa
     before = verify(tmp_path / "run")
     assert (before.violations, before.checks["replay"].proven) == ([], 0)
     sources = [str(p) for p in sorted((tmp_path / "nodes").iterdir())]
-    collected = collect(run, sources)
+    collected = remote.collect(run, sources)
     # Gradients and lines of steps of the 5, 4 and 2 clients of the rounds.
     assert (collected.files, collected.missing, collected.wrong) == (22, [], [])
     after = verify(tmp_path / "run")
@@ -306,9 +304,11 @@ def test_a_client_that_a_shared_file_does_not_hold_is_told(pair: Pair, tmp_path:
 
 
 def test_reports_and_exports_take_shared_files(pair: Pair, tmp_path: Path) -> None:
+    export = pytest.importorskip("fedsim.plugins.export.export")
+    report = pytest.importorskip("fedsim.plugins.report.report")
     for path in (pair.alone, pair.together):
-        export_notebook(load_run(path), 1, output=tmp_path / path.name)
-        write_report([path], tmp_path / f"{path.name}.html")
+        export.export_notebook(load_run(path), 1, output=tmp_path / path.name)
+        report.write_report([path], tmp_path / f"{path.name}.html")
     exported = [
         torch.load(tmp_path / f"{name}_01_tensors.pt", weights_only=True)["model_updates"]
         for name in ("alone", "together")

@@ -1,0 +1,69 @@
+"""Plugins: features found by their entry points; no other code knows which are installed.
+
+An entry point of the group ``fedsim.plugins`` names a module. Its ``PROVIDES`` maps what it brings
+to where that is, as ``package.module`` or ``package.module:object``, imported when it is needed:
+
+============  ===========================================================================
+``commands``  list of click commands of ``fedsim``
+``plots``     called with a run, gives its figures: ``run.plot``
+``mirror``    keeps the copy at the key ``mirror``: `fedsim.flower.server_app.Mirror`
+``cluster``   places workers at the key ``ray-address``: `fedsim.flower.simulation.Cluster`
+============  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+from fedsim.core.errors import InputError
+
+GROUP = "fedsim.plugins"
+
+
+def provided(feature: str) -> Iterator[Any]:
+    """Give what each plugin that is installed provides of a feature, by the plugins' names.
+
+    Raises
+    ------
+    InputError
+        Naming the plugin that cannot be loaded.
+    """
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            place = point.load().PROVIDES.get(feature)
+            if place is not None:
+                yield pkgutil.resolve_name(place)
+        except Exception as error:
+            # Its folder was removed.
+            if isinstance(error, ModuleNotFoundError) and error.name == point.module:
+                continue
+            raise InputError(
+                f"the plugin {point.name} cannot be loaded ({type(error).__name__}: {error}); "
+                "repair or uninstall it"
+            ) from error
+
+
+def provider(feature: str, wanted: str) -> Any:
+    """Give what the first plugin provides of a feature.
+
+    Parameters
+    ----------
+    feature : str
+        A key of ``PROVIDES``.
+    wanted : str
+        What the user asked for, for the error.
+
+    Raises
+    ------
+    InputError
+        When no plugin that is installed provides it, or one cannot be loaded.
+    """
+    for found in provided(feature):
+        return found
+    raise InputError(
+        f"{wanted} needs a plugin that provides {feature!r}, and none is installed; installing "
+        "fedsim again brings its own (in a clone: `pip install --no-deps --editable .`)"
+    )

@@ -1,1 +1,0 @@
-"""Making and starting a federation of real Flower nodes."""

@@ -1,0 +1,1 @@
+"""Features that nothing else of fedsim knows: `fedsim.core.plugins` finds them."""

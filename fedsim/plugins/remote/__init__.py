@@ -1,0 +1,3 @@
+"""The plugin ``remote``: copies of runs elsewhere, and files that clients kept on their disks."""
+
+PROVIDES = {"mirror": "fedsim.plugins.remote.mirror"}

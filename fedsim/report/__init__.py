@@ -1,1 +1,0 @@
-"""Showing runs to people."""
