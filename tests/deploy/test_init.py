@@ -21,6 +21,7 @@ from fedsim import cli
 from fedsim.deploy.federation import Federation, Places, is_host
 from fedsim.deploy.init import init
 from tests.deploy.conftest import ROOT
+from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 ALL = "0.0.0.0"  # noqa: S104 - what is listened at
@@ -300,7 +301,7 @@ def test_systemd_takes_the_units(tmp_path, name):
         text = re.sub(r"(?m)^User=.*\n", "", unit.read_text())
         unit.write_text(text)
         told = subprocess.run(
-            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60
+            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=PATIENCE
         )
         about_it = [line for line in told.stderr.splitlines() if unit.name in line]
         assert about_it == []
