@@ -1,16 +1,25 @@
-# make run | make test | make check | make install: each prepares what it needs first.
+# make run | make test | make test-all | make check | make install: each prepares what it needs first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fedsim-installed
 
-.PHONY: run test check format install clean
+.PHONY: run test test-all test-matrix check format install clean
 
 run: $(STAMP)
 	$(BIN)/python run_simulation.py
 
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not matrix'
+
+# The matrices: every fault at every moment, strategies stopped in every round, soak.
+test-matrix: $(STAMP)
+	$(PYTEST) -m matrix
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

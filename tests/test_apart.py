@@ -23,6 +23,7 @@ from fedsim.core import errors
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, DivergedError, FedsimError, RunFailedError
 from fedsim.flower.simulation import EngineError
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -208,7 +209,7 @@ def test_the_callers_process_is_as_it_was_whatever_becomes_of_the_run(folder: Pa
     (folder / "classes").mkdir()
     (folder / "classes" / "lab.py").write_text(LAB)
     process = caller(folder, CALLER)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out + err
     assert out.splitlines()[-1] == "told succeeds is_refused fails is_interrupted in_a_thread"
     # What `fedsim run` prints, and what the user's own class does, there.
@@ -245,6 +246,7 @@ def under_way(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_run_ends_with_its_caller(folder: Path, number: signal.Signals) -> None:
@@ -253,11 +255,12 @@ def test_the_run_ends_with_its_caller(folder: Path, number: signal.Signals) -> N
     family = those_of(folder)
     assert {"raylet", "gcs_server"} <= {p.name() for p in family}
     process.send_signal(number)
-    assert process.wait(30) == -number
-    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert process.wait(PATIENCE) == -number
+    assert psutil.wait_procs(family, timeout=PATIENCE)[1] == []
     assert list((folder / "tmp").iterdir()) == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_second_interrupt_ends_the_run_at_once(folder: Path) -> None:
     process = caller(folder, LONG)
@@ -272,17 +275,18 @@ def test_a_second_interrupt_ends_the_run_at_once(folder: Path) -> None:
         while not int.from_bytes(fcntl.ioctl(asked, termios.FIONREAD, bytes(4)), sys.byteorder):
             time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert err.rstrip().endswith("KeyboardInterrupt")
-    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert psutil.wait_procs(family, timeout=PATIENCE)[1] == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_run_whose_process_is_killed_is_a_failure_that_says_so(folder: Path) -> None:
     process = caller(folder, LONG)
     under_way(folder, process)
     next(p for p in those_of(folder) if "fedsim.cell" in p.cmdline()).kill()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert err.splitlines()[-1].endswith("RunFailedError: the run's process was ended by signal 9")
 
 

@@ -131,6 +131,7 @@ def test_the_example_goes_from_a_run_to_a_figure_in_fifteen_lines() -> None:
     ast.parse(text)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -150,6 +151,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert fedsim.load_run(run).status == "finished"
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_runs_one_after_another_in_one_program_and_an_interrupt(tmp_path: Path) -> None:
     """As a notebook does it: no process of its own for each run."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 pytest.importorskip("ipykernel", reason="notebooks need the packages of the extra dev")
 nbconvert = pytest.importorskip("nbconvert", reason="notebooks need the packages of the extra dev")
 nbformat = pytest.importorskip("nbformat", reason="notebooks need the packages of the extra dev")
@@ -34,7 +36,7 @@ def test_a_notebook_of_the_guides_lines_is_a_page_with_figures(
     last = "print(run.rounds()['global_accuracy'].max())"
     cells = [f"import fedsim\n{first}", *calls, "run.plot.drift_pairs().show()", last]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    executor = nbconvert.preprocessors.ExecutePreprocessor(timeout=300)
+    executor = nbconvert.preprocessors.ExecutePreprocessor(timeout=int(PATIENCE))
     executor.preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     outputs = {cell.source: cell.outputs for cell in notebook.cells}
     streams = [o for found in outputs.values() for o in found if o.output_type == "stream"]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 
@@ -84,7 +86,7 @@ def ray_node(folder: Path, head: str | None, *, hidden: Path | None = None) -> I
             for member in family:
                 with contextlib.suppress(psutil.Error):
                     member.send_signal(signal.SIGKILL)
-            psutil.wait_procs(family, timeout=20)
+            psutil.wait_procs(family, timeout=PATIENCE)
 
 
 def can_hide() -> bool:

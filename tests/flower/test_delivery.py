@@ -19,6 +19,7 @@ from fedsim.flower.delivery import Deliveries, EngineGrid
 from fedsim.flower.grid import GridBehind
 from fedsim.flower.membership import KnownMembership, Membership, membership_of
 from tests.local_grid import LocalGrid
+from tests.patience import PATIENCE
 
 
 class Link:
@@ -76,7 +77,7 @@ def test_messages_are_brought_in_the_order_of_sending_and_no_other_node_is_asked
     assert deliveries.nodes_by_partition(threading.Event()) == {0: 70, 1: 50}
     sent = [message_to(node) for node in (50, 70, 50)]
     assert [link.store_message_ins(message) for message in sent] == ["stored"] * 3
-    assert [messages.get(timeout=10) for _ in sent] == sent
+    assert [messages.get(timeout=PATIENCE) for _ in sent] == sent
     assert link.asked == [50, 70, 50]
 
 
@@ -88,7 +89,7 @@ def test_a_message_that_the_link_refuses_is_not_waited_for(
     assert link.store_message_ins(message_to(0)) is None
     last = message_to(70)
     link.store_message_ins(last)
-    assert messages.get(timeout=10) is last
+    assert messages.get(timeout=PATIENCE) is last
 
 
 def test_a_stop_ends_waiting_for_an_engine_that_does_not_begin() -> None:

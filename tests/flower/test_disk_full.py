@@ -80,6 +80,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(
     assert findings.checks["state"].proven == len(rounds)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path) -> None:
     flags = (

@@ -33,7 +33,7 @@ def nothing_is_left(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("name", [pytest.param("gcs_server", marks=pytest.mark.matrix), "raylet"])
 def test_the_death_of_the_engine_ends_the_run_with_that_cause(folder, name):
     process = start(LONG, folder)
     under_way(folder, process)
@@ -84,6 +84,7 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.usefixtures("hangup")
 def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder):
@@ -97,6 +98,7 @@ def test_a_closed_terminal_ends_a_run_like_an_interrupt(folder):
     assert verify(folder / "run").violations == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_workers_that_need_more_memory_than_there_is_end_the_run_with_that_cause(folder):
     process = start(
@@ -117,6 +119,7 @@ def test_workers_that_need_more_memory_than_there_is_end_the_run_with_that_cause
     nothing_is_left(folder)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_server_alone_can_be_killed_without_leaving_anything(folder):
     process = start(LONG, folder)

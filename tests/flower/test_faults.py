@@ -130,6 +130,7 @@ def check_end(path: Path, whole: Path) -> None:
     assert list(path.rglob("*.partial")) == []
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in OF_PROCESSES])
 def test_a_fault_stops_the_run_with_its_cause_and_a_resume_ends_the_same(
@@ -194,7 +195,7 @@ def nothing_is_left(folder: Path) -> None:
             if process.environ().get("TMPDIR") == str(folder / "tmp"):
                 running.append(process)
     # The janitor of a killed server is at work until they are gone.
-    _, alive = psutil.wait_procs(running, timeout=30)
+    _, alive = psutil.wait_procs(running, timeout=PATIENCE)
     assert alive == []
     assert list((folder / "tmp").iterdir()) == []
 
@@ -240,18 +241,21 @@ def hanging(whole: Path) -> Iterator[Future[None]]:
         yield pool.submit(resume_from_fault_to_fault, whole, "hang")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.usefixtures("hanging")
 def test_killed_workers_are_replaced_and_their_clients_repeated(whole: Path) -> None:
     kill_workers(whole)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.usefixtures("hanging")
 def test_a_killed_run_resumed_into_the_next_kill_ends_the_same(whole: Path) -> None:
     resume_from_fault_to_fault(whole, "kill server")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_run_that_hangs_resumed_into_the_next_hang_ends_the_same(hanging: Future[None]) -> None:
     hanging.result()
@@ -279,6 +283,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_table_in_the_documentation_is_what_happened() -> None:
     if len(outcomes) < len(KINDS) * len(MOMENTS):

@@ -28,6 +28,8 @@ from fedsim.flower.server_app import execute
 from fedsim.terminal import TerminalObserver
 from tests.local_grid import LocalGrid
 
+pytestmark = pytest.mark.matrix
+
 ROUNDS = 220
 TRACED, FIRST = 20, 100
 """Rounds from which memory is traced, and watched: what Python keeps to use again comes first."""

@@ -16,6 +16,7 @@ from fedsim.flower import messages as wire
 from fedsim.flower.node import NodeSettings
 from tests.flower.conftest import SMALL
 from tests.flower.test_client_app import RUN_ID, ask, told, train_content
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 REFUSED = "capture is not allowed by this node (its configuration says capture = false)"
@@ -265,6 +266,6 @@ def test_a_message_imports_what_it_needs_and_nothing_else(plan, model):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.stdout.splitlines()[:1] + done.stdout.splitlines()[-1:] == ["[]", "[]"], done.stderr

@@ -11,6 +11,7 @@ import pytest
 
 from fedsim.core.errors import InputError
 from fedsim.flower import preflight
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ def test_without_loopback_nothing_is_started(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=PATIENCE,
     )
     said = "InputError: the address 127.0.0.1 cannot be reached on this machine (Network is unreach"
     assert said in done.stderr

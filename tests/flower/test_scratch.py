@@ -13,6 +13,7 @@ import pytest
 from fedsim.core.errors import InputError
 from fedsim.flower import scratch
 from fedsim.flower.scratch import VARIABLE, Scratch, place_of, stack_when_late, sweep
+from tests.patience import PATIENCE
 
 OWNER = """
 import os, subprocess, sys
@@ -42,7 +43,7 @@ def start():
 
 
 def is_gone(process):
-    return process not in psutil.wait_procs([process], timeout=30)[1]
+    return process not in psutil.wait_procs([process], timeout=PATIENCE)[1]
 
 
 def test_what_was_started_within_is_gone_at_the_end(folder):

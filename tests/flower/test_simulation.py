@@ -129,6 +129,7 @@ def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers)
     assert ours == theirs
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_with_more_threads_a_worker_the_number_of_workers_changes_nothing_either(folder):
     made = []
@@ -141,6 +142,7 @@ def test_with_more_threads_a_worker_the_number_of_workers_changes_nothing_either
     assert hashes(made[0]) == hashes(made[1])
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_client_that_fails_ends_the_run_with_exit_1_and_its_traceback(folder):
     process = start([*SMALL, "--output", "run"], folder)
@@ -227,6 +229,7 @@ def with_fake_gpu(folder, share):
     return finished.stdout
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_fraction_of_a_gpu_decides_how_many_workers_share_it(reference, folder):
     out = with_fake_gpu(folder, 0.5)
@@ -235,6 +238,7 @@ def test_a_fraction_of_a_gpu_decides_how_many_workers_share_it(reference, folder
     assert hashes(folder / "run") == hashes(reference[0])
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_fails_and_ends(folder):
     out = with_fake_gpu(folder, 2)
@@ -245,6 +249,7 @@ def test_an_engine_that_cannot_start_fails_and_ends(folder):
     assert not (folder / "run").exists()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["job_1234567890_of_a_batch_system_with_long_names", "Zoë"])
 def test_any_temporary_folder_will_do(reference, folder, name):
@@ -256,6 +261,7 @@ def test_any_temporary_folder_will_do(reference, folder, name):
     assert list((folder / name).iterdir()) == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_warning_of_the_batch_system_ends_the_run_after_its_round(folder):
     process = start([*SMALL, "--rounds", "500", "--output", "run"], folder)
@@ -266,7 +272,7 @@ def test_a_warning_of_the_batch_system_ends_the_run_after_its_round(folder):
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         if os.getpgid(one.pid) == group:
             one.send_signal(signal.SIGUSR1)
-    code, out, err = finish(process, timeout=60)
+    code, out, err = finish(process, timeout=PATIENCE)
     run = load_run(folder / "run")
     last = run.round_rows[-1]["round"]
     assert code == 130
@@ -280,6 +286,7 @@ def test_a_warning_of_the_batch_system_ends_the_run_after_its_round(folder):
     assert leftovers(folder) == ([], [])
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_second_interrupt_says_how_to_go_on(folder):
     process = start([*SMALL, "--rounds", "500", "--output", "run"], folder)
@@ -298,7 +305,7 @@ def test_a_second_interrupt_says_how_to_go_on(folder):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
-    code, _, err = finish(process, timeout=60)
+    code, _, err = finish(process, timeout=PATIENCE)
     assert first == "fedsim: stopping after an interrupt; a second one ends at once\n"
     assert err == (
         "fedsim: ended at once; the finished rounds are kept in run, and `fedsim resume run` "
@@ -342,7 +349,7 @@ def flower(folder):
     for process in psutil.process_iter(["cmdline"]):
         if any(str(folder) in part for part in process.info["cmdline"] or []):
             process.kill()
-            process.wait(30)
+            process.wait(PATIENCE)
 
 
 @pytest.mark.slow
@@ -417,6 +424,7 @@ def test_what_the_machine_does_not_have_is_refused(values, cpus, gpus, said):
         size_pool(config(**values), cpus=cpus, machine_gpus=gpus)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_thousand_clients_of_whom_those_of_a_round_share_files(folder):
     flags = (

@@ -68,6 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return give
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_stopped_in_every_round_ends_with_the_same_bytes(
     strategy: str, whole: Callable[[str], Path], tmp_path: Path
@@ -137,6 +138,7 @@ def test_the_order_of_replies_changes_nothing(
     assert contents(run.path) == contents(whole(strategy))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("strategy", "model"),
     [*((name, "cnn") for name in KEEPS), ("fedadam", "resnet18")],

@@ -37,6 +37,7 @@ from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.shards import Shard
 from fedsim.tasks.vision.models import build_model
+from tests.patience import PATIENCE
 from tests.recording.test_files import file_size_limit
 
 STEP_BYTES = 78_184
@@ -408,7 +409,7 @@ def test_a_disk_that_stands_still_makes_training_wait_with_two_steps_in_memory(
     reader = threading.Thread(target=lambda: content.append(shard.read_bytes()), daemon=True)
     worker.start()
     try:
-        assert entered[1].wait(60)
+        assert entered[1].wait(PATIENCE)
         # Training has given step 0 away and stands at step 1 for as long as the writer does.
         assert not left[1].wait(0.2)
         assert left[0].is_set()

@@ -820,6 +820,7 @@ def fuzzed() -> Iterator[fuzz.Fuzzer]:
         yield made
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("part", range(3))
 def test_of_random_damage_every_command_says_one_sentence(part: int, fuzzed: fuzz.Fuzzer) -> None:
     """As ``python -m tests.fuzz`` does by the thousand."""

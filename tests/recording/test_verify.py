@@ -178,6 +178,7 @@ def test_a_finished_run_without_its_last_round_is_damaged(copied: Path) -> None:
     assert verify(copied).checks["files"].violations == ["rounds.jsonl is not what was written"]
 
 
+@pytest.mark.matrix
 def test_two_hundred_flipped_bits_are_all_reported_by_file(copied: Path) -> None:
     files = [p for p in sorted(copied.rglob("*")) if p.is_file() and p.stat().st_size]
     draw = random.Random(7)
@@ -798,6 +799,7 @@ def test_the_command_prints_a_table_and_ends_with_what_was_found(
     assert command(["verify", str(copied), "--jobs", "0"]) == 2
 
 
+@pytest.mark.matrix
 def test_float16_steps_that_may_be_skipped_are_not_replayed_from_some_layers(
     plan: RunPlan, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from fedsim.tasks.vision.datasets import store_dataset
 from tests.flower.ray_nodes import ROOT, can_hide, ray_node, wait_for_nodes
+from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 SMALL = {
@@ -78,7 +79,7 @@ def drive(home, *arguments, module="tests.plugins.cluster.on_cluster", **variabl
         },
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE,
     )
 
 
@@ -148,7 +149,7 @@ def test_a_node_lost_in_mid_round_changes_no_bit(home, ray_cluster, run_locally)
     # Both nodes had a worker, and only one is left.
     assert seen["workers"] == 2
     assert 2 <= seen["killed"] < SMALL["rounds"]
-    assert not psutil.pid_exists(second.process.pid) or second.process.wait(30)
+    assert not psutil.pid_exists(second.process.pid) or second.process.wait(PATIENCE)
     run = home / "runs" / "run"
     assert hashes(run) == hashes(alone)
     shards = "rounds/*/clients/*/*.safetensors"

@@ -499,6 +499,7 @@ REAL = {**SMALL, "rounds": 4, "workers": 2}
 TWO = [AXES[0], Axis("seed", (1,))]
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_comparison_that_is_interrupted_and_killed_ends_with_the_same_table(tmp_path):
     go(tmp_path / "whole", cells_of(TWO, rounds=4, workers=2))

@@ -220,6 +220,7 @@ def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, 
     assert "without a key: a message of 67108865 bytes" in lab.log("gateway")
 
 
+@pytest.mark.matrix
 def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     path = tmp_path / "run"
     values = {**VALUES, "capture": "none", "rounds": 2, "max_failures": 1}
@@ -241,6 +242,7 @@ def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     assert verify(path).violations == []
 
 
+@pytest.mark.matrix
 def test_a_key_that_was_replaced_is_let_in_no_more(lab):
     came = lab.log("supernode-2").count("SuperNode ID")
     *_, command = lab.fedsim("deploy", "renew", lab.places.root, "--node", 2).splitlines()

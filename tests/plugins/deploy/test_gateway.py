@@ -25,6 +25,7 @@ from fedsim.plugins.deploy.certificates import make_node_key
 from fedsim.plugins.deploy.federation import Federation, Places
 from fedsim.plugins.deploy.gateway import ROUTES, door
 from fedsim.plugins.deploy.init import init, renew_node
+from tests.patience import PATIENCE
 from tests.plugins.deploy.conftest import until
 from tests.ports import free_ports
 
@@ -78,7 +79,7 @@ class Here:
 
     def client(self):
         base = f"https://127.0.0.1:{self.port}"
-        return httpx.Client(base_url=base, verify=self.trusted, trust_env=False, timeout=20)
+        return httpx.Client(base_url=base, verify=self.trusted, trust_env=False, timeout=PATIENCE)
 
     def ask(self, key, path=PULL, content=b"body", **headers):
         with self.client() as client:

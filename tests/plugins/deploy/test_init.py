@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from fedsim import cli
 from fedsim.plugins.deploy.federation import Federation, Places, is_host
 from fedsim.plugins.deploy.init import init
+from tests.patience import PATIENCE
 from tests.plugins.deploy.conftest import ROOT
 from tests.ports import free_ports
 
@@ -300,7 +301,7 @@ def test_systemd_takes_the_units(tmp_path, name):
         text = re.sub(r"(?m)^User=.*\n", "", unit.read_text())
         unit.write_text(text)
         told = subprocess.run(
-            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60
+            ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=PATIENCE
         )
         about_it = [line for line in told.stderr.splitlines() if unit.name in line]
         assert about_it == []

@@ -24,6 +24,7 @@ from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 
 
 class CutOffError(RemoteError):
@@ -109,6 +110,7 @@ def copy_of(folder, path):
     return path
 
 
+@pytest.mark.matrix
 def test_a_copy_is_a_run_at_every_moment_of_a_run_and_wherever_it_is_cut_off(
     recorded, tmp_path, monkeypatch
 ):
@@ -310,7 +312,7 @@ def test_a_copy_that_fails_is_told_once_and_caught_up_at_the_end(recorded, tmp_p
     for _ in range(3):
         remote.tried.clear()
         copying.wake()
-        assert remote.tried.wait(30)
+        assert remote.tried.wait(PATIENCE)
     remote.most = 10**9
     copying.close()
     assert told == ["the copy is behind and will be tried again: cut off"]

@@ -25,6 +25,7 @@ from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.patience import PATIENCE
 from tests.plugins.remote.test_mirror import files_of
 from tests.ports import free_ports
 from tests.recording.conftest import own_folder, record
@@ -74,7 +75,7 @@ def store(tmp_path_factory):
             yield process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def run(plan, path, memory, **values):
@@ -89,6 +90,7 @@ def run(plan, path, memory, **values):
     )
 
 
+@pytest.mark.matrix
 def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_path):
     memory = Memory()
     check_new("s3://bucket/of/run", Path("run"))
@@ -141,7 +143,7 @@ def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):
 
 def test_a_store_that_is_gone_harms_no_run(store, plan, tmp_path):
     store.terminate()
-    store.wait(30)
+    store.wait(PATIENCE)
     memory = Memory()
     run(plan, tmp_path / "run", memory, mirror="s3://bucket/late")
     assert load_run(tmp_path / "run").status == "finished"

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from tests.patience import PATIENCE
+
 BINARY = next(
     (
         found
@@ -146,7 +148,7 @@ def browser() -> Iterator[Page]:
             page = Page(commands, answers)
             yield page
             page._send("Browser.close", {})
-            process.wait(30)
+            process.wait(PATIENCE)
         finally:
             process.kill()
             process.wait()
