@@ -85,7 +85,7 @@ def test_the_order_of_asking_changes_no_name():
     [
         ({}, [], "nothing to compare; expected one or more of --strategies, --seeds and --vary"),
         ({}, [SEEDS, SEEDS], "seed is varied twice; name it once"),
-        ({}, [Axis("alpha", (1, 0.5, 1.0))], "the grid has alpha=1.0 twice; expected different"),
+        ({}, [Axis("alpha", (1, 0.5, 1.0))], "the grid has alpha=1.0 twice; expected distinct"),
         (
             {},
             [Axis("seed", tuple(range(200))), Axis("rounds", tuple(range(1, 7)))],
