@@ -96,7 +96,7 @@ def test_bad_input_is_one_sentence_and_exit_2_and_writes_nothing(
     assert err.startswith("fedsim: ")
     assert err.count("\n") == 1
     assert named in err
-    assert "allowed" in err or "cannot be read" in err or "expected one argument" in err
+    assert "expected" in err or "what is allowed" in err or "cannot be read" in err
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 

@@ -293,8 +293,8 @@ def _not_compared(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"{above} is being compared by another process, which needs {path.name}; allowed "
-                "is a comparison that ended"
+                f"{above} is in use by another comparison, which needs {path.name}; wait "
+                "until that ends"
             ) from None
         yield
 

@@ -165,7 +165,7 @@ def test_what_somebody_writes_is_left_as_it_is(remove: Callable[[Path], int], fo
         remove(folder / "c")
     with (
         locked(folder / "grid/lock"),
-        pytest.raises(InputError, match=r"grid is being compared by another process"),
+        pytest.raises(InputError, match=r"grid is in use by another comparison"),
     ):
         remove(folder / "grid/seed=1")
     assert contents(folder) == before

@@ -360,8 +360,8 @@ def _load_cifar(
     given = data_root or os.environ.get("FEDSIM_DATA_ROOT")
     if given and Path(given).is_file():
         raise InputError(
-            f"{given} is a file; allowed as --data-root or FEDSIM_DATA_ROOT is the folder "
-            f"{kind.base_folder} or its parent"
+            f"{given} is a file; expected the folder {kind.base_folder} or its parent as "
+            "--data-root or FEDSIM_DATA_ROOT"
         )
     folder = _cifar_folder(Path(given) if given else cache_root(), kind)
     files, archive = _cifar_files(kind), folder.with_name(kind.filename)

@@ -396,7 +396,7 @@ def test_a_second_process_in_the_same_folder_is_refused(whole, tmp_path):
     works = compare.find_work(output, cells_of(), lambda config: None)
     with (
         compare.begun(output, works),
-        pytest.raises(InputError, match="is being compared by another process"),
+        pytest.raises(InputError, match="is in use by another comparison"),
         compare.begun(output, works),
     ):
         pass
@@ -432,7 +432,7 @@ BAD = [
     (["--strategies", "fedavgm,best"], "cell strategy='best': strategy = 'best' cannot be used"),
     (["--vary", "alpha"], "--vary alpha cannot be used; expected KEY=A,B"),
     (["--vary", "alhpa=1,2"], "alhpa = '1,2' cannot be used; expected a known key, perhaps"),
-    (["--seeds", "1,2", "--seed", "3"], "seed is varied and set by a flag"),
+    (["--seeds", "1,2", "--seed", "3"], "seed is both varied and set by a flag"),
     (["--seeds", "1,2", "--vary", "seed=3"], "seed is varied twice"),
     (
         ["--seeds", "1,2", "--target", "50"],

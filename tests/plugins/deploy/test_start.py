@@ -34,7 +34,7 @@ def refused(places):
 def test_a_file_that_is_not_there_is_told_before_anything_is_started(places, name):
     (places.root / name).unlink()
     assert refused(places) == (
-        f"{places.root / name} is not there; expected what `fedsim deploy init` made, of which "
+        f"{places.root / name} does not exist; expected what `fedsim deploy init` made, of which "
         "only whole folders of nodes may be elsewhere"
     )
 

@@ -423,19 +423,19 @@ def test_a_copy_is_never_made_over_its_run(copied, place, form, tmp_path, capsys
     )
     assert cli.run(["push", str(copied), url]) == 2
     assert capsys.readouterr().err == f"fedsim: {said}from it\n"
-    with pytest.raises(ConfigError, match="lies in it or holds it"):
+    with pytest.raises(ConfigError, match="lies in it or contains it"):
         check_same(url, copied)
-    with pytest.raises(ConfigError, match="lies in it or holds it"):
+    with pytest.raises(ConfigError, match="lies in it or contains it"):
         check_new(url, copied)
     if place.startswith("run"):
         flags = ["--model=cnn", f"--output={tmp_path}/new", f"--mirror={tmp_path}/new/copy"]
         assert cli.run(["run", *flags]) == 2
-        assert "lies in it or holds it" in capsys.readouterr().err
+        assert "lies in it or contains it" in capsys.readouterr().err
     assert files_of(tmp_path) == before
 
 
 def test_a_run_is_not_fetched_into_itself(finished):
-    with pytest.raises(InputError, match="lies in it or holds it"):
+    with pytest.raises(InputError, match="lies in it or contains it"):
         fetch(str(finished), finished / "back")
     assert not (finished / "back.partial").exists()
 

@@ -164,7 +164,7 @@ def change_lines(path: Path, **values: Any) -> None:
     ("name", "values", "sentence"),
     [
         ("clients.jsonl", {"partition": 6}, "names client 6; expected 0 to 5"),
-        ("rounds.jsonl", {"participants": [10**9]}, "names client 1000000000; allowed"),
+        ("rounds.jsonl", {"participants": [10**9]}, "names client 1000000000; expected"),
         ("clients.jsonl", {"class_distribution": [1]}, "has 1 numbers; expected 10"),
     ],
 )
