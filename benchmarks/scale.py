@@ -125,17 +125,16 @@ def train_bare(run: Path, number: int) -> None:
     from fedsim.core.allocator import keep_freed_memory
     from fedsim.core.config import RunConfig
     from fedsim.core.plan import RunPlan, batches_of_round
+    from fedsim.core.task import initial_model
     from fedsim.core.training import local_train
     from fedsim.recording.reader import load_run
-    from fedsim.tasks.vision.models import build_model
 
     recorded = load_run(run)
     config: RunConfig = recorded.config
     keep_freed_memory()
     torch.set_num_threads(config.client_cpus)
     plan = RunPlan.prepare(config)
-    spec = plan.dataset.spec
-    model = build_model(config.model, classes=spec.classes, norm=config.norm, seed=config.seed)
+    model = initial_model(config)
     work = [
         (row["round"], row["partition"]) for row in recorded.client_rows if row["status"] == "ok"
     ][number::WORKERS]
@@ -148,13 +147,14 @@ def train_bare(run: Path, number: int) -> None:
     def train(round_number: int, partition: int) -> None:
         batches = batches_of_round(
             config,
+            plan.task,
             plan.dataset,
             plan.partition[partition],
             round_number=round_number,
             partition=partition,
             device=torch.device("cpu"),
         )
-        local_train(model, states[round_number], batches, settings.optimizer)
+        local_train(plan.task, model, states[round_number], batches, settings.optimizer)
 
     for position in work[:5]:
         train(*position)

@@ -35,6 +35,7 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import RunFailedError
 from fedsim.core.partition import class_counts
 from fedsim.core.plan import RunPlan
+from fedsim.core.task import classes_of, labels_of
 from fedsim.core.units import format_bytes
 from fedsim.recording.files import read_lines
 from fedsim.recording.findings import Findings
@@ -331,14 +332,14 @@ class Summary:
 def summary_of(plan: RunPlan, workers: int, path: Path) -> Summary:
     """Sum up a plan, for a number of workers and a run directory."""
     config, spec = plan.config, plan.dataset.spec
+    classes = classes_of(spec)
     parameters = sum(math.prod(shape) for shape in plan.parameters.values())
     if config.participants is None:
         drawn = f"{config.clients_per_round} of {config.clients} clients"
     else:
         drawn = f"listed clients of {config.clients}"
     facts = {
-        "data": f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, "
-        f"{spec.classes} classes",
+        "data": f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {classes} classes",
         "partition": f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client",
         "model": f"{config.model}, {config.norm} norm, {parameters:,} parameters",
         "rounds": f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy.name}",
@@ -352,9 +353,8 @@ def summary_of(plan: RunPlan, workers: int, path: Path) -> Summary:
     facts["workers"] = f"{workers} with {config.client_cpus} CPU each"
     counts: list[list[int]] = []
     if not config.own_data:
-        labels = plan.dataset.train_labels.numpy()
-        counts = _grouped(plan.partition, labels, spec.classes).tolist()
-    return Summary(facts, plan.sizes, counts, spec.classes)
+        counts = _grouped(plan.partition, labels_of(plan.dataset), classes).tolist()
+    return Summary(facts, plan.sizes, counts, classes)
 
 
 def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> None:

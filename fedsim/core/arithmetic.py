@@ -9,34 +9,35 @@ is hashed. Where two machines agree on it, results are expected to be equal to t
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.core.task import Column, Task, Tensors
 from fedsim.core.training import Autocast, precision_of
-from fedsim.tasks.vision.datasets import DatasetSpec
-from fedsim.tasks.vision.images import normalise
 
 MOST_SAMPLES = 64
 """Larger batches are not asked about: they would cost a worker seconds at its start."""
 
 
 def training_arithmetic(
+    task: Task,
     model: nn.Module,
-    spec: DatasetSpec,
     *,
     batch_size: int,
     autocast: Autocast,
     device: torch.device,
 ) -> str:
-    """Hash the loss, the gradients and the state that one training step on fixed images gives.
+    """Hash the loss, the gradients and the state that one training step on fixed data gives.
 
     Parameters
     ----------
+    task : Task
+        Whose columns the data has.
     model : torch.nn.Module
         On `device`, with its initial state, which the step changes; left without gradients.
-    spec : DatasetSpec
-        Normalisation and classes.
     batch_size : int
         Samples of the step: from 2, which batch normalisation needs, to 64.
     autocast : {"none", "bfloat16", "float16"}
@@ -49,11 +50,11 @@ def training_arithmetic(
     str
         16 hexadecimal digits.
     """
-    inputs, targets = _batch(min(max(batch_size, 2), MOST_SAMPLES), spec, device)
+    batch = _batch(task, min(max(batch_size, 2), MOST_SAMPLES), device)
     model.train()
     model.zero_grad(set_to_none=True)
     with precision_of(autocast, device):
-        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss = task.loss(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     digits = _hash([loss.detach(), *gradients, *model.buffers()], device)
@@ -62,15 +63,15 @@ def training_arithmetic(
 
 
 @torch.no_grad()
-def evaluation_arithmetic(model: nn.Module, spec: DatasetSpec, *, device: torch.device) -> str:
-    """Hash the outputs and the loss of fixed images in evaluation mode.
+def evaluation_arithmetic(task: Task, model: nn.Module, *, device: torch.device) -> str:
+    """Hash the outputs and the loss of fixed data in evaluation mode.
 
     Parameters
     ----------
+    task : Task
+        Whose columns the data has, of as many samples as its test split at most.
     model : torch.nn.Module
         On `device`, with its initial state.
-    spec : DatasetSpec
-        Normalisation, classes, and how many test samples there are.
     device : torch.device
         Where the model is.
 
@@ -79,19 +80,40 @@ def evaluation_arithmetic(model: nn.Module, spec: DatasetSpec, *, device: torch.
     str
         16 hexadecimal digits.
     """
-    inputs, targets = _batch(min(spec.test_size, MOST_SAMPLES), spec, device)
+    batch = _batch(task, min(task.spec.test_size, MOST_SAMPLES), device)
     model.eval()
-    outputs = model(inputs)
-    loss = nn.functional.cross_entropy(outputs, targets, reduction="sum")
-    return _hash([outputs, loss], device)
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, inputs, output: outputs.extend(_in(output)))
+    try:
+        loss = task.metrics(model, batch)["loss"].total
+    finally:
+        hook.remove()
+    return _hash([*outputs, loss], device)
 
 
-def _batch(count: int, spec: DatasetSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Integer arithmetic alone: the images are the same everywhere.
-    pixels = torch.arange(count * 3 * 32 * 32, device=device) * 2654435761 % 4099 % 256
-    images = pixels.to(torch.uint8).reshape(count, 3, 32, 32)
-    targets = torch.arange(count, device=device) % spec.classes
-    return normalise(images, spec.mean, spec.std), targets
+def _in(output: object) -> Iterable[Tensor]:
+    """List the tensors of what a model gives: a tensor, or lists and tables of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for o in output for t in _in(o)] if isinstance(output, list | tuple) else []
+
+
+def _batch(task: Task, count: int, device: torch.device) -> Tensors:
+    columns = task.spec.columns.items()
+    return task.batch({name: _fixed(column, count, device) for name, column in columns}, None)
+
+
+def _fixed(column: Column, count: int, device: torch.device) -> Tensor:
+    # Integer arithmetic, and a division by a power of two: the same everywhere.
+    dtype: torch.dtype = getattr(torch, column.dtype)
+    numbers = torch.arange(count * math.prod(column.shape), device=device)
+    if column.values is not None:
+        return (numbers % column.values).to(dtype).reshape(count, *column.shape)
+    numbers = numbers * 2654435761 % 4099 % 256
+    fixed = numbers / 256 if dtype.is_floating_point else numbers
+    return fixed.to(dtype).reshape(count, *column.shape)
 
 
 def _hash(tensors: list[Tensor], device: torch.device) -> str:

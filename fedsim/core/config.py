@@ -51,9 +51,9 @@ from fedsim.core.strategies import (
     StrategySettings,
     strategy_table,
 )
+from fedsim.core.task import task_of
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
-from fedsim.tasks.vision import datasets, models
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -156,7 +156,7 @@ class RunConfig(StrictModel):
         From `from_mapping` and `from_json`: an unknown key, a wrong type or an impossible value.
     """
 
-    dataset: Annotated[str, _parsed_by(datasets.parse_name)] = Field(
+    dataset: str = Field(
         "digits", description="digits, cifar10, cifar100 or synthetic[:SAMPLES[:CLASSES]]"
     )
     data_root: Folder | None = Field(
@@ -177,10 +177,10 @@ class RunConfig(StrictModel):
     participants: Annotated[tuple[tuple[int, ...], ...] | None, BeforeValidator(_rounds_listed)] = (
         Field(None, description="a list of clients for each round, instead of drawing them")
     )
-    model: Literal["resnet18", "resnet18-cifar", "cnn"] = Field(
+    model: str = Field(
         "resnet18", description="resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn"
     )
-    norm: Literal["batch", "group"] = Field("batch", description="normalisation layers")
+    norm: str = Field("batch", description="normalisation layers: batch or group")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser")
     learning_rate: Annotated[Rates, BeforeValidator(_listed)] = Field(
         0.01, description="local learning rate"
@@ -337,16 +337,11 @@ class RunConfig(StrictModel):
             raise ConfigError(
                 "nesterov", True, "true only with optimizer = 'sgd' and a momentum above 0"
             )
-        if self.compile and self.model == "cnn":
-            # torch compiles nothing of a plain sequence of layers, and does not say so.
-            raise ConfigError("compile", True, "false with model = 'cnn', or another model")
         if self.client_gpus and self.client_gpus > 1 and self.client_gpus % 1:
             raise ConfigError(
                 "client-gpus", self.client_gpus, "a share up to 1 or a whole number of GPUs"
             )
-        if models.needs_two_samples(self.model, self.norm):
-            self._check_two_samples()
-        self._check_samples()
+        task_of(self)
         self._check_strategy()
         return self
 
@@ -415,21 +410,23 @@ class RunConfig(StrictModel):
                     f"clients 0 to {self.clients - 1}",
                 )
 
-    def _check_two_samples(self) -> None:
-        why = f"2 or more: norm = 'batch' cannot normalise one sample in {self.model}'s last stage"
-        sizes = self.batch_size if isinstance(self.batch_size, tuple) else (self.batch_size,)
-        tables = [(f"client.{p}.batch-size", c.batch_size) for p, c in self.client.items()]
-        for field, size in [*(("batch-size", s) for s in sizes), *tables]:
-            if size is not None and size < 2:
-                raise ConfigError(field, size, why)
-        if self.min_samples < 2:
-            raise ConfigError("min-samples", self.min_samples, why)
+    def check_samples(self, available: int, least: int = 1) -> None:
+        """Refuse more clients than there are training samples for.
 
-    def _check_samples(self) -> None:
+        Parameters
+        ----------
+        available : int
+            Training samples.
+        least : int
+            Samples without which a client cannot train.
+
+        Raises
+        ------
+        ConfigError
+            Naming the key and how many would do.
+        """
         if self.own_data:
             return
-        available = datasets.parse_name(self.dataset).train_size
-        least = 2 if models.needs_two_samples(self.model, self.norm) else 1
         if self.clients * least > available:
             raise ConfigError(
                 "clients",
@@ -508,7 +505,7 @@ class RunConfig(StrictModel):
             local_epochs=table.local_epochs or local_epochs,
             # A table that asks for epochs means epochs, whatever the run says of steps.
             local_steps=table.local_steps or (None if table.local_epochs else local_steps),
-            merge_single=self.norm == "batch",
+            merge_single=task_of(self).merge_single,
             optimizer=OptimizerSettings(
                 name=self.optimizer,
                 learning_rate=table.learning_rate or learning_rate,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.tasks.vision.datasets import DatasetSpec
-from fedsim.tasks.vision.images import normalise
+from fedsim.core.task import Columns, Task, Tensors, rows_of
 
 BATCH_SIZE = 250
 """Samples that are evaluated at a time."""
@@ -17,19 +16,27 @@ BATCH_SIZE = 250
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean cross-entropy and share of correct predictions over `num_samples`."""
+    """The mean of each of a task's metrics over `num_samples`."""
 
-    loss: float
-    accuracy: float
+    means: Mapping[str, float]
     num_samples: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.means["loss"]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of correct predictions; None of a task that predicts no classes."""
+        return self.means.get("accuracy")
 
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    spec: DatasetSpec,
+    columns: Columns,
     *,
     device: torch.device,
     batch_size: int = BATCH_SIZE,
@@ -38,12 +45,12 @@ def evaluate(
 
     Parameters
     ----------
+    task : Task
+        Makes the batches, and has the metrics.
     model : torch.nn.Module
         On `device`.
-    images : Tensor of uint8, shape (samples, 3, 32, 32)
-    labels : Tensor of int64, shape (samples,)
-    spec : DatasetSpec
-        Normalisation.
+    columns : mapping of str to Tensor
+        A split, or some of its rows.
     device : torch.device
         Where batches are evaluated.
     batch_size : int
@@ -55,34 +62,30 @@ def evaluate(
         Batches are summed up in float64; a diverged model gives a non-finite loss, not an error.
     """
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = 0
-    for start in range(0, len(labels), batch_size):
-        targets = labels[start : start + batch_size].to(device)
-        outputs = model(
-            normalise(images[start : start + batch_size].to(device), spec.mean, spec.std)
-        )
-        loss += nn.functional.cross_entropy(outputs, targets, reduction="sum").double().cpu()
-        correct += int((outputs.argmax(dim=1) == targets).sum())
-    return Evaluation(
-        loss=float(loss) / len(labels), accuracy=correct / len(labels), num_samples=len(labels)
-    )
+    totals: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for batch in _batches(task, columns, device, batch_size):
+        for name, part in task.metrics(model, batch).items():
+            totals[name] = totals.get(name, 0.0) + float(part.total)
+            counts[name] = counts.get(name, 0) + part.count
+    means = {name: total / counts[name] for name, total in totals.items()}
+    return Evaluation(means=means, num_samples=_length(columns))
 
 
 @torch.no_grad()
 def first_overflow(
+    task: Task,
     model: nn.Module,
-    images: Tensor,
-    spec: DatasetSpec,
+    columns: Columns,
     device: torch.device,
     *,
     batch_size: int = BATCH_SIZE,
 ) -> str | None:
-    """Give the name of the first layer of a model whose output is not finite for some image.
+    """Give the name of the first layer of a model whose output is not finite for some sample.
 
     Parameters
     ----------
-    model, images, spec, device, batch_size
+    task, model, columns, device, batch_size
         As for `evaluate`.
 
     Returns
@@ -93,9 +96,11 @@ def first_overflow(
     model.eval()
     found: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(layer: nn.Module, inputs: object, output: Tensor) -> None:
-            if not found and not bool(output.isfinite().all()):
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(layer: nn.Module, inputs: object, output: object) -> None:
+            if found or not isinstance(output, Tensor):
+                return
+            if not bool(output.isfinite().all()):
                 found.append(name)
 
         return hook
@@ -103,11 +108,23 @@ def first_overflow(
     layers = [(n, m) for n, m in model.named_modules() if not list(m.children())]
     hooks = [layer.register_forward_hook(look(name)) for name, layer in layers]
     try:
-        for start in range(0, len(images), batch_size):
-            model(normalise(images[start : start + batch_size].to(device), spec.mean, spec.std))
+        for batch in _batches(task, columns, device, batch_size):
+            task.metrics(model, batch)
             if found:
                 return found[0]
     finally:
         for handle in hooks:
             handle.remove()
     return None
+
+
+def _length(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _batches(
+    task: Task, columns: Columns, device: torch.device, batch_size: int
+) -> Iterator[Tensors]:
+    for start in range(0, _length(columns), batch_size):
+        rows = rows_of(columns, slice(start, start + batch_size))
+        yield task.batch({name: row.to(device) for name, row in rows.items()}, None)

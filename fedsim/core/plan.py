@@ -13,7 +13,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedsim.core.capture import ITEM_BYTES, CapturePolicy
 from fedsim.core.config import RunConfig
@@ -22,11 +21,16 @@ from fedsim.core.partition import PartitionScheme, make_partition, partition_sha
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import kept_by
 from fedsim.core.support import Taps, live_taps, packed_size
+from fedsim.core.task import (
+    FederatedData,
+    Task,
+    initial_model,
+    labels_of,
+    rows_of,
+    task_of,
+)
 from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
-from fedsim.tasks.vision.datasets import Dataset, load_dataset
-from fedsim.tasks.vision.images import normalise
-from fedsim.tasks.vision.models import build_model
 
 _ENTRY_BYTES = 512
 """Bytes at most of what is said of one tensor: in a header, an index, a line about its step."""
@@ -40,7 +44,7 @@ class RunPlan:
     ----------
     config : RunConfig
         The configuration.
-    dataset : Dataset
+    dataset : FederatedData
         Mapped, not copied.
     partition : list of ndarray of int64
         Indices into the training split, by partition id; into the data of each node where those
@@ -56,7 +60,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    dataset: Dataset
+    dataset: FederatedData
     partition: list[NDArray[np.int64]]
     parameters: dict[str, tuple[int, ...]]
     initial_state: Arrays
@@ -79,15 +83,11 @@ class RunPlan:
         InputError
             When the data cannot be had, or no parameter matches ``capture-layers``.
         """
-        dataset = load_dataset(
-            config.dataset, data_root=config.data_root, seed=config.seed, download=download
-        )
+        dataset = task_of(config, download=download).data()
         partition: list[NDArray[np.int64]] = []
         if not config.own_data:
             partition = deal_partition(config, dataset)
-        model = build_model(
-            config.model, classes=dataset.spec.classes, norm=config.norm, seed=config.seed
-        )
+        model = initial_model(config)
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
         if config.capture != "none" and not config.policy.layers_of(parameters):
             raise ConfigError(
@@ -107,6 +107,11 @@ class RunPlan:
         """Take what nodes with data of their own have told, by partition id."""
         partition = [np.arange(count, dtype=np.int64) for count in samples]
         return replace(self, partition=partition, nodes=list(nodes))
+
+    @cached_property
+    def task(self) -> Task:
+        """What clients learn."""
+        return task_of(self.config)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -151,16 +156,9 @@ class RunPlan:
         What a run will find, unless a gradient leaves it: taps are live or dead by the sizes of
         the maps they work on. The recorder never relies on it.
         """
-        model = build_model(
-            self.config.model,
-            classes=self.dataset.spec.classes,
-            norm=self.config.norm,
-            seed=self.config.seed,
-        )
-        rows = torch.arange(2)
-        spec = self.dataset.spec
-        inputs = normalise(self.dataset.train_images[rows], spec.mean, spec.std)
-        loss = nn.functional.cross_entropy(model(inputs), self.dataset.train_labels[rows])
+        model = initial_model(self.config)
+        batch = self.task.batch(rows_of(self.dataset.train(), slice(2)), None)
+        loss = self.task.loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return {
             n: None if p.grad is None else live_taps(p.grad) for n, p in model.named_parameters()
@@ -307,23 +305,31 @@ class RunPlan:
         return self.captured_bytes() + states * self.state_bytes + kept
 
 
-def deal_partition(config: RunConfig, dataset: Dataset) -> list[NDArray[np.int64]]:
+def deal_partition(config: RunConfig, data: FederatedData) -> list[NDArray[np.int64]]:
     """Deal the training samples to the clients, the same way whenever asked.
 
     Parameters
     ----------
     config : RunConfig
         The run's; its data must not be the nodes' own.
-    dataset : Dataset
+    data : FederatedData
         Its data.
 
     Returns
     -------
     list of ndarray of int64
         Positions in the training split, by client.
+
+    Raises
+    ------
+    ConfigError
+        When there are fewer samples than the clients need, or no label to deal them by.
     """
+    config.check_samples(data.spec.train_size)
+    if data.spec.label is None and config.partition != "iid":
+        raise ConfigError("partition", config.partition, "'iid': the data has no label")
     return make_partition(
-        dataset.train_labels.numpy(),
+        labels_of(data),
         PartitionScheme.parse(config.partition),
         clients=config.clients,
         alpha=config.alpha,
@@ -334,7 +340,8 @@ def deal_partition(config: RunConfig, dataset: Dataset) -> list[NDArray[np.int64
 
 def batches_of_round(
     config: RunConfig,
-    dataset: Dataset,
+    task: Task,
+    data: FederatedData,
     indices: NDArray[np.int64],
     *,
     round_number: int,
@@ -347,7 +354,9 @@ def batches_of_round(
     ----------
     config : RunConfig
         The run's.
-    dataset : Dataset
+    task : Task
+        What the client learns.
+    data : FederatedData
         Its data.
     indices : ndarray of int64
         The client's positions in the training split.
@@ -357,10 +366,9 @@ def batches_of_round(
         Where batches are made.
     """
     return load_batches(
-        dataset.train_images,
-        dataset.train_labels,
+        task,
+        data.train(),
         indices,
-        dataset.spec,
         config.training_of(partition),
         order=generator(config.seed, Purpose.BATCHES, round_number, partition),
         augmentation=generator(config.seed, Purpose.AUGMENTATION, round_number, partition),

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.tasks.vision.datasets import DatasetSpec
-from fedsim.tasks.vision.images import augment, normalise
+from fedsim.core.task import Columns, Task, Tensors
 
 Arrays = dict[str, NDArray[np.generic]]
 Autocast = Literal["none", "bfloat16", "float16"]
@@ -84,7 +83,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One batch, ready for the model.
+    """One batch of a client.
 
     Parameters
     ----------
@@ -92,14 +91,13 @@ class Batch:
         Pass over the client's samples, from 0.
     indices : ndarray of int64, shape (batch,)
         Positions in the training split.
-    inputs : Tensor of float32, shape (batch, 3, 32, 32)
-    targets : Tensor of int64, shape (batch,)
+    tensors : mapping of str to Tensor
+        What the task makes of these samples, for its loss.
     """
 
     epoch: int
     indices: NDArray[np.int64]
-    inputs: Tensor
-    targets: Tensor
+    tensors: Tensors
 
 
 class Objective:
@@ -231,41 +229,37 @@ def schedule(
 
 
 def load_batches(
-    images: Tensor,
-    labels: Tensor,
+    task: Task,
+    columns: Columns,
     indices: NDArray[np.int64],
-    spec: DatasetSpec,
     settings: TrainingSettings,
     *,
     order: np.random.Generator,
     augmentation: np.random.Generator,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield a client's batches of a round, augmented and normalised on `device`.
+    """Yield a client's batches of a round.
 
     Parameters
     ----------
-    images : Tensor of uint8, shape (samples, 3, 32, 32)
+    task : Task
+        Makes a batch of samples.
+    columns : mapping of str to Tensor
         The whole training split.
-    labels : Tensor of int64, shape (samples,)
-        Its classes.
     indices : ndarray of int64
         The client's positions in the training split.
-    spec : DatasetSpec
-        Normalisation, and whether flipping is allowed.
     settings : TrainingSettings
         Batch size, epochs or steps.
     order, augmentation : numpy.random.Generator
-        Of this round and partition.
+        Of this round and client.
     device : torch.device
         Where batches are made.
     """
     for epoch, positions in schedule(len(indices), settings, order):
         chosen = indices[positions]
         rows = torch.from_numpy(chosen)
-        pixels = images[rows].to(device)
-        inputs = normalise(augment(pixels, augmentation, flip=spec.flip), spec.mean, spec.std)
-        yield Batch(epoch=epoch, indices=chosen, inputs=inputs, targets=labels[rows].to(device))
+        examples = {name: column[rows].to(device) for name, column in columns.items()}
+        yield Batch(epoch=epoch, indices=chosen, tensors=task.batch(examples, augmentation))
 
 
 def make_optimizer(
@@ -302,6 +296,7 @@ def precision_of(autocast: Autocast, device: torch.device) -> torch.autocast:
 
 
 def local_train(
+    task: Task,
     model: nn.Module,
     state: Mapping[str, NDArray[np.generic]],
     batches: Iterator[Batch],
@@ -312,10 +307,12 @@ def local_train(
     proximal_mu: float = 0.0,
     correction: Mapping[str, NDArray[np.generic]] | None = None,
 ) -> LocalResult:
-    """Train from `state` on `batches`, minimising the mean cross-entropy.
+    """Train from `state` on `batches`, minimising the task's mean loss.
 
     Parameters
     ----------
+    task : Task
+        Has the loss.
     model : torch.nn.Module
         Workspace on its device; all of its state is overwritten.
     state : mapping of str to ndarray
@@ -331,7 +328,7 @@ def local_train(
         up before the backward pass and the gradients down after it (Micikevicius et al. 2018):
         observers see them as they are, and a step that overflows makes no update.
     proximal_mu, correction : float, mapping of str to ndarray
-        Of an `Objective`: observers see the gradient of the cross-entropy, the update takes that
+        Of an `Objective`: observers see the gradient of the loss, the update takes that
         of the whole.
 
     Returns
@@ -368,7 +365,7 @@ def local_train(
         # Dropping the gradients makes backward allocate fresh ones: an observer may keep them.
         optimiser.zero_grad(set_to_none=True)
         with precision:
-            loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+            loss = task.loss(model, batch.tensors)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimiser)
         losses.append(loss.detach())

@@ -34,9 +34,11 @@ from fedsim.core.determinism import use_deterministic
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
+from fedsim.core.own_data import OwnData, find_own_data
 from fedsim.core.plan import RunPlan, batches_of_round
 from fedsim.core.sketch import Sketcher
 from fedsim.core.startup import leave_compiler_out
+from fedsim.core.task import KeepsOwnData, classes_of, initial_model, labels_of, rows_of
 from fedsim.core.training import Arrays, Step, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.node import NodeSettings
@@ -45,9 +47,6 @@ from fedsim.recording.files import DISK_FULL
 from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.places import Place, place_of_run
-from fedsim.tasks.vision.datasets import with_own_data
-from fedsim.tasks.vision.models import build_model
-from fedsim.tasks.vision.own_data import OwnData, find_own_data
 
 _ENVELOPE = 256
 """Bytes of an array in a message beyond its data: the header of ``numpy.save``."""
@@ -69,8 +68,8 @@ class _Workplace:
         if batch_size not in self._arithmetic:
             load_state(self.model, self.plan.initial_state)
             self._arithmetic[batch_size] = training_arithmetic(
+                self.plan.task,
                 self.model,
-                self.plan.dataset.spec,
                 batch_size=batch_size,
                 autocast=self.plan.config.autocast,
                 device=self.device,
@@ -94,14 +93,14 @@ def _workplace(run_config: str, data_root: str | None, data: str | None) -> _Wor
                 "data"
             )
         own = find_own_data(Path(data))
-        mapped = with_own_data(plan.dataset, own)
+        if not isinstance(plan.dataset, KeepsOwnData):
+            raise InputError(f"partition = 'nodes' cannot be used with {config.dataset}")
+        mapped = plan.dataset.with_own(own)
         # Of the others' data this node knows nothing, nor does it need to.
         everyone = plan.of_nodes([own.samples] * config.clients, [])
         plan = dataclasses.replace(everyone, dataset=mapped)
     device = resolve_device(config.device)
-    model = build_model(
-        config.model, classes=plan.dataset.spec.classes, norm=config.norm, seed=config.seed
-    ).to(device)
+    model = initial_model(config).to(device)
     if not config.compile:
         leave_compiler_out()
     else:
@@ -223,6 +222,7 @@ class FedSimClient(NumPyClient):
         started = time.perf_counter()
         batches = batches_of_round(
             plan.config,
+            plan.task,
             plan.dataset,
             indices,
             round_number=round_number,
@@ -251,6 +251,7 @@ class FedSimClient(NumPyClient):
                     observer(step)
 
             result = local_train(
+                plan.task,
                 workplace.model,
                 state,
                 batches,
@@ -282,7 +283,7 @@ class FedSimClient(NumPyClient):
             "bytes_captured": recorder.bytes_captured if recorder else 0,
             "files": {name: c.to_json() for name, c in recorder.files.items()} if recorder else {},
             "class_distribution": np.bincount(
-                plan.dataset.train_labels.numpy()[indices], minlength=plan.dataset.spec.classes
+                labels_of(plan.dataset)[indices], minlength=classes_of(plan.dataset.spec)
             ).tolist(),
             "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
             "peak_memory": _peak_memory(workplace.device),
@@ -314,13 +315,13 @@ class FedSimClient(NumPyClient):
         rows = torch.from_numpy(plan.partition[self.partition])
         load_state(workplace.model, dict(zip(plan.initial_state, parameters, strict=True)))
         outcome = evaluate(
+            plan.task,
             workplace.model,
-            plan.dataset.train_images[rows],
-            plan.dataset.train_labels[rows],
-            plan.dataset.spec,
+            rows_of(plan.dataset.train(), rows),
             device=workplace.device,
         )
-        return outcome.loss, outcome.num_samples, {"accuracy": outcome.accuracy}
+        metrics: dict[str, Scalar] = {n: m for n, m in outcome.means.items() if n != "loss"}
+        return outcome.loss, outcome.num_samples, metrics
 
     def _workplace(self, config: Mapping[str, Scalar]) -> _Workplace:
         run_config = str(config.get(messages.RUN_CONFIG) or self._run_config)

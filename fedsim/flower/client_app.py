@@ -73,7 +73,7 @@ def query(message: Message, context: Context) -> Message:
     """Say which partition this node holds, and what data of its own."""
     node, told = NodeSettings.of(context.node_config), None
     if node.data is not None:
-        from fedsim.tasks.vision.own_data import find_own_data
+        from fedsim.core.own_data import find_own_data
 
         own = find_own_data(Path(node.data))
         told = (own.samples, own.sha256, own.classes)

@@ -13,12 +13,13 @@ from flwr.serverapp import Grid
 from fedsim.core.errors import InputError, RunFailedError, shorten
 from fedsim.core.fields import MOST
 from fedsim.core.inputs import MOST_JSON_BYTES
+from fedsim.core.own_data import MOST_NAME, check_classes
 from fedsim.core.plan import RunPlan
+from fedsim.core.task import classes_of
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import stream_replies
 from fedsim.flower.membership import membership_of
 from fedsim.recording.files import json_document
-from fedsim.tasks.vision.own_data import MOST_NAME, check_classes
 
 
 def ask_data(
@@ -65,7 +66,7 @@ def ask_data(
     for partition, reply in zip(clients, replies, strict=True):
         count, about = _told_by(reply, partition)
         try:
-            check_classes(len(about["classes"]), plan.dataset.spec.classes, plan.config.dataset)
+            check_classes(len(about["classes"]), classes_of(plan.dataset.spec), plan.config.dataset)
         except InputError as error:
             raise RunFailedError(f"partition {partition}: {error}") from None
         samples.append(count)

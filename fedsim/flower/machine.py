@@ -12,7 +12,7 @@ import fedsim
 from fedsim.core.arithmetic import evaluation_arithmetic
 from fedsim.core.device import resolve_device
 from fedsim.core.plan import RunPlan
-from fedsim.tasks.vision.models import build_model
+from fedsim.core.task import initial_model
 
 
 def versions() -> dict[str, str]:
@@ -34,12 +34,12 @@ def device_of(plan: RunPlan) -> dict[str, Any]:
         When this machine has not the run's device.
     """
     config = plan.config
-    device, spec = resolve_device(config.device), plan.dataset.spec
-    model = build_model(config.model, classes=spec.classes, norm=config.norm, seed=config.seed)
+    device = resolve_device(config.device)
+    model = initial_model(config).to(device)
     return {
         "type": device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "worker_threads": config.client_cpus,
         "server_threads": torch.get_num_threads(),
-        "arithmetic": evaluation_arithmetic(model.to(device), spec, device=device),
+        "arithmetic": evaluation_arithmetic(plan.task, model, device=device),
     }

@@ -29,6 +29,7 @@ from fedsim.core.evaluation import evaluate, first_overflow
 from fedsim.core.partition import fold_order
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, global_seed
+from fedsim.core.task import initial_model
 from fedsim.core.training import load_state
 from fedsim.flower import messages as wire
 from fedsim.flower.grid import ChosenNodes, stream_replies
@@ -37,7 +38,6 @@ from fedsim.flower.messages import State
 from fedsim.flower.replies import NOT_FINITE, UnusableReplyError, accept, loss_of
 from fedsim.flower.workers import RETRIES
 from fedsim.recording.writer import RunWriter
-from fedsim.tasks.vision.models import build_model
 from strategies.recorded import CorrectingStrategy, StatefulStrategy
 
 _PATIENCE = 60.0
@@ -182,12 +182,7 @@ class RoundLoop:
         self._device = resolve_device(self._config.device)
         # Those that run.json tells of: they decide the last bits of an evaluation.
         self._threads = torch.get_num_threads()
-        self._model = build_model(
-            self._config.model,
-            classes=plan.dataset.spec.classes,
-            norm=self._config.norm,
-            seed=self._config.seed,
-        ).to(self._device)
+        self._model = initial_model(self._config).to(self._device)
 
     def run(self, *, after: int | None = None) -> None:
         """Run all rounds, or those after one that the run directory holds.
@@ -365,14 +360,12 @@ class RoundLoop:
         evaluating = time.perf_counter()
         if number % self._config.evaluate_every == 0 or number == self._config.rounds:
             load_state(self._model, state)
-            data = self._plan.dataset
+            what = (self._plan.task, self._model, self._plan.dataset.test())
             with torch_threads(self._threads):
-                found = evaluate(
-                    self._model, data.test_images, data.test_labels, data.spec, device=self._device
-                )
+                found = evaluate(*what, device=self._device)
             loss, accuracy = found.loss, found.accuracy
             if not math.isfinite(loss) and not self._config.allow_divergence:
-                layer = first_overflow(self._model, data.test_images, data.spec, self._device)
+                layer = first_overflow(*what, self._device)
                 where = f": {layer} overflows" if layer else ""
                 raise outcome.diverged(f"the global loss is not finite{where}")
             give_freed_memory_back()

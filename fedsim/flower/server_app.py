@@ -21,6 +21,7 @@ from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, DiskFullError, DivergedError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.core.plugins import provider
+from fedsim.core.task import describe
 from fedsim.core.units import format_bytes
 from fedsim.flower.inventory import ask_data
 from fedsim.flower.machine import device_of, versions
@@ -137,7 +138,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
     check_strategy(plan.config.strategy)
     plan.dataset.check_official()
-    if plan.dataset.sha256() != run.entry("dataset")["sha256"]:
+    if plan.dataset.fingerprint != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
     if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
@@ -327,15 +328,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
                 for n, a in buffers.items()
             ],
         },
-        "dataset": {
-            "name": data.spec.name,
-            "classes": data.spec.classes,
-            "mean": list(data.spec.mean),
-            "std": list(data.spec.std),
-            "train_size": data.spec.train_size,
-            "test_size": data.spec.test_size,
-            "sha256": data.sha256(),
-        },
+        "dataset": {**describe(data.spec), "sha256": data.fingerprint},
         "partition": {
             "sha256": plan.partition_sha256,
             "sizes": plan.sizes,

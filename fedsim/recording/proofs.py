@@ -24,6 +24,7 @@ from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.server_optimizer import kept_by, server_step
 from fedsim.core.support import unpack
+from fedsim.core.task import FederatedData, classes_of, initial_model, labels_of
 from fedsim.core.training import (
     Arrays,
     Objective,
@@ -51,8 +52,6 @@ from fedsim.recording.rows import updates_of
 from fedsim.recording.server_proofs import moved_parameters
 from fedsim.recording.shards import Shard
 from fedsim.recording.step_proofs import Measures, prove_objective
-from fedsim.tasks.vision.datasets import Dataset
-from fedsim.tasks.vision.models import build_model
 
 REPLAY_TOLERANCE = 1e-4
 """Relative error of a replay where bit for bit cannot be asked for."""
@@ -65,7 +64,7 @@ _ALONE = 2**16
 """Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
 
 
-def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> None:
+def prove_partition(run: Run, dataset: FederatedData | None, findings: Findings) -> None:
     """Check that every sample belongs to one client, with hash, sizes, class counts as told."""
     manifest, partition = run.entry("partition"), run.partition
     clients = run.config.clients
@@ -89,8 +88,7 @@ def prove_partition(run: Run, dataset: Dataset | None, findings: Findings) -> No
         wrong.append("partition.safetensors has another hash than run.json")
     rows = [row for row in run.client_rows if row["status"] == "ok"]
     if dataset is not None:
-        labels = dataset.train_labels.numpy()
-        counts = class_counts(ordered, labels, dataset.spec.classes)
+        counts = class_counts(ordered, labels_of(dataset), classes_of(dataset.spec))
         wrong += [
             f"clients.jsonl: class_distribution of client {row['partition']} in round "
             f"{row['round']} is not that of its samples"
@@ -131,14 +129,7 @@ def prove_initial_state(run: Run, findings: Findings) -> None:
         findings.leave(INITIAL, f"it was drawn by torch {versions['torch']}")
         return
     run.check_sizes()
-    expected = state_arrays(
-        build_model(
-            run.config.model,
-            classes=run.entry("dataset")["classes"],
-            norm=run.config.norm,
-            seed=run.config.seed,
-        )
-    )
+    expected = state_arrays(initial_model(run.config))
     odd = _first_difference(arrays_of(run.round(0).state), expected)
     if odd and (why := _other_instructions(device)):
         findings.leave(INITIAL, f"{odd} differs from what is drawn here: {why}")

@@ -20,6 +20,7 @@ from fedsim.core.aggregation import correction_of
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
+from fedsim.core.task import classes_of, task_of
 from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
 from fedsim.recording import rows
 from fedsim.recording.checksums import files_removed, read_checksums
@@ -37,7 +38,6 @@ from fedsim.recording.layout import (
 )
 from fedsim.recording.shards import Gradient, Shard
 from fedsim.recording.tensor_files import TensorFile, TensorPart
-from fedsim.tasks.vision.datasets import parse_name
 
 if TYPE_CHECKING:
     import pandas
@@ -754,7 +754,7 @@ class Run:
         InputError
             When they hold other numbers of them.
         """
-        spec = parse_name(self.config.dataset)
+        spec = task_of(self.config).spec
         held = sum(len(indices) for indices in self.partition.values())
         samples = spec.train_size
         if self.config.own_data:
@@ -769,9 +769,10 @@ class Run:
                 raise InputError(f"{self.layout.partition} has positions beyond 0 to {held - 1}")
         # No more than a fifth of the samples, by the name of the dataset.
         name, shape = list(self.shapes.items())[-1]
-        if shape != (spec.classes,):
+        classes = classes_of(spec)
+        if spec.label is not None and shape != (classes,):
             raise InputError(
-                f"{self.layout.manifest}: {name} has shape {shape}; expected ({spec.classes},), "
+                f"{self.layout.manifest}: {name} has shape {shape}; expected ({classes},), "
                 f"the classes of {self.config.dataset}"
             )
 

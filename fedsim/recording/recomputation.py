@@ -24,6 +24,7 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.plan import batches_of_round
 from fedsim.core.sketch import Sketcher
+from fedsim.core.task import FederatedData, initial_model, task_of
 from fedsim.core.training import (
     Arrays,
     Batch,
@@ -50,8 +51,6 @@ from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import SKETCH, STEPS, is_shard
 from fedsim.recording.reader import Client, Run
 from fedsim.recording.row_proofs import settle_replayed
-from fedsim.tasks.vision.datasets import Dataset
-from fedsim.tasks.vision.models import build_model
 
 TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
 """Relative error of what other arithmetic computes once more, by ``capture-dtype``."""
@@ -135,15 +134,16 @@ class Recomputation:
     ----------
     run : Run
         The run.
-    dataset : Dataset
+    dataset : FederatedData
         The very data of the run.
     findings : Findings
         Told what was found.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, findings: Findings) -> None:
+    def __init__(self, run: Run, dataset: FederatedData, findings: Findings) -> None:
         self._run = run
         self._config = run.config
+        self._task = task_of(run.config)
         self._dataset = dataset
         self._findings = findings
         try:
@@ -163,15 +163,13 @@ class Recomputation:
 
         Its state must be whole.
         """
-        row, data = self._run.round(number).row, self._dataset
+        row = self._run.round(number).row
         _, device = self._run.made_by(number)
         threads = device.get("server_threads") or torch.get_num_threads()
         with torch_threads(threads), deterministic_block(self._config.deterministic):
             same = device.get("arithmetic") == self._evaluation_arithmetic(threads)
             load_state(self._model, _arrays(self._run.round(number).state))
-            found = evaluate(
-                self._model, data.test_images, data.test_labels, data.spec, device=self._device
-            )
+            found = evaluate(self._task, self._model, self._dataset.test(), device=self._device)
         same = same and not self._may_vary(device)
         told_loss, told_accuracy = row["global_loss"], row["global_accuracy"]
         slack = 0.0 if same else ACCURACY_TOLERANCE + 2 / found.num_samples
@@ -199,7 +197,7 @@ class Recomputation:
         if threads not in self._evaluating:
             model = self._new_model()
             self._evaluating[threads] = evaluation_arithmetic(
-                model, self._dataset.spec, device=self._device
+                self._task, model, device=self._device
             )
         return self._evaluating[threads]
 
@@ -314,6 +312,7 @@ class Recomputation:
 
             with recorder:
                 result = local_train(
+                    self._task,
                     self._model,
                     start,
                     iter(self._batches(client)),
@@ -414,7 +413,7 @@ class Recomputation:
         model.train()
         model.zero_grad(set_to_none=True)
         with precision_of(self._config.autocast, self._device):
-            loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+            loss = self._task.loss(model, batch.tensors)
         loss.backward()  # type: ignore[no-untyped-call]
         made = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
         return float(loss.detach()), made
@@ -422,6 +421,7 @@ class Recomputation:
     def _batches(self, client: Client) -> Any:
         return batches_of_round(
             self._config,
+            self._task,
             self._dataset,
             self._run.partition[client.partition],
             round_number=client.round,
@@ -439,8 +439,8 @@ class Recomputation:
         if (size, threads) not in self._training:
             with torch_threads(threads), deterministic_block(self._config.deterministic):
                 self._training[size, threads] = training_arithmetic(
+                    self._task,
                     self._new_model(),
-                    self._dataset.spec,
                     batch_size=size,
                     autocast=self._config.autocast,
                     device=self._device,
@@ -460,10 +460,7 @@ class Recomputation:
         return device["type"] != "cpu" and not self._config.deterministic
 
     def _new_model(self) -> nn.Module:
-        config = self._config
-        classes = self._dataset.spec.classes
-        model = build_model(config.model, classes=classes, norm=config.norm, seed=config.seed)
-        return model.to(self._device)
+        return initial_model(self._config).to(self._device)
 
     def _make_sketcher(self) -> Sketcher:
         if self._sketcher is None:

@@ -15,13 +15,12 @@ import numpy as np
 from pydantic import BaseModel
 
 from fedsim.core.plan import deal_partition
+from fedsim.core.task import FederatedData, describe, initial_model, task_of
 from fedsim.recording import rows
 from fedsim.recording.findings import PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
 from fedsim.recording.reader import Client, Run
 from fedsim.recording.step_proofs import NORM_TOLERANCE
-from fedsim.tasks.vision.datasets import Dataset, parse_name
-from fedsim.tasks.vision.models import build_model
 
 MEASURED = (
     "seconds, peak_memory, created, versions, device, arithmetic, resumed: measured, and nothing "
@@ -58,12 +57,13 @@ def leave_unknown(file: str, model: type[BaseModel], row: Any, findings: Finding
         findings.leave(ROWS, f"{file}: {key}, which this version does not know")
 
 
-def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings: Findings) -> None:
+def prove_manifest(
+    run: Run, dataset: FederatedData | None, why_without: str, findings: Findings
+) -> None:
     """Check what ``run.json`` says beside the configuration."""
     manifest, config = run.manifest, run.config
     run.check_sizes()
-    spec = parse_name(config.dataset)
-    model = build_model(config.model, classes=spec.classes, norm=config.norm, seed=config.seed)
+    model = initial_model(config)
     names = {name for name, _ in model.named_parameters()}
     arrays = {n: {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
               for n, t in model.state_dict().items()}  # fmt: skip
@@ -73,13 +73,15 @@ def prove_manifest(run: Run, dataset: Dataset | None, why_without: str, findings
         "model.arch": config.model,
         "model.parameters": [arrays[n] for n, _ in model.named_parameters()],
         "model.buffers": [a for n, a in arrays.items() if n not in names],
-        "dataset.name": spec.name,
-        "dataset.classes": spec.classes,
-        "dataset.mean": list(spec.mean),
-        "dataset.std": list(spec.std),
     }
-    if not config.own_data:
-        expected |= {"dataset.train_size": spec.train_size, "dataset.test_size": spec.test_size}
+    described = describe(task_of(config).spec)
+    told = run.entry("dataset").keys()
+    for key, value in described.items():
+        # Runs of earlier versions do not describe columns; each node may have its own samples.
+        if key not in {"columns", "label"} - told and not (
+            config.own_data and key.endswith("_size")
+        ):
+            expected[f"dataset.{key}"] = value
     wrong = []
     for key, value in expected.items():
         found: Any = manifest
@@ -128,7 +130,7 @@ def _wrong_rounds(run: Run, findings: Findings) -> list[str]:
     return wrong[:20]
 
 
-def _wrong_partition(run: Run, dataset: Dataset | None, findings: Findings) -> list[str]:
+def _wrong_partition(run: Run, dataset: FederatedData | None, findings: Findings) -> list[str]:
     """Deal the samples once more."""
     config = run.config
     if config.own_data:

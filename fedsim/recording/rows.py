@@ -40,11 +40,19 @@ class _Model(_Row):
     buffers: list[_Array]
 
 
+class _Column(_Row):
+    dtype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**40)]], Field(max_length=8)]
+    values: Annotated[int, Field(ge=1, le=10**9)] | None = None
+
+
 class _Dataset(_Row):
     name: str
     classes: Annotated[int, Field(ge=1, le=10**9)]
-    mean: Annotated[list[_Number], Field(min_length=3, max_length=3)]
-    std: Annotated[list[_Number], Field(min_length=3, max_length=3)]
+    columns: dict[str, _Column] = {}
+    label: str | None = None
+    mean: list[_Number] = []
+    std: list[_Number] = []
     train_size: _Id
     test_size: _Id
     sha256: _Sha256

@@ -16,6 +16,7 @@ from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.server_optimizer import kept_by
+from fedsim.core.task import FederatedData, task_of
 from fedsim.core.units import format_bytes
 from fedsim.recording import proofs, row_proofs, server_proofs, step_proofs
 from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
@@ -47,7 +48,6 @@ from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_sh
 from fedsim.recording.reader import Client, Run, load_run
 from fedsim.recording.recomputation import Candidate, Recomputation, draw, fresh_seed
 from fedsim.recording.shards import Shard
-from fedsim.tasks.vision.datasets import Dataset, load_dataset, official_sha256
 
 Progress = Callable[[int, int], None]
 
@@ -351,26 +351,22 @@ class _Verifier:
     def _check_official(self, run: Run) -> None:
         """Tell where a run has the name of a public dataset and was trained on other samples."""
         name, told = run.config.dataset, run.entry("dataset")["sha256"]
-        known = official_sha256(name)
+        known = task_of(run.config).spec.official_sha256
         if known is not None and told != known:
             self.findings.violate(
                 PARTITION,
                 f"run.json: the data has sha256 {told[:16]}..., which is not the official {name}",
             )
 
-    def _dataset_of(self, run: Run, data_root: str | None, again: _Again) -> Dataset | None:
+    def _dataset_of(self, run: Run, data_root: str | None, again: _Again) -> FederatedData | None:
         config, own = run.config, "the data is at the nodes, which tell its hash and keep it"
         if config.own_data:
             self._leave_without_data(own, again)
         try:
             run.check_sizes()
-            dataset = load_dataset(
-                config.dataset,
-                data_root=data_root or config.data_root,
-                seed=config.seed,
-                download=data_root is not None,
-            )
-            if dataset.sha256() == run.entry("dataset")["sha256"]:
+            task = task_of(config, data_root=data_root, download=data_root is not None)
+            dataset = task.data()
+            if dataset.fingerprint == run.entry("dataset")["sha256"]:
                 return dataset
             reason = "the data at hand has another hash than that of the run"
         except InputError as error:

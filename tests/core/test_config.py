@@ -77,7 +77,7 @@ BAD_VALUES = [
     ("seed", None, "a whole number"),
     ("participants", 3, "a list of client numbers for each round"),
     ("model", "vgg", "one of 'resnet18', 'resnet18-cifar', 'cnn'"),
-    ("model", 18, "one of 'resnet18', 'resnet18-cifar', 'cnn'"),
+    ("model", 18, "a text"),
     ("norm", "layer", "one of 'batch', 'group'"),
     ("optimizer", "rmsprop", "one of 'sgd', 'adam'"),
     ("learning-rate", 0, RATES),

@@ -10,8 +10,10 @@ from torchvision.transforms import functional
 
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.evaluation import evaluate
+from fedsim.core.task import rows_of
 from fedsim.core.training import state_arrays
 from fedsim.tasks.vision.models import build_model
+from tests.vision import vision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,10 +24,9 @@ def build():
 
 def evaluated(model, data, count=359, **options):
     return evaluate(
+        vision(data.spec),
         model,
-        data.test_images[:count],
-        data.test_labels[:count],
-        data.spec,
+        rows_of(data.test(), slice(count)),
         device=torch.device("cpu"),
         **options,
     )

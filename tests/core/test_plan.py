@@ -34,7 +34,7 @@ def test_a_plan_holds_the_data_the_split_and_the_initial_model(digits):
         min_samples=10,
         seed=42,
     )
-    assert plan.dataset.sha256() == digits.sha256()
+    assert plan.dataset.fingerprint == digits.fingerprint
     assert [p.tolist() for p in plan.partition] == [p.tolist() for p in expected]
     assert plan.sizes == [len(p) for p in expected]
     assert sum(plan.sizes) == 1438
@@ -118,7 +118,7 @@ def test_finding_the_supports_changes_nothing(resnet, global_generators):
     before = global_generators()
     assert fresh.supports == resnet.supports
     assert global_generators() == before
-    assert fresh.dataset.sha256() == resnet.dataset.sha256()
+    assert fresh.dataset.fingerprint == resnet.dataset.fingerprint
     for name, array in fresh.initial_state.items():
         assert np.array_equal(array, resnet.initial_state[name])
 

@@ -21,6 +21,7 @@ from fedsim.core.training import (
 )
 from fedsim.tasks.vision.datasets import load_dataset
 from fedsim.tasks.vision.models import build_model
+from tests.vision import DIGITS
 
 BASE = (42, Purpose.BATCHES, 3, 5)
 
@@ -203,15 +204,14 @@ def test_training_and_evaluating_leave_the_global_generators_alone(digits, globa
     cpu = torch.device("cpu")
     before = global_generators()
     batches = load_batches(
-        digits.train_images,
-        digits.train_labels,
+        DIGITS,
+        digits.train(),
         np.arange(50),
-        digits.spec,
         training,
         order=generator(42, Purpose.BATCHES, 1, 0),
         augmentation=generator(42, Purpose.AUGMENTATION, 1, 0),
         device=cpu,
     )
-    local_train(model, state_arrays(model), batches, optimizer, on_step=lambda step: None)
-    evaluate(model, digits.test_images, digits.test_labels, digits.spec, device=cpu)
+    local_train(DIGITS, model, state_arrays(model), batches, optimizer, on_step=lambda step: None)
+    evaluate(DIGITS, model, digits.test(), device=cpu)
     assert global_generators() == before

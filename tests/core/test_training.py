@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import functional
 
+from fedsim.core import training as core_training
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import live_taps
 from fedsim.core.training import (
@@ -22,12 +24,12 @@ from fedsim.core.training import (
     TrainingSettings,
     load_batches,
     load_state,
-    local_train,
     make_optimizer,
     schedule,
     state_arrays,
 )
 from fedsim.tasks.vision.models import LiveTapConv2d, build_model
+from tests.vision import DIGITS, vision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,9 @@ ADAM = OptimizerSettings(name="adam", learning_rate=0.01, weight_decay=5e-4)
 OPTIMIZERS = pytest.mark.parametrize(
     "optimizer", [SGD, NESTEROV, PLAIN, ADAM], ids=["sgd", "nesterov", "plain", "adam"]
 )
+
+
+local_train = functools.partial(core_training.local_train, DIGITS)
 
 
 def training(batch_size=32, epochs=1, steps=None, merge=True, optimizer=SGD):
@@ -53,10 +58,9 @@ def training(batch_size=32, epochs=1, steps=None, merge=True, optimizer=SGD):
 
 def batches_of(data, indices, settings_of_client, *, round_number=1, partition=3):
     return load_batches(
-        data.train_images,
-        data.train_labels,
+        vision(data.spec),
+        data.train(),
         np.asarray(indices, dtype=np.int64),
-        data.spec,
         settings_of_client,
         order=generator(42, Purpose.BATCHES, round_number, partition),
         augmentation=generator(42, Purpose.AUGMENTATION, round_number, partition),
@@ -88,7 +92,7 @@ def plain_loop(model, batches, optimizer, *, fused=True):
     model.train()
     for batch in batches:
         optimiser.zero_grad()
-        loss = nn.CrossEntropyLoss()(model(batch.inputs), batch.targets)
+        loss = nn.CrossEntropyLoss()(model(batch.tensors["inputs"]), batch.tensors["targets"])
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
@@ -183,7 +187,7 @@ def test_every_step_shows_autograds_gradient_of_the_mean_loss(digits):
         batch = batches[step.index]
         twin.load_state_dict(model.state_dict())
         twin.train()
-        loss = nn.functional.cross_entropy(twin(batch.inputs), batch.targets)
+        loss = nn.functional.cross_entropy(twin(batch.tensors["inputs"]), batch.tensors["targets"])
         expected = torch.autograd.grad(loss, list(twin.parameters()))
         assert list(step.gradients) == names
         for name, gradient in zip(names, expected, strict=True):
@@ -456,7 +460,7 @@ def test_batch_norm_statistics_come_from_training_mode(digits):
     assert found["1.num_batches_tracked"].shape == ()
     first = local_train(build(), state_arrays(build()), iter(batches[:1]), PLAIN).state
     with torch.no_grad():
-        maps = build()[0](batches[0].inputs)
+        maps = build()[0](batches[0].tensors["inputs"])
     np.testing.assert_allclose(
         first["1.running_mean"], 0.1 * maps.mean(dim=(0, 2, 3)).numpy(), rtol=1e-4, atol=1e-6
     )
@@ -559,15 +563,18 @@ def test_batches_are_the_right_samples_cropped_and_normalised(digits, flip):
             if flip and coins[n]:
                 image = functional.hflip(image)
             expected = functional.normalize(image.float() / 255, spec.mean, spec.std)
-            torch.testing.assert_close(batch.inputs[n], expected, rtol=0, atol=1e-6)
-        assert batch.targets.tolist() == digits.train_labels[batch.indices].tolist()
-        assert (batch.inputs.dtype, batch.targets.dtype) == (torch.float32, torch.int64)
+            torch.testing.assert_close(batch.tensors["inputs"][n], expected, rtol=0, atol=1e-6)
+        assert batch.tensors["targets"].tolist() == digits.train_labels[batch.indices].tolist()
+        assert (batch.tensors["inputs"].dtype, batch.tensors["targets"].dtype) == (
+            torch.float32,
+            torch.int64,
+        )
 
 
 def test_batches_are_the_same_for_the_same_round_and_partition_only(digits):
     def stream(**numbers):
         batches = batches_of(digits, range(60), training(epochs=2), **numbers)
-        return [(b.epoch, b.indices.tolist(), b.inputs.sum().item()) for b in batches]
+        return [(b.epoch, b.indices.tolist(), b.tensors["inputs"].sum().item()) for b in batches]
 
     base = stream(round_number=1, partition=3)
     assert stream(round_number=1, partition=3) == base
@@ -576,10 +583,10 @@ def test_batches_are_the_same_for_the_same_round_and_partition_only(digits):
 
 
 def test_batches_read_the_images_without_changing_them(digits):
-    before = digits.sha256()
+    before = digits.fingerprint
     for batch in batches_of(digits, range(40), training()):
-        batch.inputs.zero_()
-    assert digits.sha256() == before
+        batch.tensors["inputs"].zero_()
+    assert digits.fingerprint == before
 
 
 def test_33_samples_train_resnet18_with_batch_norm(digits):
@@ -663,7 +670,7 @@ def test_the_proximal_term_is_that_of_the_paper_and_observers_see_the_data_loss_
     batches = batches_of(digits, range(150), training(epochs=2, optimizer=PLAIN))
     for batch, (step, gradients, _) in zip(batches, steps, strict=True):
         named = dict(model.named_parameters())
-        data = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+        data = nn.functional.cross_entropy(model(batch.tensors["inputs"]), batch.tensors["targets"])
         term = MU / 2 * sum((p - origin[n]).square().sum() for n, p in named.items())
         optimizer.zero_grad()
         alone = torch.autograd.grad(data, list(named.values()), retain_graph=True)
@@ -717,7 +724,9 @@ def test_a_correction_is_added_to_every_gradient_and_observers_see_the_data_loss
     batches = batches_of(digits, range(150), client)
     for batch, (step, gradients, _) in zip(batches, observer.steps, strict=True):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(batch.inputs), batch.targets).backward()
+        nn.functional.cross_entropy(
+            plain(batch.tensors["inputs"]), batch.tensors["targets"]
+        ).backward()
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
             parameter.grad += correction[name]

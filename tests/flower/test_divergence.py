@@ -13,6 +13,7 @@ from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.verify import verify
 from fedsim.tasks.vision.datasets import DatasetSpec
+from tests.vision import vision
 
 FIRST = draw_participants(42, 1, 6, 3)
 HUGE = {"learning_rate": 1e30, "momentum": 0.0, "optimizer": "sgd", "batch_size": 64}
@@ -71,16 +72,17 @@ def test_the_first_layer_that_overflows_is_found_whatever_the_image():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2), nn.ReLU(), nn.Linear(2, 2))
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     images[3] = 255
+    columns = {"images": images, "labels": torch.zeros(4, dtype=torch.int64)}
     with torch.no_grad():
         model[1].weight.fill_(1e34)
         model[1].bias.fill_(0.0)
         model[3].weight.fill_(100.0)
-    found = first_overflow(model, images, SPEC, torch.device("cpu"), batch_size=2)
+    found = first_overflow(vision(SPEC), model, columns, torch.device("cpu"), batch_size=2)
     assert found == "3"
     with torch.no_grad():
         model[1].weight.fill_(np.float32(3e38))
-    assert first_overflow(model, images, SPEC, torch.device("cpu"), batch_size=2) == "1"
+    assert first_overflow(vision(SPEC), model, columns, torch.device("cpu"), batch_size=2) == "1"
     with torch.no_grad():
         model[1].weight.fill_(1.0)
-    assert first_overflow(model, images, SPEC, torch.device("cpu")) is None
+    assert first_overflow(vision(SPEC), model, columns, torch.device("cpu")) is None
     assert all(not layer._forward_hooks for layer in model)

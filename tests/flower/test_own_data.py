@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from fedsim.cli import run as fedsim
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError, RunFailedError
+from fedsim.core.own_data import find_own_data
 from fedsim.core.plan import RunPlan
 from fedsim.flower import inventory
 from fedsim.flower import messages as wire
@@ -18,7 +19,6 @@ from fedsim.flower.server_app import check_output, check_resume, execute
 from fedsim.flower.simulation import size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
-from fedsim.tasks.vision.own_data import find_own_data
 from tests.flower.conftest import SMALL
 from tests.local_grid import LocalGrid
 from tests.observers import Memory

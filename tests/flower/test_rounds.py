@@ -67,13 +67,10 @@ def test_every_row_says_what_happened(run_locally):
 def test_the_row_of_a_round_speaks_of_the_model_of_that_round(run_locally):
     run = run_locally()
     plan = RunPlan.prepare(run.config)
-    data = plan.dataset
     for number in range(3):
         model = build_model("cnn", classes=10, norm="batch", seed=0)
         load_state(model, arrays(run.round(number).state))
-        outcome = evaluate(
-            model, data.test_images, data.test_labels, data.spec, device=torch.device("cpu")
-        )
+        outcome = evaluate(plan.task, model, plan.dataset.test(), device=torch.device("cpu"))
         row = run.round_rows[number]
         assert row["global_accuracy"] == outcome.accuracy
         # The threads of the two may differ, and with them the order of sums.
@@ -132,10 +129,9 @@ def test_recorded_indices_and_augmentation_draws_give_the_recorded_gradient(run_
     plan = RunPlan.prepare(run.config)
     client = next(iter(run.round(1).clients.values()))
     batches = load_batches(
-        plan.dataset.train_images,
-        plan.dataset.train_labels,
+        plan.task,
+        plan.dataset.train(),
         run.partition[client.partition],
-        plan.dataset.spec,
         run.config.training_of(client.partition),
         order=generator(42, Purpose.BATCHES, 1, client.partition),
         augmentation=generator(42, Purpose.AUGMENTATION, 1, client.partition),
@@ -146,7 +142,7 @@ def test_recorded_indices_and_augmentation_draws_give_the_recorded_gradient(run_
     model.train()
     batch = next(batches)
     assert client.steps[0]["indices"] == batch.indices.tolist()
-    loss = torch.nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+    loss = plan.task.loss(model, batch.tensors)
     loss.backward()
     assert client.steps[0]["loss"] == loss.item()
     for name, parameter in model.named_parameters():

@@ -73,10 +73,9 @@ def train(
 ) -> LocalResult:
     """Train partition 1, of 227 samples, from the initial state."""
     batches = load_batches(
-        plan.dataset.train_images,
-        plan.dataset.train_labels,
+        plan.task,
+        plan.dataset.train(),
         plan.partition[PARTITION],
-        plan.dataset.spec,
         settings,
         order=generator(42, Purpose.BATCHES, ROUND, PARTITION),
         augmentation=generator(42, Purpose.AUGMENTATION, ROUND, PARTITION),
@@ -88,7 +87,7 @@ def train(
             observer(step)
 
     model = build_model("cnn", classes=10, norm="batch", seed=0)
-    return local_train(model, plan.initial_state, batches, settings.optimizer, observe)
+    return local_train(plan.task, model, plan.initial_state, batches, settings.optimizer, observe)
 
 
 def recorder_in(
@@ -857,10 +856,9 @@ def deep() -> tuple[RunPlan, list[Step]]:
     plan = RunPlan.prepare(RunConfig.from_mapping(values))
     settings = plan.config.training_of(0)
     batches = load_batches(
-        plan.dataset.train_images,
-        plan.dataset.train_labels,
+        plan.task,
+        plan.dataset.train(),
         plan.partition[0],
-        plan.dataset.spec,
         settings,
         order=generator(42, Purpose.BATCHES, 1, 0),
         augmentation=generator(42, Purpose.AUGMENTATION, 1, 0),
@@ -868,7 +866,7 @@ def deep() -> tuple[RunPlan, list[Step]]:
     )
     cloner = Cloner()
     model = build_model("resnet18", classes=10, norm="batch", seed=0)
-    local_train(model, plan.initial_state, batches, settings.optimizer, cloner)
+    local_train(plan.task, model, plan.initial_state, batches, settings.optimizer, cloner)
     return plan, cloner.steps
 
 

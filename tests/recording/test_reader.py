@@ -324,10 +324,9 @@ def train_again(recorded: Recorded, number: int, partition: int) -> list[dict[st
     run, plan = load_run(recorded.path), recorded.plan
     settings = plan.config.training_of(partition)
     batches = load_batches(
-        plan.dataset.train_images,
-        plan.dataset.train_labels,
+        plan.task,
+        plan.dataset.train(),
         plan.partition[partition],
-        plan.dataset.spec,
         settings,
         order=generator(42, Purpose.BATCHES, number, partition),
         augmentation=generator(42, Purpose.AUGMENTATION, number, partition),
@@ -340,7 +339,7 @@ def train_again(recorded: Recorded, number: int, partition: int) -> list[dict[st
         seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
 
     start = {n: t.numpy() for n, t in run.round(number - 1).state.items()}
-    local_train(model, start, batches, settings.optimizer, look)
+    local_train(plan.task, model, start, batches, settings.optimizer, look)
     look(None)
     return seen
 

@@ -25,6 +25,7 @@ from fedsim.core.config import RunConfig
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.plan import RunPlan
+from fedsim.core.task import tensors_of
 from fedsim.flower.actor import Duty
 from fedsim.flower.simulation import WorkerPool, is_alive, most_participants
 from fedsim.plugins.cluster import machines
@@ -247,7 +248,7 @@ def prepared(plan: RunPlan, output: Path, nodes: Sequence[Node]) -> Iterator[Clu
     """
     config, data = plan.config, plan.dataset
     ours = machines.facts_of(config)
-    sha256 = data.sha256()
+    sha256 = data.fingerprint
     with machines.Mark.beside(output) as mark:
         reports = _on_each(nodes, _report, config.to_json(), mark)
     for node in nodes:
@@ -259,13 +260,7 @@ def prepared(plan: RunPlan, output: Path, nodes: Sequence[Node]) -> Iterator[Clu
     lacking = [node for node in nodes if reports[node.id].data_sha256 is None]
     shipped: dict[str, Any] = {}
     if lacking:
-        arrays: dict[str, NDArray[np.generic]] = {
-            "train_images": data.train_images.numpy(),
-            "train_labels": data.train_labels.numpy(),
-            "test_images": data.test_images.numpy(),
-            "test_labels": data.test_labels.numpy(),
-        }
-        shipped = {name: ray.put(array) for name, array in arrays.items()}
+        shipped = {name: ray.put(t.numpy()) for name, t in tensors_of(data).items()}
         stored = _on_each(lacking, _store, config.to_json(), list(shipped), *shipped.values())
         for node in lacking:
             if stored[node.id] != sha256:

@@ -20,8 +20,8 @@ import strategies
 from fedsim.core.config import RunConfig
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.task import StoresData, task_of
 from fedsim.flower.machine import versions
-from fedsim.tasks.vision.datasets import load_dataset, store_dataset
 
 CODE, DEVICE, PROCESSOR, GPU = "code", "device", "processor", "GPU"
 
@@ -78,12 +78,10 @@ def data_sha256(config: RunConfig) -> str | None:
     What is not in the cache is looked for under ``data-root``, or computed, but not downloaded.
     """
     try:
-        data = load_dataset(
-            config.dataset, data_root=config.data_root, seed=config.seed, download=False
-        )
+        data = task_of(config, download=False).data()
     except InputError:
         return None
-    return data.sha256()
+    return data.fingerprint
 
 
 def store_data(config: RunConfig, tensors: Mapping[str, NDArray[np.generic]]) -> str:
@@ -95,7 +93,10 @@ def store_data(config: RunConfig, tensors: Mapping[str, NDArray[np.generic]]) ->
         When the cache cannot be written.
     """
     copies = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-    return store_dataset(config.dataset, copies, seed=config.seed).sha256()
+    task = task_of(config)
+    if not isinstance(task, StoresData):
+        raise InputError(f"the data of {config.dataset} cannot be sent to another machine")
+    return task.store(copies).fingerprint
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from fedsim.core.errors import InputError
 from fedsim.core.plan import batches_of_round
+from fedsim.core.task import task_of
 from fedsim.core.training import Batch, OptimizerSettings
 from fedsim.recording.files import TEMPORARY, temporary, write_json, write_tensors
 from fedsim.recording.reader import Client, Round, Run
-from fedsim.tasks.vision import IMAGE_SHAPE
-from fedsim.tasks.vision.datasets import load_dataset
 
 Progress = Callable[[int, int], None]
 
@@ -195,14 +194,10 @@ def rebuild_batches(
     if config.own_data:
         raise InputError(f"{run.path} has no images: its nodes trained on data of their own")
     run.check_sizes()
-    dataset = load_dataset(
-        config.dataset,
-        data_root=data_root or config.data_root,
-        seed=config.seed,
-        # Not to where a run from elsewhere says that its data was.
-        download=data_root is not None,
-    )
-    expected, found = run.entry("dataset")["sha256"], dataset.sha256()
+    # Not to where a run from elsewhere says that its data was.
+    task = task_of(config, data_root=data_root, download=data_root is not None)
+    dataset = task.data()
+    expected, found = run.entry("dataset")["sha256"], dataset.fingerprint
     if found != expected:
         raise InputError(
             f"dataset = {config.dataset!r} on this machine has sha256 {found}; expected that of "
@@ -211,6 +206,7 @@ def rebuild_batches(
     partition = client.partition
     batches = batches_of_round(
         config,
+        task,
         dataset,
         run.partition[partition],
         round_number=client.round,
@@ -369,9 +365,12 @@ def _skipped_updates(run: Run, client: Client, steps: range) -> list[str]:
 
 
 def _described_data(run: Run) -> dict[str, Any]:
-    data = run.entry("dataset")
+    data, spec = run.entry("dataset"), task_of(run.config).spec
+    shapes = [column.shape for name, column in spec.columns.items() if name != spec.label]
+    if len(shapes) != 1 or "mean" not in data:
+        raise InputError(f"{run.path} did not train on images; breaching exports are of images")
     return {
-        "shape": list(IMAGE_SHAPE),
+        "shape": list(shapes[0]),
         "classes": data["classes"],
         "mean": data["mean"],
         "std": data["std"],
@@ -380,7 +379,7 @@ def _described_data(run: Run) -> dict[str, Any]:
 
 
 def _shared_metadata(batches: Sequence[Batch], learning_rate: float) -> dict[str, Any]:
-    labels = [batch.targets.tolist() for batch in batches]
+    labels = [batch.tensors["targets"].tolist() for batch in batches]
     several = {
         "lr": learning_rate,
         "steps": len(batches),
@@ -407,8 +406,8 @@ def _described_source(run: Run) -> dict[str, Any]:
 
 def _ground_truth(batches: Sequence[Batch]) -> dict[str, Tensor]:
     return {
-        "images": torch.cat([batch.inputs for batch in batches]),
-        "labels": torch.cat([batch.targets for batch in batches]),
+        "images": torch.cat([batch.tensors["inputs"] for batch in batches]),
+        "labels": torch.cat([batch.tensors["targets"] for batch in batches]),
         "indices": torch.cat([torch.from_numpy(batch.indices) for batch in batches]),
     }
 

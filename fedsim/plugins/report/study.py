@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.core.errors import InputError
 from fedsim.core.partition import class_counts
+from fedsim.core.task import classes_of, labels_of, task_of
 from fedsim.core.units import format_bytes
 from fedsim.plugins.report.figures import spread
 from fedsim.plugins.report.geometry import (
@@ -29,7 +30,6 @@ from fedsim.plugins.report.geometry import (
 )
 from fedsim.recording.files import ITEM_BYTES
 from fedsim.recording.reader import Client, Run
-from fedsim.tasks.vision.datasets import load_dataset, parse_name
 
 DEFAULT_BUDGET = 20 * 10**9
 """Bytes of deltas and gradients that a report reads of one run."""
@@ -187,13 +187,8 @@ class Study:
         if config.own_data:
             return counts, f"{unknown.sum()} clients have not trained yet and are blank."
         try:
-            dataset = load_dataset(
-                config.dataset,
-                data_root=self._data_root or config.data_root,
-                seed=config.seed,
-                download=False,
-            )
-            labels = dataset.train_labels.numpy()
+            task = task_of(config, data_root=self._data_root, download=False)
+            labels = labels_of(task.data())
             full = class_counts(list(self.run.partition.values()), labels, counts.shape[1])
             if np.array_equal(full[~unknown], counts[~unknown]):
                 return full.astype(float), ""
@@ -394,7 +389,7 @@ class Sketch:
 
 def _classes_of(run: Run) -> int:
     # Not what run.json claims: whoever makes a table of it must be able to hold it.
-    return parse_name(run.config.dataset).classes
+    return classes_of(task_of(run.config).spec)
 
 
 def _check_partition(run: Run, row: dict[str, Any], partition: int) -> None:

@@ -8,35 +8,34 @@ import functools
 import hashlib
 import math
 import os
-import secrets
 import tempfile
 import urllib.error
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsim.core.cache import cache_root
+from fedsim.core.columns import map_columns, save_columns, sha256_of
 from fedsim.core.errors import InputError
+from fedsim.core.own_data import OwnData, check_classes
 from fedsim.core.rng import Purpose, generator
+from fedsim.core.task import Column, Columns, tensors_of
 from fedsim.core.units import parse_count
 from fedsim.tasks.vision import IMAGE_SHAPE
-from fedsim.tasks.vision.own_data import OwnData, check_classes
 
 _CACHE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """What is known of a dataset before it is loaded.
+    """What is known of a dataset before it is loaded: a `DataSpec` of images and classes.
 
     Parameters
     ----------
@@ -50,6 +49,8 @@ class DatasetSpec:
         Samples in the two splits.
     flip : bool
         Whether a mirrored image keeps its class.
+    official_sha256 : str or None
+        Fingerprint of what is the same for everybody.
     """
 
     name: str
@@ -59,6 +60,25 @@ class DatasetSpec:
     train_size: int
     test_size: int
     flip: bool
+    official_sha256: str | None = None
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The pixels and the class of each image."""
+        return {
+            "images": Column(dtype="uint8", shape=IMAGE_SHAPE),
+            "labels": Column(dtype="int64", values=self.classes),
+        }
+
+    @property
+    def label(self) -> str:
+        """The column that images are dealt by."""
+        return "labels"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How pixels are normalised."""
+        return {"mean": list(self.mean), "std": list(self.std)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +101,18 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
 
-    def sha256(self) -> str:
-        """Hash both splits: images, labels of training, then of test, as raw bytes."""
-        return self._sha256
+    def train(self) -> Columns:
+        """Give ``images`` and ``labels`` of the training split."""
+        return {"images": self.train_images, "labels": self.train_labels}
+
+    def test(self) -> Columns:
+        """Give ``images`` and ``labels`` of the test split."""
+        return {"images": self.test_images, "labels": self.test_labels}
 
     @functools.cached_property
-    def _sha256(self) -> str:
-        return _hashed(hashlib.sha256(), [getattr(self, name) for name in _TENSORS])
+    def fingerprint(self) -> str:
+        """SHA-256 of both splits: images, labels of training, then of test, as raw bytes."""
+        return sha256_of(tensors_of(self))
 
     def check_official(self) -> None:
         """Refuse what has the name of a public dataset and not its samples.
@@ -99,24 +124,26 @@ class Dataset:
         InputError
             Naming the cache file.
         """
-        name = self.spec.name
-        known = official_sha256(name)
-        if known is not None and self.sha256() != known:
+        name, known = self.spec.name, self.spec.official_sha256
+        if known is not None and self.fingerprint != known:
             raise InputError(
                 f"{_cache_file(name, 0)} is not the official {name}: its samples have sha256 "
-                f"{self.sha256()[:16]}..., not {known[:16]}...; remove the file and try again"
+                f"{self.fingerprint[:16]}..., not {known[:16]}...; remove the file and try again"
             )
 
+    def with_own(self, own: OwnData) -> Dataset:
+        """Put a node's own samples in place of the training split, mapped from the cache.
 
-_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
-_XXH3 = "xxh3_128"
-"""Key in the metadata of a cache file: the hash of its four tensors in that order."""
-
-
-def _hashed(digest: Any, tensors: Iterable[Tensor]) -> str:
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().data)
-    return str(digest.hexdigest())
+        Raises
+        ------
+        InputError
+            When they have another number of classes than the dataset.
+        """
+        check_classes(len(own.classes), self.spec.classes, self.spec.name)
+        with safe_open(own.file, framework="pt") as file:
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        spec = dataclasses.replace(self.spec, train_size=own.samples)
+        return dataclasses.replace(self, spec=spec, train_images=images, train_labels=labels)
 
 
 _CIFAR100 = DatasetSpec(
@@ -127,7 +154,9 @@ _CIFAR100 = DatasetSpec(
     train_size=50_000,
     test_size=10_000,
     flip=True,
+    official_sha256="283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
 )
+# Held to the MD5 of its files.
 _CIFAR10 = DatasetSpec(
     name="cifar10",
     classes=10,
@@ -146,18 +175,8 @@ _DIGITS = DatasetSpec(
     train_size=1_438,
     test_size=359,
     flip=False,
+    official_sha256="2424bc720d76768867b002c30f5d7cfae5f33e810064ccf0d1e05b8049476456",
 )
-
-_OFFICIAL = {
-    "cifar100": "283e80e15e3841cce98044da5929d8557a88969bfd2d77d1c1db7bb78ba419f7",
-    "digits": "2424bc720d76768867b002c30f5d7cfae5f33e810064ccf0d1e05b8049476456",
-}
-"""`Dataset.sha256` of what is the same for everybody. CIFAR-10 is held to the MD5 of its files."""
-
-
-def official_sha256(name: str) -> str | None:
-    """Give the hash of a public dataset as everybody has it; None where none is known."""
-    return _OFFICIAL.get(name)
 
 
 def parse_name(text: str) -> DatasetSpec:
@@ -214,17 +233,11 @@ def load_dataset(name: str, *, data_root: str | None, seed: int, download: bool 
     ------
     InputError
         When CIFAR is neither found nor downloadable, or is damaged, or the cache cannot be written.
-
-    Notes
-    -----
-    What is mapped is compared with the hash in its file, 10 ms for CIFAR, by every process that
-    maps it: none has to rely on another. `Dataset.check_official` is for the one that begins a run.
     """
     spec = parse_name(name)
     path = _cache_file(name, seed)
-    cached = _map_cache(path, spec)
-    if cached is not None:
-        return cached
+    if (cached := map_columns(path, spec)) is not None:
+        return Dataset(spec=spec, **cached)
     try:
         tensors = _LOADERS[name.partition(":")[0]](spec, data_root, seed, download)
     except InputError as error:
@@ -256,70 +269,25 @@ def store_dataset(name: str, tensors: Mapping[str, Tensor], *, seed: int) -> Dat
     InputError
         When the cache cannot be written, or a public dataset has other samples than is known.
     """
-    path = _cache_file(name, seed)
-    ordered = [tensors[key] for key in _TENSORS]
-    known = official_sha256(name)
-    if known is not None and (found := _hashed(hashlib.sha256(), ordered)) != known:
+    path, spec = _cache_file(name, seed), parse_name(name)
+    given = Dataset(spec=spec, **tensors)
+    known, found = spec.official_sha256, given.fingerprint
+    if known is not None and found != known:
         raise InputError(
             f"dataset = {name!r} cannot be used: its samples have sha256 {found[:16]}..., and the "
             f"official ones {known[:16]}..."
         )
-    # Processes that start together may all convert, on several machines with one disk too; each
-    # renames a whole file into place.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial, metadata={_XXH3: _hashed(xxhash.xxh3_128(), ordered)})
-        partial.replace(path)
+        save_columns(path, tensors_of(given))
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise InputError(
             f"the dataset cache {path.parent} cannot be written ({_first_line(error)}); "
             "set FEDSIM_CACHE to a folder that can"
         ) from None
-    mapped = _map_cache(path, parse_name(name))
+    mapped = map_columns(path, spec)
     if mapped is None:
         raise InputError(f"the dataset cache {path} cannot be read back; remove it and try again")
-    return mapped
-
-
-def with_own_data(dataset: Dataset, own: OwnData) -> Dataset:
-    """Put a node's own samples in place of the training split, mapped from the cache.
-
-    Raises
-    ------
-    InputError
-        When they have another number of classes than the dataset.
-    """
-    check_classes(len(own.classes), dataset.spec.classes, dataset.spec.name)
-    with safe_open(own.file, framework="pt") as file:
-        images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    spec = dataclasses.replace(dataset.spec, train_size=own.samples)
-    return dataclasses.replace(dataset, spec=spec, train_images=images, train_labels=labels)
-
-
-def _map_cache(path: Path, spec: DatasetSpec) -> Dataset | None:
-    shapes = {
-        "train_images": (spec.train_size, *IMAGE_SHAPE),
-        "train_labels": (spec.train_size,),
-        "test_images": (spec.test_size, *IMAGE_SHAPE),
-        "test_labels": (spec.test_size,),
-    }
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in shapes}
-            recorded = (file.metadata() or {}).get(_XXH3)
-    except (OSError, SafetensorError):
-        return None
-    dtypes = {"images": torch.uint8, "labels": torch.int64}
-    for key, shape in shapes.items():
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtypes[key.partition("_")[2]]:
-            return None
-    if _hashed(xxhash.xxh3_128(), [tensors[key] for key in _TENSORS]) != recorded:
-        return None
-    return Dataset(spec=spec, **tensors)
+    return Dataset(spec=spec, **mapped)
 
 
 def _tensors(

@@ -79,12 +79,8 @@ def _group_norm(channels: int) -> nn.Module:
 def _resnet18(classes: int, norm_layer: NormLayer) -> nn.Module:
     # A head of 1000 classes is drawn first and replaced: a published run did so, and skipping
     # it would change the numbers that follow.
-    model = ResNet18(1000, norm_layer)
+    model = ResNet18(1000, norm_layer, LiveTapConv2d)
     model.fc = nn.Linear(model.fc.in_features, classes)
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            # Its weights are drawn and stay as they are; only the arithmetic is another.
-            module.__class__ = LiveTapConv2d
     return model
 
 
@@ -111,3 +107,7 @@ _BUILDERS: dict[str, Callable[[int, NormLayer], nn.Module]] = {
     "resnet18-cifar": _resnet18_cifar,
     "cnn": _cnn,
 }
+ARCHS = tuple(_BUILDERS)
+"""The names of the models."""
+NORMS = ("batch", "group")
+"""The names of the normalisation layers."""

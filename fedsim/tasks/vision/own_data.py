@@ -10,7 +10,6 @@ import io
 import json
 import os
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,41 +21,18 @@ from safetensors.numpy import save_file
 from fedsim.core.cache import cache_root
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import open_regular, parse_json
+from fedsim.core.own_data import MOST_NAME, OwnData
 from fedsim.tasks.vision import IMAGE_SHAPE
 
 _VERSION = 2
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-MOST_NAME = 255
-"""Characters in the name of a class."""
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 """Kinds of images, as Pillow names them, that have 8 bits a channel or fewer."""
 _MOST_IMAGE_BYTES = 2**20
 """Of the file of one image of 32x32 pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnData:
-    """What a node holds.
-
-    Parameters
-    ----------
-    file : Path
-        ``images`` (uint8, shape (samples, 3, 32, 32)) and ``labels`` (int64), in the cache.
-    samples : int
-        How many.
-    classes : tuple of str
-        Names of the classes, by label.
-    sha256 : str
-        Hash of names, images and labels.
-    """
-
-    file: Path
-    samples: int
-    classes: tuple[str, ...]
-    sha256: str
-
-
-def find_own_data(folder: Path) -> OwnData:
+def find(folder: Path) -> OwnData:
     """Find the data of a node, converting it into the cache when it is new or has changed.
 
     Parameters
@@ -246,18 +222,3 @@ def _described(path: Path) -> OwnData | None:
         classes=tuple(json.loads(about["classes"])),
         sha256=about["sha256"],
     )
-
-
-def check_classes(found: int, allowed: int, dataset: str) -> None:
-    """Refuse own data with another number of classes than the dataset of the federation.
-
-    Raises
-    ------
-    InputError
-        With both numbers.
-    """
-    if found != allowed:
-        raise InputError(
-            f"the data of this node has {found} classes; expected {allowed}, those of "
-            f"dataset = {shorten(dataset)}"
-        )

@@ -10,6 +10,7 @@ from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
 from fedsim.tasks.vision.models import LiveTapConv2d, build_model, needs_two_samples
 from fedsim.tasks.vision.resnet import ResNet18
+from tests.vision import vision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,10 +165,9 @@ def test_a_device_that_is_not_there_is_refused(name, module, monkeypatch):
 @pytest.mark.slow
 def test_untrained_resnet18_scores_what_the_notebook_printed(cifar100):
     result = evaluate(
+        vision(cifar100.spec),
         build("resnet18"),
-        cifar100.test_images,
-        cifar100.test_labels,
-        cifar100.spec,
+        cifar100.test(),
         device=torch.device("cpu"),
     )
     assert round(result.loss, 4) == 4.6169

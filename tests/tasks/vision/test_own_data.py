@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fedsim.core.errors import InputError
-from fedsim.tasks.vision.own_data import find_own_data
+from fedsim.core.own_data import find_own_data
 
 
 @pytest.fixture(autouse=True)
