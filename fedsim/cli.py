@@ -268,7 +268,7 @@ _GROUPS = {
 def _add_keys(
     command: argparse.ArgumentParser, *, but: Sequence[str] = (), with_defaults: bool = True
 ) -> None:
-    from fedsim.core.config import RunConfig, flag_text
+    from fedsim.core.config import RunConfig, describe, flag_text
     from fedsim.core.fields import choices_of
 
     defaults = RunConfig().to_mapping()
@@ -297,7 +297,7 @@ def _add_keys(
             metavar=metavar,
             dest=key,
             **alone,
-            help=f"{field.description}{shown}".replace("%", "%%"),
+            help=f"{describe(name)}{shown}".replace("%", "%%"),
         )
 
 

@@ -2,75 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fedsim.core.aggregation import NormalisedMean, local_work
-from fedsim.recording.rows import updates_of
-from strategies.delta_fedavg import DeltaFedAvg
-from strategies.folding import DeltaFold, RoundExporter, State
+from fedsim.core.aggregation import Array, State, Sums, apply_delta
+from fedsim.core.algorithm import Algorithm, Outcome, Round, StrategySettings
+from fedsim.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsim.core.config import RunConfig
 
 
-class FedNova(DeltaFedAvg):
+class FedNovaSettings(StrategySettings):
+    """It has none."""
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse optimizers whose work no formula tells."""
+        if config.optimizer != "sgd":
+            raise ConfigError("optimizer", config.optimizer, f"'sgd' with {self.name}")
+
+
+class FedNova(Algorithm):
     """FedNova (Wang et al. 2020): equal influence for samples, whatever the local steps.
 
     In plain averaging a client that makes more local steps pulls the model to its own optimum.
     Here each delta is divided by its client's work, and the mean multiplied by the mean work.
-    Buffers are averaged as in `DeltaFedAvg`.
-
-    Parameters
-    ----------
-    parameters : collection of str
-        Names of the trainable parameters.
-    momentum, nesterov : float, bool
-        Of the clients' SGD. Their telemetry tells the updates made and ``learning_rate``.
-    exporter : RoundExporter, optional
-        Receives the artifacts of every round.
-    **settings
-        Those of Flower's FedAvg.
     """
 
-    def __init__(
-        self,
-        parameters: Collection[str],
-        *,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        exporter: RoundExporter | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(exporter, **settings)
-        self._trainable = frozenset(parameters)
-        self._momentum = momentum
-        self._nesterov = nesterov
+    name = "fednova"
+    Settings = FedNovaSettings
 
-    def _fold(self, server_round: int) -> DeltaFold:
-        return _NormalisedFold(self, server_round)
-
-    def work_of(self, row: Mapping[str, Any]) -> float:
-        """Give the work that a client's telemetry tells of."""
-        return local_work(
-            updates_of(row),
-            learning_rate=row["learning_rate"],
-            momentum=self._momentum,
-            nesterov=self._nesterov,
-        )
-
-    def bare(self, state: State) -> State:
-        """Leave out the buffers."""
-        return {name: array for name, array in state.items() if name in self._trainable}
+    def fold(self, this_round: Round) -> Outcome:
+        """Add the normalised mean."""
+        mean = NormalisedMean()
+        for update in this_round.updates():
+            mean.add(update.delta, update.samples, update.work)
+        return Outcome(apply_delta(this_round.before, mean.mean()))
 
 
-class _NormalisedFold(DeltaFold):
-    def __init__(self, strategy: FedNova, server_round: int) -> None:
-        super().__init__(
-            server_round, weighted_by_key=strategy.weighted_by_key, exporter=strategy.exporter
-        )
-        self._strategy = strategy
-        self._normalised = NormalisedMean()
+class NormalisedMean:
+    """The normalised mean of deltas (Wang et al. 2020, eq. 8), in float64.
 
-    def update(self, aggregate: State) -> State:
-        return aggregate | self._normalised.mean()
+    With weights ``p`` that sum to 1, deltas ``x`` and local work ``a``, it is
+    ``sum(p * a) * sum(p * x / a)``: every client moves the mean in proportion to its samples,
+    not to the steps that it made. With equal work it is the sample-weighted mean.
+    """
 
-    def _take(self, row: Mapping[str, Any], delta: State, weight: int) -> None:
-        self._normalised.add(self._strategy.bare(delta), weight, self._strategy.work_of(row))
+    def __init__(self) -> None:
+        self._rates = Sums()
+        self._work = 0.0
+        self._weight = 0
+
+    def add(self, delta: State, weight: int, work: float) -> None:
+        """Fold one client's delta in; `work` is its `local_work`, 0 where it did not move."""
+        self._rates.add(delta, weight / work if work else 0.0)
+        self._work += weight * work
+        self._weight += weight
+
+    def mean(self) -> dict[str, Array]:
+        """Give the mean, rounded once to each array's own dtype."""
+        return self._rates.divided(self._weight**2 / self._work if self._work else 1.0)

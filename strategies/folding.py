@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,8 +39,27 @@ class RoundExporter(Protocol):
         """Take what the strategy keeps for the next round."""
 
 
+@dataclass
+class Taken:
+    """One reply, folded into the mean.
+
+    Parameters
+    ----------
+    row : dict
+        The client's telemetry; empty for clients that send none.
+    delta : dict of str to ndarray
+        Local minus global state.
+    weight : int
+        The client's weight.
+    """
+
+    row: dict[str, Any]
+    delta: State
+    weight: int
+
+
 class DeltaFold:
-    """Folds replies into the sample-weighted mean delta, one by one, exporting each.
+    """Folds replies into the sample-weighted mean delta, one by one, and exports each.
 
     Parameters
     ----------
@@ -63,12 +83,7 @@ class DeltaFold:
         self._exporter = exporter
         self._mean = DeltaMean()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no reply was folded yet."""
-        return self._mean.weight == 0
-
-    def add(self, reply: Reply, reference: State) -> None:
+    def take(self, reply: Reply, reference: State) -> Taken:
         """Fold one reply.
 
         Parameters
@@ -93,20 +108,16 @@ class DeltaFold:
         if not isinstance(weight, int):
             raise ValueError(f"{self._weighted_by_key} is {weight!r}; a whole number is needed")
         self._mean.add(delta, weight)
-        self._take(row, delta, weight)
-        if self._exporter is not None:
-            self._exporter.add_client({"round": self._round, **row}, delta)
+        return Taken(row, delta, weight)
 
-    def aggregate(self) -> State:
+    def export(self, taken: Taken) -> None:
+        """Hand on what a client sent."""
+        if self._exporter is not None:
+            self._exporter.add_client({"round": self._round, **taken.row}, taken.delta)
+
+    def mean(self) -> State:
         """Give the mean delta."""
         return self._mean.mean()
-
-    def update(self, aggregate: State) -> State:
-        """Give what is added to the global state: the mean delta."""
-        return aggregate
-
-    def _take(self, row: Mapping[str, Any], delta: State, weight: int) -> None:
-        """Look at a delta that was folded, and at its client's telemetry."""
 
 
 def usable_replies(replies: Iterable[Message]) -> Iterator[Reply]:

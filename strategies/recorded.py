@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvgM, Strategy
+from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdaptiveBase
 from flwr.serverapp.strategy.dp_fixed_clipping import DifferentialPrivacyFixedClippingBase
-from flwr.serverapp.strategy.fedopt import FedOpt
-from numpy.typing import NDArray
 
 from fedsim.core.aggregation import apply_delta
 from fedsim.core.errors import RunFailedError
 from fedsim.core.rng import Purpose, global_seed
 from fedsim.flower.messages import Reply, with_arrays
-from fedsim.recording.layout import CLIPPING_NORM, strategy_key
 from strategies.folding import DeltaFold, RoundExporter, State, usable_replies
+from strategies.privacy import CLIPPING_NORM
 
 
 @runtime_checkable
@@ -35,10 +33,10 @@ class StatefulStrategy(Protocol):
 
 @runtime_checkable
 class CorrectingStrategy(Protocol):
-    """A strategy whose clients add something of their own to their gradients."""
+    """A strategy whose clients may add something of their own to their gradients."""
 
-    def correction(self, partition: int) -> State:
-        """Give what a client adds in its next round, by the name of the parameter."""
+    def correction(self, partition: int) -> State | None:
+        """Give what a client adds in its next round, by the name of the parameter, if anything."""
 
 
 class Recorded(Strategy):
@@ -57,8 +55,7 @@ class Recorded(Strategy):
     ----------
     strategy : Strategy
         Any of Flower's, a wrapper of differential privacy around one, or the user's own. What it
-        keeps from round to round is checkpointed for Flower's, and where it is a
-        `StatefulStrategy` itself.
+        keeps from round to round is checkpointed where it is a `StatefulStrategy`.
     parameters : collection of str
         Names of the trainable parameters; all other arrays of the state are buffers.
     exporter : RoundExporter, optional
@@ -120,7 +117,7 @@ class Recorded(Strategy):
         )
         bare: list[Reply] = []
         for reply in usable_replies(replies):
-            fold.add(reply, self._reference)
+            fold.export(fold.take(reply, self._reference))
             bare.append(with_arrays(reply, self._bare))
             # Still bound, its buffers would live on while the next one is decoded.
             del reply
@@ -136,7 +133,7 @@ class Recorded(Strategy):
                 ) from None
         if moved is None:
             return None, metrics
-        aggregate = fold.aggregate()
+        aggregate = fold.mean()
         state = apply_delta(self._reference, aggregate)
         state |= {
             name: np.asarray(array.numpy(), dtype=self._reference[name].dtype)
@@ -150,26 +147,9 @@ class Recorded(Strategy):
         return ArrayRecord({name: Array(array) for name, array in state.items()}), metrics
 
     def state_arrays(self) -> State:
-        """Give what is kept: ``momentum/<parameter>``, ``m/...``, ``v/...``, ``clipping-norm``.
-
-        The global state that these strategies hold besides is the one that they are given in
-        `configure_train`.
-        """
-        kept: dict[str, Mapping[str, NDArray[np.generic]] | None] = {}
-        arrays: State = {}
+        """Give what the strategy keeps, and ``clipping-norm`` where it adapts."""
         inner = self._inner
-        if isinstance(inner, StatefulStrategy):
-            arrays |= inner.state_arrays()
-        elif isinstance(inner, FedAvgM) and inner.momentum_vector is not None:
-            names = [name for name in self._reference if name in self._trainable]
-            kept["momentum"] = dict(zip(names, inner.momentum_vector, strict=True))
-        elif isinstance(inner, FedOpt):
-            kept |= {"m": inner.m_t, "v": inner.v_t}
-        arrays |= {
-            strategy_key(what, name): np.asarray(array)
-            for what, found in kept.items()
-            for name, array in (found or {}).items()
-        }
+        arrays = dict(inner.state_arrays()) if isinstance(inner, StatefulStrategy) else {}
         if isinstance(self.strategy, DifferentialPrivacyAdaptiveBase):
             arrays[CLIPPING_NORM] = np.asarray(self.strategy.clipping_norm, np.float64)
         return arrays
@@ -179,17 +159,8 @@ class Recorded(Strategy):
         arrays = dict(arrays)
         if isinstance(self.strategy, DifferentialPrivacyAdaptiveBase):
             self.strategy.clipping_norm = float(arrays.pop(CLIPPING_NORM))
-        kept: dict[str, State] = {}
-        for key, array in arrays.items():
-            what, _, name = key.partition("/")
-            kept.setdefault(what, {})[name] = array
-        inner = self._inner
-        if isinstance(inner, StatefulStrategy):
-            inner.load_state_arrays(arrays)
-        elif isinstance(inner, FedAvgM):
-            inner.momentum_vector = list(kept.get("momentum", {}).values()) or None
-        elif isinstance(inner, FedOpt):
-            inner.m_t, inner.v_t = kept.get("m"), kept.get("v")
+        if isinstance(self._inner, StatefulStrategy):
+            self._inner.load_state_arrays(arrays)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -2,125 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
-from numpy.typing import NDArray
 
-from fedsim.core.aggregation import ControlMean, correction_of, local_work
-from fedsim.recording.layout import strategy_key
-from fedsim.recording.rows import updates_of
-from strategies.delta_fedavg import DeltaFedAvg
-from strategies.folding import DeltaFold, RoundExporter, State
+from fedsim.core.aggregation import Array, State, Sums, apply_delta
+from fedsim.core.algorithm import Algorithm, ArraySpec, Outcome, Round, StrategySettings
+from fedsim.core.errors import ConfigError
+from fedsim.core.fields import Rate
 
-_CONTROL = "control"
+if TYPE_CHECKING:
+    from fedsim.core.config import RunConfig
 
 
-class Scaffold(DeltaFedAvg):
+class ScaffoldSettings(StrategySettings):
+    """The rate that the mean delta is multiplied by."""
+
+    server_learning_rate: Rate = 1.0
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse optimizers whose work no formula tells, and noise, which a control would keep."""
+        if config.optimizer != "sgd":
+            raise ConfigError("optimizer", config.optimizer, f"'sgd' with {self.name}")
+        if self.dp is not None:
+            raise ConfigError("strategy.dp", self.dp, f"none with {self.name}")
+
+
+class Scaffold(Algorithm):
     """SCAFFOLD (Karimireddy et al. 2020, alg. 1, option II).
 
     A client adds ``c - c_i`` to every gradient: the mean direction of all clients less its own.
     After a round ``c_i`` is renewed by what the client did, ``c_i - c - delta / work``, which
-    follows from its delta: only the correction travels beside the model. The exporter keeps every
-    client's ``c_i``. The parameters move by the plain mean of the deltas, all participants alike,
-    times the server's rate. Buffers are averaged as in `DeltaFedAvg`.
-
-    Parameters
-    ----------
-    parameters : mapping of str to tuple of int
-        Shapes of the trainable parameters, float32.
-    exporter : RoundExporter
-        Receives the artifacts of every round, and keeps the clients' control variates.
-    clients : int
-        How many there are, taking part or not.
-    server_learning_rate : float
-        Of the server.
-    momentum, nesterov : float, bool
-        Of the clients' SGD. Their telemetry tells the updates made and ``learning_rate``.
-    **settings
-        Those of Flower's FedAvg.
+    follows from its delta: only the correction travels beside the model. The parameters move by
+    the plain mean of the deltas, all participants alike, times the server's rate.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, tuple[int, ...]],
-        exporter: RoundExporter,
-        *,
-        clients: int,
-        server_learning_rate: float = 1.0,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        **settings: Any,
-    ) -> None:
-        super().__init__(exporter, **settings)
-        self._trainable = frozenset(parameters)
-        self._controls = exporter
-        self._clients = clients
-        self._rate = server_learning_rate
-        self._momentum = momentum
-        self._nesterov = nesterov
-        self._control: dict[str, NDArray[np.generic]] = {
-            name: np.zeros(shape, np.float32) for name, shape in parameters.items()
-        }
+    name = "scaffold"
+    Settings = ScaffoldSettings
 
-    def correction(self, partition: int) -> State:
-        """Give what a client adds to the gradients of its next round."""
-        return correction_of(self._control, self._controls.control(partition))
+    def begin(self) -> State:
+        """Give the server's control variate before the first round: zero."""
+        return {key: np.zeros(spec.shape, spec.dtype) for key, spec in self.keeps().items()}
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies, move the state and renew the control variates."""
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if arrays is not None:
-            self._control = self._mean.control()
-            self._controls.add_strategy_state(server_round, self.state_arrays())
-        return arrays, metrics
+    def keeps(self) -> dict[str, ArraySpec]:
+        """Name the server's control variate, ``c``."""
+        return self.for_parameters("control")
 
-    def state_arrays(self) -> State:
-        """Give the server's control variate, keyed ``control/<parameter>``."""
-        return {strategy_key(_CONTROL, name): array for name, array in self._control.items()}
+    def keeps_of_client(self) -> dict[str, ArraySpec]:
+        """Name a client's, ``c_i``."""
+        return {name: ArraySpec(shape) for name, shape in self.setup.shapes.items()}
 
-    def load_state_arrays(self, arrays: State) -> None:
-        """Go on from what `state_arrays` gave, or from zero; the clients' are with the exporter."""
-        self._control |= {key.partition("/")[2]: array for key, array in arrays.items()}
+    def correction(self, kept: State, of_client: State) -> State:
+        """Give ``c - c_i``."""
+        return _difference(_control(kept), of_client)
 
-    def fold_client(self, row: Mapping[str, Any], delta: State) -> None:
-        """Take one client of the round into the mean, and renew its control variate."""
-        work = local_work(
-            updates_of(row),
-            learning_rate=row["learning_rate"],
-            momentum=self._momentum,
-            nesterov=self._nesterov,
-        )
-        partition = row["partition"]
-        renewed = self._mean.add(self._bare(delta), self._controls.control(partition), work)
-        self._controls.add_control(self._round, partition, renewed)
-
-    def update(self) -> State:
-        """Give what is added to the parameters."""
-        return self._mean.update(self._rate)
-
-    def _fold(self, server_round: int) -> DeltaFold:
-        self._round = server_round
-        self._mean = ControlMean(self._control, self._clients)
-        return _ControlFold(self, server_round)
-
-    def _bare(self, state: State) -> State:
-        return {name: array for name, array in state.items() if name in self._trainable}
+    def fold(self, this_round: Round) -> Outcome:
+        """Move the parameters, and renew the control variates of participants and server."""
+        control = _control(this_round.kept)
+        deltas, changes, participants = Sums(), Sums(), 0
+        for update in this_round.updates():
+            own = update.kept
+            renewed = renewed_control(control, own, update.delta, update.work)
+            deltas.add(update.delta, 1.0)
+            changes.add(_difference(renewed, own), 1.0)
+            participants += 1
+            update.keep(renewed)
+        moved = deltas.divided(participants / self.settings.server_learning_rate)
+        # Of all clients, taking part or not.
+        changed = changes.divided(self.setup.clients)
+        with np.errstate(all="ignore"):
+            kept = {f"control/{n}": np.asarray(np.add(a, changed[n])) for n, a in control.items()}
+        return Outcome(apply_delta(this_round.before, moved), kept)
 
 
-class _ControlFold(DeltaFold):
-    def __init__(self, strategy: Scaffold, server_round: int) -> None:
-        super().__init__(
-            server_round, weighted_by_key=strategy.weighted_by_key, exporter=strategy.exporter
-        )
-        self._strategy = strategy
+def _control(kept: State) -> dict[str, Array]:
+    return {key.removeprefix("control/"): array for key, array in kept.items()}
 
-    def update(self, aggregate: State) -> State:
-        return aggregate | self._strategy.update()
 
-    def _take(self, row: Mapping[str, Any], delta: State, weight: int) -> None:
-        self._strategy.fold_client(row, delta)
+@np.errstate(all="ignore")
+def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
+    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32.
+
+    One that made no update has seen no gradient to go by, and keeps its own.
+    """
+    if not work:
+        return {n: np.asarray(own[n] if own else np.zeros_like(a)) for n, a in delta.items()}
+    divisor = np.float32(work)
+    return {
+        n: np.asarray(np.subtract(difference, np.divide(delta[n], divisor)))
+        for n, difference in _difference(own, control).items()
+    }
+
+
+@np.errstate(all="ignore")
+def _difference(one: State, other: State) -> dict[str, Array]:
+    """Subtract a control variate from another; an empty one is zero."""
+    names = one or other
+    return {n: np.asarray(np.subtract(_or_zero(one, n), _or_zero(other, n))) for n in names}
+
+
+def _or_zero(control: State, name: str) -> Array | np.float32:
+    return control[name] if control else np.float32(0)

@@ -32,7 +32,7 @@ from fedsim.flower.client_app import app as client_app
 from fedsim.recording.files import TensorWriter
 from fedsim.recording.gradients import StepRecorder
 from fedsim.recording.writer import RunWriter
-from strategies.delta_fedavg import DeltaFedAvg
+from strategies.flower_strategy import FlowerStrategy
 from strategies.folding import DeltaFold
 
 KINDS = (
@@ -190,7 +190,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
     """What takes the place of which method."""
     train, step = FedSimClient.train, StepRecorder.__call__
     append, close = TensorWriter.append, TensorWriter.close
-    fold, add_round, configure = DeltaFold.add, RunWriter.add_round, DeltaFedAvg.configure_train
+    fold, add_round, configure = DeltaFold.take, RunWriter.add_round, FlowerStrategy.configure_train
     by_value = fault.kind in ("NaN", "wrong shape")
     on_file = fault.kind in ("truncated shard", "deleted file")
 
@@ -234,8 +234,8 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
             fault.act(root_of(path.parent), path)
         return checksum
 
-    def faulty_fold(self: DeltaFold, reply: Message, reference: dict[str, Any]) -> None:
-        if self._round == fault.round and not self.is_empty and fault.strikes():
+    def faulty_fold(self: DeltaFold, reply: Message, reference: dict[str, Any]) -> Any:
+        if self._round == fault.round and self._mean.weight and fault.strikes():
             if fault.kind == "NaN":
                 name = next(iter(reference))
                 self._mean.add({name: np.full_like(reference[name], np.nan)}, 1)
@@ -244,14 +244,14 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
                 reference = {**reference, last: reference[last][1:]}
             else:
                 fault.act(self._exporter.layout.root)  # type: ignore[union-attr]
-        fold(self, reply, reference)
+        return fold(self, reply, reference)
 
     def faulty_add_round(self: RunWriter, row: Any) -> None:
         add_round(self, row)
         if row["round"] == fault.round - 1 and not by_value and fault.strikes():
             fault.act(self.layout.root)
 
-    def faulty_configure(self: DeltaFedAvg, number: int, arrays: Any, *rest: Any) -> Any:
+    def faulty_configure(self: FlowerStrategy, number: int, arrays: Any, *rest: Any) -> Any:
         if number == fault.round and by_value and fault.strikes():
             arrays = spoilt(arrays, fault)
         return configure(self, number, arrays, *rest)
@@ -263,10 +263,10 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
             (TensorWriter, "append", faulty_append),
             (TensorWriter, "close", faulty_close),
         ],
-        "while aggregating": [(DeltaFold, "add", faulty_fold)],
+        "while aggregating": [(DeltaFold, "take", faulty_fold)],
         "between rounds": [
             (RunWriter, "add_round", faulty_add_round),
-            (DeltaFedAvg, "configure_train", faulty_configure),
+            (FlowerStrategy, "configure_train", faulty_configure),
         ],
     }[fault.moment]
 

@@ -11,11 +11,11 @@ import pytest
 from fedsim import cli
 from fedsim.core.config import RunConfig
 from fedsim.core.plan import RunPlan
-from fedsim.core.strategies import STRATEGIES
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import load_run
 from fedsim.terminal import TerminalObserver
+from strategies.registry import STRATEGIES
 from tests import fuzz
 from tests.local_grid import LocalGrid
 

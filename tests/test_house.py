@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -296,3 +297,25 @@ def test_importing_the_lower_rooms_brings_in_neither_flower_nor_ray():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n") == ["[]", "[]", "[]", ""]
+
+
+def test_no_strategy_is_named_outside_of_its_own_file():
+    from strategies.registry import STRATEGIES
+
+    names = "|".join(sorted(re.escape(name) for name in STRATEGIES))
+    found = re.compile(rf"\b({names})\b", re.IGNORECASE)
+    named = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in (ROOT / "fedsim").rglob("*.py")
+        for match in found.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert named == set()
+    for name, algorithm in STRATEGIES.items():
+        home = ROOT / "strategies" / f"{name.replace('-', '_')}.py"
+        assert algorithm.__module__ == f"strategies.{home.stem}"
+        quoted = [
+            path.name
+            for path in (ROOT / "strategies").glob("*.py")
+            if f'"{name}"' in path.read_text(encoding="utf-8")
+        ]
+        assert quoted == [home.name]

@@ -102,7 +102,7 @@ def _next(array: NDArray[Any], sign: int) -> NDArray[Any]:
     return np.asarray(np.nextafter(array, np.float32(sign * np.inf)))
 
 
-class _Sums:
+class Sums:
     """Sums of weighted arrays in float64; the order of `add` decides their last bits."""
 
     def __init__(self) -> None:
@@ -111,6 +111,7 @@ class _Sums:
 
     @np.errstate(all="ignore")
     def add(self, arrays: State, weight: float) -> None:
+        """Add arrays of the same names and shapes each time, times a weight."""
         for name, array in arrays.items():
             weighted = np.multiply(array, weight, dtype=np.float64)
             if name in self._sums:
@@ -139,7 +140,7 @@ class DeltaMean:
     """
 
     def __init__(self) -> None:
-        self._sums = _Sums()
+        self._sums = Sums()
         self.weight = 0
 
     def add(self, delta: State, weight: int) -> None:
@@ -163,108 +164,6 @@ class DeltaMean:
         Integer buffers are rounded half to even.
         """
         return self._sums.divided(self.weight)
-
-
-class NormalisedMean:
-    """The normalised mean of deltas (FedNova, Wang et al. 2020, eq. 8), in float64.
-
-    With weights ``p`` that sum to 1, deltas ``x`` and local work ``a``, it is
-    ``sum(p * a) * sum(p * x / a)``: every client moves the mean in proportion to its samples,
-    not to the steps that it made. With equal work it is `DeltaMean`.
-    """
-
-    def __init__(self) -> None:
-        self._rates = _Sums()
-        self._work = 0.0
-        self._weight = 0
-
-    def add(self, delta: State, weight: int, work: float) -> None:
-        """Fold one client's delta in; `work` is its `local_work`, 0 where it did not move."""
-        self._rates.add(delta, weight / work if work else 0.0)
-        self._work += weight * work
-        self._weight += weight
-
-    def mean(self) -> dict[str, Array]:
-        """Give the mean, rounded once to each array's own dtype."""
-        return self._rates.divided(self._weight**2 / self._work if self._work else 1.0)
-
-
-class ControlMean:
-    """The server's part of SCAFFOLD (Karimireddy et al. 2020, alg. 1, option II), in float64.
-
-    All participants weigh the same, as in the paper.
-
-    Parameters
-    ----------
-    control : mapping of str to ndarray
-        That of the server, ``c``.
-    clients : int
-        How many there are, taking part or not.
-    """
-
-    def __init__(self, control: State, clients: int) -> None:
-        self._control = control
-        self._clients = clients
-        self._deltas = _Sums()
-        self._changes = _Sums()
-        self._participants = 0
-
-    def add(self, delta: State, own: State, work: float) -> dict[str, Array]:
-        """Fold one client in, and give its new control variate.
-
-        Parameters
-        ----------
-        delta : mapping of str to ndarray
-            Of its parameters.
-        own : mapping of str to ndarray
-            Its control variate, ``c_i``; empty before it has one, which is then zero.
-        work : float
-            Its `local_work`: the steps times the rate, without momentum.
-        """
-        renewed = renewed_control(self._control, own, delta, work)
-        self._deltas.add(delta, 1.0)
-        self._changes.add({n: np.subtract(a, _or_zero(own, n)) for n, a in renewed.items()}, 1.0)
-        self._participants += 1
-        return renewed
-
-    def update(self, rate: float) -> dict[str, Array]:
-        """Give what is added to the parameters: the mean delta times the server's rate."""
-        return self._deltas.divided(self._participants / rate)
-
-    @np.errstate(all="ignore")
-    def control(self) -> dict[str, Array]:
-        """Give the server's new control variate: the mean of those of all clients."""
-        changes = self._changes.divided(self._clients)
-        return {n: np.asarray(np.add(a, changes[n])) for n, a in self._control.items()}
-
-
-@np.errstate(all="ignore")
-def renewed_control(control: State, own: State, delta: State, work: float) -> dict[str, Array]:
-    """Give a client's control variate after a round: ``c_i - c - delta / work``, in float32.
-
-    One that made no update has seen no gradient to go by, and keeps its own.
-    """
-    if not work:
-        return {n: np.asarray(own[n] if own else np.zeros_like(a)) for n, a in delta.items()}
-    divisor = np.float32(work)
-    return {
-        n: np.asarray(np.subtract(difference, np.divide(delta[n], divisor)))
-        for n, difference in correction_of(own, control).items()
-    }
-
-
-@np.errstate(all="ignore")
-def correction_of(control: State, own: State) -> dict[str, Array]:
-    """Subtract a control variate from another; an empty one is zero.
-
-    What a client adds to its gradients is ``c - c_i``.
-    """
-    names = control or own
-    return {n: np.asarray(np.subtract(_or_zero(control, n), _or_zero(own, n))) for n in names}
-
-
-def _or_zero(control: State, name: str) -> Array | np.float32:
-    return control[name] if control else np.float32(0)
 
 
 def local_work(

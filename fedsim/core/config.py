@@ -23,6 +23,12 @@ from pydantic import (
     model_validator,
 )
 
+from fedsim.core.algorithm import (
+    StrategySettings,
+    default_strategy,
+    known_strategies,
+    strategy_table,
+)
 from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
@@ -40,17 +46,6 @@ from fedsim.core.fields import (
 from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
-from fedsim.core.strategies import (
-    STRATEGIES,
-    DeltaFedAvgSettings,
-    FedNovaSettings,
-    FedProxSettings,
-    KrumSettings,
-    QFedAvgSettings,
-    ScaffoldSettings,
-    StrategySettings,
-    strategy_table,
-)
 from fedsim.core.task import task_of
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
@@ -228,9 +223,9 @@ class RunConfig(StrictModel):
         True, description="measure the gradient of every local step, kept or not"
     )
     strategy: Annotated[SerializeAsAny[StrategySettings], BeforeValidator(strategy_table)] = Field(
-        default_factory=lambda: DeltaFedAvgSettings(name="delta-fedavg"),
-        description=f"aggregation: {', '.join(STRATEGIES)}, or a class as package.module:Class; or "
-        "a table [strategy] with its name and settings",
+        default_factory=default_strategy,
+        description="aggregation: {strategies}, or a class as package.module:Class or "
+        "FILE.py:Class; or a table [strategy] with its name and settings",
     )
     workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="clients that train at the same time (default: what fits the machine)"
@@ -365,31 +360,7 @@ class RunConfig(StrictModel):
                     strategy.noise_multiplier,
                     f"a value below {most:g}, a tenth of the participants, where clipping adapts",
                 )
-        if isinstance(strategy, KrumSettings):
-            strategy.check_participants(min(numbers))
-            needed = strategy.least_participants()
-            allowed = f"{needed} or more with strategy = {strategy.name!r}"
-            for number, clients in enumerate(self.participants or (), start=1):
-                if len(clients) < needed and number <= self.rounds:
-                    raise ConfigError(f"participants of round {number}", clients, allowed)
-            if min(numbers) < needed:
-                raise ConfigError("clients-per-round", self.clients_per_round, allowed)
-        by_work = isinstance(strategy, FedNovaSettings | ScaffoldSettings)
-        if by_work and self.optimizer != "sgd":
-            raise ConfigError("optimizer", self.optimizer, f"'sgd' with {strategy.name}")
-        if isinstance(strategy, ScaffoldSettings) and strategy.dp is not None:
-            raise ConfigError("strategy.dp", strategy.dp, "none with scaffold")
-        varies = isinstance(self.learning_rate, tuple) or any(
-            table.learning_rate is not None for table in self.client.values()
-        )
-        if (
-            isinstance(strategy, QFedAvgSettings)
-            and strategy.client_learning_rate is None
-            and varies
-        ):
-            raise ConfigError(
-                "strategy.client-learning-rate", None, "a number where clients have different ones"
-            )
+        strategy.check_run(self)
 
     def _check_participants(self, rounds: tuple[tuple[int, ...], ...]) -> None:
         if len(rounds) < self.rounds:
@@ -462,11 +433,6 @@ class RunConfig(StrictModel):
     def budget(self) -> int | None:
         """Most bytes that the run may write; None where the disk alone decides."""
         return None if self.capture_budget is None else parse_bytes(self.capture_budget)
-
-    @property
-    def proximal_mu(self) -> float:
-        """Factor of FedProx's proximal term; 0 with any other strategy."""
-        return self.strategy.proximal_mu if isinstance(self.strategy, FedProxSettings) else 0.0
 
     @property
     def clients_clip(self) -> bool:
@@ -637,7 +603,7 @@ def flags_to_resume(config: RunConfig) -> str:
     """Give what a user must say again to go on with a run, as text for a shell."""
     values = config.to_mapping()
     asked = {
-        "strategy": ":" in config.strategy.name,
+        "strategy": config.strategy.is_users,
         "mirror": config.mirror is not None,
         "ray-address": config.cluster is not None,
     }
@@ -677,6 +643,13 @@ def _parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def describe(field: str) -> str:
+    """Say what a key of the configuration is, in a phrase."""
+    text = RunConfig.model_fields[field].description or ""
+    # The strategies are above this room, and are asked only when their names are.
+    return text.format(strategies=", ".join(known_strategies())) if field == "strategy" else text
 
 
 def flag_text(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedsim.core.algorithm import Algorithm, Setup, make_algorithm
 from fedsim.core.capture import ITEM_BYTES, CapturePolicy
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import kept_by
 from fedsim.core.support import Taps, live_taps, packed_size
 from fedsim.core.task import (
     FederatedData,
@@ -129,25 +128,20 @@ class RunPlan:
         return sum(array.nbytes for array in self.initial_state.values())
 
     @cached_property
+    def algorithm(self) -> Algorithm | None:
+        """The strategy; None for a class of the user's."""
+        return make_algorithm(self.config.strategy, Setup.of(self.config, self.parameters))
+
+    @cached_property
     def strategy_bytes(self) -> int:
         """Bytes of what the strategy keeps from a round to the next."""
-        kept = len(kept_by(self.config.strategy)) + self._has_controls
-        # An adaptive clipping norm is one float64.
-        norm = 8 * ("adaptive" in (self.config.strategy.dp or ""))
-        return norm + kept * self._parameter_bytes
+        return sum(spec.nbytes for spec in self.algorithm.keeps().values()) if self.algorithm else 0
 
     @cached_property
     def control_bytes(self) -> int:
         """Bytes of what the strategy keeps of one client in one round."""
-        return self._has_controls * self._parameter_bytes
-
-    @property
-    def _has_controls(self) -> bool:
-        return self.config.strategy.name == "scaffold"
-
-    @cached_property
-    def _parameter_bytes(self) -> int:
-        return ITEM_BYTES["float32"] * sum(math.prod(shape) for shape in self.parameters.values())
+        kept = self.algorithm.keeps_of_client() if self.algorithm else {}
+        return sum(spec.nbytes for spec in kept.values())
 
     @cached_property
     def supports(self) -> dict[str, Taps | None]:

@@ -103,8 +103,8 @@ class Batch:
 class Objective:
     """What a client minimises: its data loss, and what strategies put beside it.
 
-    The proximal term of FedProx is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its
-    gradient is ``mu * (w - w_global)``. SCAFFOLD's correction is added to the gradient as it is.
+    A proximal term is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its gradient is
+    ``mu * (w - w_global)``. A correction is added to the gradient as it is.
     Each operation is rounded by itself, one entry at a time, so that a replay has the same bits
     whatever its threads and the layout of its tensors.
 
@@ -113,9 +113,10 @@ class Objective:
     start : mapping of str to Tensor
         The global parameters. Kept, not copied.
     proximal_mu : float
-        Of FedProx; 0 for none.
+        Factor of the term; 0 for none.
     correction : mapping of str to Tensor, optional
-        Of SCAFFOLD (Karimireddy et al. 2020): the server's control variate less the client's.
+        By the name of the parameter, like the server's control variate less the client's
+        (Karimireddy et al. 2020).
     """
 
     def __init__(

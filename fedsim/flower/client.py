@@ -164,7 +164,7 @@ class FedSimClient(NumPyClient):
             ``server-round``; ``config`` (the run's configuration as JSON); ``run`` and
             ``run-id``, which run to record, or nothing; ``partition``, whom the server means;
             ``dataset-sha256`` and ``partition-sha256``, what it trains on; ``proximal-mu``, the
-            factor of FedProx's term; ``clipping_norm``, the largest norm of an update, for
+            factor of a proximal term; ``clipping_norm``, the largest norm of an update, for
             differential privacy.
 
         Returns
@@ -195,7 +195,7 @@ class FedSimClient(NumPyClient):
         parameters, config : list of ndarray, dict
             As for `fit`.
         correction : dict of str to ndarray or None
-            Of SCAFFOLD.
+            By the name of the parameter.
         """
         try:
             return self._train(parameters, config, correction)

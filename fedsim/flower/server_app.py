@@ -34,7 +34,7 @@ from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import Recovery, find_recovery
 from fedsim.recording.writer import RunWriter, is_being_written
-from strategies.registry import build_strategy, check_strategy
+from strategies.build import build_strategy, check_strategy
 
 
 class Mirror(Protocol):
@@ -70,7 +70,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
     InputError
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
-    check_strategy(plan.config.strategy)
+    check_strategy(plan.config)
     plan.dataset.check_official()
     try:
         path.lstat()
@@ -136,7 +136,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     for key, value in asked.items():
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
-    check_strategy(plan.config.strategy)
+    check_strategy(plan.config)
     plan.dataset.check_official()
     if plan.dataset.fingerprint != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")

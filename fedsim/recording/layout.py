@@ -67,7 +67,7 @@ class RunLayout:
         return self.client(number, partition) / "delta.safetensors"
 
     def control(self, number: int, partition: int) -> Path:
-        """SCAFFOLD's control variate of one client after a round."""
+        """Arrays that the strategy keeps of one client after a round, where it keeps any."""
         return self.client(number, partition) / "control.safetensors"
 
     def steps(self, number: int, partition: int) -> Path:
@@ -112,8 +112,6 @@ class RunLayout:
 STEPS = "steps.jsonl"
 SKETCH = "sketch.safetensors"
 SKETCH_KEY = "sketch"
-CLIPPING_NORM = "clipping-norm"
-"""Key of the one number that adaptive clipping keeps from round to round, float64."""
 SHARD_INDEX = "gradients.safetensors.index.json"
 
 
@@ -170,11 +168,6 @@ def delta_key(partition: int, name: str) -> str:
 def gradient_key(step: int, parameter: str) -> str:
     """Key of one parameter's gradient at one local step inside a shard."""
     return f"{step:06d}/{parameter}"
-
-
-def strategy_key(what: str, parameter: str) -> str:
-    """Key of an array that the strategy keeps for a parameter, like its momentum."""
-    return f"{what}/{parameter}"
 
 
 def support_key(parameter: str) -> str:

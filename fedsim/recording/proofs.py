@@ -9,26 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core.aggregation import (
-    ControlMean,
-    DeltaMean,
-    NormalisedMean,
-    apply_delta,
-    local_work,
-    state_sha256,
-)
+from fedsim.core.aggregation import DeltaMean
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.server_optimizer import kept_by, server_step
 from fedsim.core.support import unpack
 from fedsim.core.task import FederatedData, classes_of, initial_model, labels_of
 from fedsim.core.training import (
-    Arrays,
     Objective,
-    OptimizerSettings,
     Replay,
     schedule,
     state_arrays,
@@ -41,17 +30,15 @@ from fedsim.recording.findings import (
     PARTITION,
     REPLAY,
     ROWS,
-    STATE,
     STEPS,
     Findings,
 )
-from fedsim.recording.layout import strategy_key
 from fedsim.recording.reader import Client, Run
 from fedsim.recording.row_proofs import settle_replayed
 from fedsim.recording.rows import updates_of
-from fedsim.recording.server_proofs import moved_parameters
 from fedsim.recording.shards import Shard
 from fedsim.recording.step_proofs import Measures, prove_objective
+from fedsim.recording.strategy_proofs import arrays_of, first_difference
 
 REPLAY_TOLERANCE = 1e-4
 """Relative error of a replay where bit for bit cannot be asked for."""
@@ -130,7 +117,7 @@ def prove_initial_state(run: Run, findings: Findings) -> None:
         return
     run.check_sizes()
     expected = state_arrays(initial_model(run.config))
-    odd = _first_difference(arrays_of(run.round(0).state), expected)
+    odd = first_difference(arrays_of(run.round(0).state), expected)
     if odd and (why := _other_instructions(device)):
         findings.leave(INITIAL, f"{odd} differs from what is drawn here: {why}")
     elif odd:
@@ -146,95 +133,11 @@ def prove_aggregate(run: Run, number: int, findings: Findings) -> None:
     mean = DeltaMean()
     for partition in fold_order(list(clients), sizes):
         mean.add(arrays_of(clients[partition].delta), sizes[partition])
-    if odd := _first_difference(arrays_of(run.round(number).aggregate), mean.mean()):
+    if odd := first_difference(arrays_of(run.round(number).aggregate), mean.mean()):
         path = run.layout.aggregate(number)
         findings.violate(AGGREGATE, f"{path}: {odd} is not the weighted mean of the deltas")
     else:
         findings.prove(AGGREGATE)
-
-
-def prove_state(run: Run, number: int, findings: Findings) -> None:
-    """Check that the state is the one before plus the update, with the hash of its row."""
-    state, path = arrays_of(run.round(number).state), run.layout.state(number)
-    if number and (odd := _first_difference(state, _updated(run, number, state, findings))):
-        strategy = run.config.strategy.name
-        added = odd not in run.shapes or strategy == "delta-fedavg"
-        update = "the aggregate" if added else f"the step of {strategy}"
-        findings.violate(STATE, f"{path}: {odd} is not the state before plus {update}")
-    elif state_sha256(state) != run.round(number).row["state_sha256"]:
-        findings.violate(STATE, f"{path} has another hash than its row in rounds.jsonl")
-    else:
-        findings.prove(STATE)
-
-
-def _updated(run: Run, number: int, state: Arrays, findings: Findings) -> Arrays:
-    """Give what the state must be, as far as that follows from the one before."""
-    strategy, this = run.config.strategy, run.round(number)
-    before = arrays_of(run.round(number - 1).state)
-    aggregate = arrays_of(this.aggregate)
-    expected = apply_delta(before, aggregate)
-    if strategy.dp is None and strategy.name == "delta-fedavg":
-        return expected
-    if strategy.dp is None and strategy.name == "fednova":
-        return apply_delta(before, aggregate | _normalised_mean(run, number))
-    if strategy.name == "scaffold":
-        return apply_delta(before, aggregate | _prove_controls(run, number, findings))
-    if strategy.dp is None and not kept_by(strategy):
-        moved = moved_parameters(run, number, state, findings)
-        if moved is not None:
-            return expected | moved
-    if strategy.dp is not None or not kept_by(strategy):
-        how = strategy.name + (f" with dp = {strategy.dp!r}" if strategy.dp else "")
-        reason = f"parameters: how {how} moves them is not followed from the deltas"
-        findings.leave(STATE, reason, at=(number, None))
-        return expected | {name: state[name] for name in run.shapes}
-    arrays = arrays_of(this.strategy_state)
-    kept = {
-        what: {name: arrays[strategy_key(what, name)] for name in run.shapes}
-        for what in kept_by(strategy)
-    }
-    return expected | server_step(strategy, {n: before[n] for n in run.shapes}, kept, number)
-
-
-def _normalised_mean(run: Run, number: int) -> Arrays:
-    """Make FedNova's mean of the parameters' deltas once more."""
-    clients = run.round(number).clients
-    sizes = [len(indices) for indices in run.partition.values()]
-    mean = NormalisedMean()
-    for partition in fold_order(list(clients), sizes):
-        client, settings = clients[partition], run.config.training_of(partition).optimizer
-        delta = arrays_of(client.delta)
-        weight, work = sizes[partition], _work_of(client, settings)
-        mean.add({name: delta[name] for name in run.shapes}, weight, work)
-    return mean.mean()
-
-
-def _prove_controls(run: Run, number: int, findings: Findings) -> Arrays:
-    """Check the control variates of a round, and give what they add to the parameters."""
-    clients = run.round(number).clients
-    sizes = [len(indices) for indices in run.partition.values()]
-    mean = ControlMean(run.control_before(number), run.config.clients)
-    for partition in fold_order(list(clients), sizes):
-        client, settings = clients[partition], run.config.training_of(partition).optimizer
-        delta, own = arrays_of(client.delta), arrays_of(client.former_control)
-        renewed = mean.add({n: delta[n] for n in run.shapes}, own, _work_of(client, settings))
-        if odd := _first_difference(arrays_of(client.control), renewed):
-            path = run.layout.control(number, partition)
-            findings.violate(STATE, f"{path}: {odd} does not follow from the delta")
-    kept = {strategy_key("control", n): a for n, a in mean.control().items()}
-    if odd := _first_difference(arrays_of(run.round(number).strategy_state), kept):
-        path = run.layout.strategy(number)
-        findings.violate(STATE, f"{path}: {odd} is not the mean of the clients' control variates")
-    return mean.update(run.config.strategy.own["server_learning_rate"])
-
-
-def _work_of(client: Client, settings: OptimizerSettings) -> float:
-    return local_work(
-        updates_of(client.telemetry),
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-    )
 
 
 def prove_steps(run: Run, client: Client, findings: Findings) -> None:
@@ -245,11 +148,11 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     indices = run.partition[client.partition]
     draw = generator(run.config.seed, Purpose.BATCHES, client.round, client.partition)
     asked = settings.num_steps(len(indices))
-    if client.proximal_mu != run.config.proximal_mu and ":" not in run.config.strategy.name:
+    if run.algorithm is not None and client.proximal_mu != run.algorithm.proximal_mu:
         findings.violate(
             STEPS,
             f"clients.jsonl: client {client.partition} trained with proximal_mu = "
-            f"{client.proximal_mu}, not {run.config.proximal_mu}",
+            f"{client.proximal_mu}, not {run.algorithm.proximal_mu}",
         )
         return
     if not len(rows) == telemetry["num_steps"] == asked:
@@ -431,11 +334,6 @@ class _Course:
         return unpack(stored.float() + unit * (2 * ups - 1), shape, shard.taps(name))
 
 
-def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-    """Look at tensors as arrays."""
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
 def _least(dtype: torch.dtype) -> float:
     """Give the unit of the last place of the smallest numbers, and of zero."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -443,20 +341,6 @@ def _least(dtype: torch.dtype) -> float:
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.double()))
-
-
-def _first_difference(found: Arrays, expected: Arrays) -> str | None:
-    """Name the first array that is not the same to the last bit."""
-    if list(found) != list(expected):
-        return min(set(found).symmetric_difference(expected), default="the order")
-    for name, array in expected.items():
-        other = found[name]
-        if other.dtype != array.dtype or other.shape != array.shape:
-            return name
-        bits = np.dtype(f"i{array.dtype.itemsize}")
-        if not np.array_equal(np.ravel(other).view(bits), np.ravel(array).view(bits)):
-            return name
-    return None
 
 
 def _why_not_exact(run: Run, number: int) -> str:

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.core.aggregation import correction_of
+from fedsim.core.aggregation import State
+from fedsim.core.algorithm import Algorithm, ArraySpec, Setup, make_algorithm, make_users
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import InputError, shorten
+from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
 from fedsim.core.task import classes_of, task_of
 from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
@@ -34,7 +35,6 @@ from fedsim.recording.layout import (
     RunLayout,
     gradient_key,
     is_shard,
-    strategy_key,
 )
 from fedsim.recording.shards import Gradient, Shard
 from fedsim.recording.tensor_files import TensorFile, TensorPart
@@ -149,39 +149,46 @@ class Client:
 
     @cached_property
     def control(self) -> Mapping[str, Tensor]:
-        """SCAFFOLD's control variate of this client after the round.
+        """What the strategy keeps of this client after the round, like a control variate.
 
         Raises
         ------
         InputError
-            Where the strategy keeps none.
+            Where it keeps nothing.
         """
         return self._control_of(self.round)
 
     @cached_property
     def former_control(self) -> Mapping[str, Tensor]:
-        """The control variate that the round began with; empty where it was still zero."""
+        """What was kept when the round began; empty before the client's first."""
         return {} if self.control_round is None else self._control_of(self.control_round)
 
     @cached_property
     def control_round(self) -> int | None:
-        """The round of this client before this one, whose control variate it began with."""
+        """The round of this client before this one; what was kept then, it began with."""
         rounds = self._run.rounds_of_client(self.partition)
         return max((r for r in rounds if r < self.round), default=None)
 
     def _control_of(self, round_number: int) -> Mapping[str, Tensor]:
         file = TensorFile(self._run.layout.control(round_number, self.partition))
-        self._run.check_parameters(file)
+        if (algorithm := self._run.algorithm) is not None:
+            check_arrays(file, algorithm.keeps_of_client())
         return file
 
     @cached_property
     def correction(self) -> dict[str, Tensor] | None:
-        """What was added to every gradient of the round, ``c - c_i``; None but for SCAFFOLD."""
-        if self._run.config.strategy.name != "scaffold":
+        """What the strategy added to every gradient of the round, by parameter; None for nothing.
+
+        None, too, where the strategy is a class of the user's that was not named: see `load_run`.
+        """
+        algorithm = self._run.algorithm
+        if algorithm is None or not algorithm.corrects:
             return None
         own = {name: tensor.numpy() for name, tensor in self.former_control.items()}
-        found = correction_of(self._run.control_before(self.round), own)
-        return {name: torch.from_numpy(array) for name, array in found.items()}
+        found = algorithm.correction(self._run.kept_before(self.round), own)
+        if found is None:
+            return None
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in found.items()}
 
     def gradient(
         self, step: int, *, weight_decay: bool = False, objective: bool = False
@@ -196,8 +203,8 @@ class Client:
             Add ``weight-decay * p`` with the parameters before the step, which are found by
             replaying the steps before it.
         objective : bool
-            Add what the strategy adds: with FedProx ``proximal_mu * (p - p_global)``, the
-            gradient of its term, likewise; with SCAFFOLD its `correction`.
+            Add what the strategy adds: ``proximal_mu * (p - p_global)``, the gradient of a
+            proximal term, likewise; and its `correction`.
 
         Returns
         -------
@@ -487,7 +494,7 @@ class Round:
     def movement(self) -> Mapping[str, Tensor]:
         """What the round did to the global state: that after it less that before it.
 
-        With ``delta-fedavg`` it is the aggregate up to rounding; with other strategies, which may
+        With the default strategy it is the aggregate up to rounding; with others, which may
         weigh, clip or alter what clients sent, only this says where the model went.
 
         Raises
@@ -565,15 +572,19 @@ class Run:
     ----------
     path : path-like
         The run directory.
+    strategy : str, optional
+        The user's class that the run was made with, as ``module:Class`` or ``FILE.py:Class``.
 
     Raises
     ------
     InputError
-        When it is not a run directory of a format this version reads.
+        When it is not a run directory of a format this version reads, or its strategy is no
+        class of that name.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, strategy: str | None = None) -> None:
         self.path = Path(path)
+        self._users = strategy
         self.layout = RunLayout(self.path)
         try:
             self.manifest: dict[str, Any] = parse_json(read_text_bytes(self.layout.manifest))
@@ -588,6 +599,10 @@ class Run:
                 f"{SHARED_FORMAT}"
             )
         rows.check(rows.Manifest, self.manifest, str(self.layout.manifest))
+        if strategy is not None:
+            recorded = self.config.strategy.name
+            if not strategy.endswith(recorded[recorded.rfind(":") :]) or ":" not in recorded:
+                raise ConfigError("strategy", strategy, f"{recorded!r}, which made {self.path}")
 
     @property
     def status(self) -> str:
@@ -616,26 +631,29 @@ class Run:
                 found = entry["versions"], entry.get("device") or found[1]
         return found
 
-    def control_before(self, round_number: int) -> dict[str, NDArray[np.generic]]:
-        """Give the server's control variate of SCAFFOLD that a round began with."""
-        if round_number == 1:
-            return {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()}
-        kept = TensorFile(self.layout.strategy(round_number - 1))
-        self.check_parameters(kept, "control/")
-        return {name: kept[strategy_key("control", name)].numpy() for name in self.shapes}
+    @cached_property
+    def algorithm(self) -> Algorithm | None:
+        """The strategy; None where it is a class of the user's that was not named."""
+        setup = Setup.of(self.config, self.shapes)
+        if self._users is not None:
+            return make_users(self._users, self.config.strategy, setup)
+        return make_algorithm(self.config.strategy, setup)
 
-    def check_parameters(self, file: TensorFile, prefix: str = "") -> None:
-        """Refuse a file that holds anything but one float32 array for each parameter.
+    def kept_before(self, round_number: int) -> State:
+        """Give what the strategy kept when a round began; nothing where it was not named.
 
         Raises
         ------
         InputError
-            Naming the first that is not.
+            When the file holds other arrays than the strategy keeps.
         """
-        expected = {prefix + name: ("F32", shape) for name, shape in self.shapes.items()}
-        for name in sorted({*expected} | {*file.described}):
-            if expected.get(name) != file.described.get(name):
-                raise InputError(f"{file.path}: {name} is not what a run keeps there")
+        if self.algorithm is None:
+            return {}
+        if round_number == 1 or not (keeps := self.algorithm.keeps()):
+            return self.algorithm.begin()
+        kept = TensorFile(self.layout.strategy(round_number - 1))
+        check_arrays(kept, keeps)
+        return {key: kept[key].numpy() for key in keeps}
 
     def entry(self, key: str) -> Any:
         """Give what ``run.json`` has under a key.
@@ -897,6 +915,20 @@ class Run:
         return f"<run {self.path.name}: {self.status}, {len(self.round_rows)} rounds with round 0>"
 
 
+def check_arrays(file: TensorFile, expected: Mapping[str, ArraySpec]) -> None:
+    """Refuse a file that holds anything but the arrays that a strategy keeps.
+
+    Raises
+    ------
+    InputError
+        Naming the first that is not.
+    """
+    described = {name: (DTYPES[spec.dtype], spec.shape) for name, spec in expected.items()}
+    for name in sorted({*described} | {*file.described}):
+        if described.get(name) != file.described.get(name):
+            raise InputError(f"{file.path}: {name} is not what a run keeps there")
+
+
 def _deltas_in(path: Path) -> dict[int, TensorPart]:
     file = TensorFile(path)
     keys: dict[int, dict[str, str]] = {}
@@ -927,13 +959,17 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(n) for n in numbers)
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, strategy: str | None = None) -> Run:
     """Open a run directory for reading.
 
     Parameters
     ----------
     path : path-like
         The run directory.
+    strategy : str, optional
+        The user's class that the run was made with, as ``module:Class`` or ``FILE.py:Class``. It
+        is loaded because it is named here; what a run says is never loaded. Without it, what
+        only that class knows, like a client's correction, is not there.
 
     Returns
     -------
@@ -945,4 +981,4 @@ def load_run(path: str | Path) -> Run:
     InputError
         When it is not a run directory of a format this version reads.
     """
-    return Run(path)
+    return Run(path, strategy)

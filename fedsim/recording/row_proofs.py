@@ -213,7 +213,7 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     # With float16 it may be absent: earlier versions told all steps as updates.
     if "num_updates" in row and config.autocast != "float16":
         wrong.append("num_updates")
-    if ":" not in config.strategy.name and client.proximal_mu != config.proximal_mu:
+    if run.algorithm is not None and client.proximal_mu != run.algorithm.proximal_mu:
         wrong.append("proximal_mu")
     for key in wrong:
         findings.violate(
@@ -226,7 +226,7 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     if "place" in row or "not_captured" in row:
         findings.leave(ROWS, OF_NODES, at=client.place)
     findings.leave(ROWS, OPTIMISER, at=client.place)
-    if ":" in config.strategy.name:
+    if run.algorithm is None:
         findings.leave(ROWS, PROXIMAL, at=client.place)
     if "num_updates" in row:
         findings.leave(ROWS, UPDATES, at=client.place)
@@ -265,8 +265,8 @@ def _wrong_norms(run: Run, client: Client) -> list[str]:
 def _without_cause(run: Run, client: Client) -> str | None:
     """Say which step tells of a term that the client's objective does not have."""
     allowed = {"proximal", "objective_norm"} if client.proximal_mu else set()
-    # A class of the user's may send corrections as well.
-    if run.config.strategy.name == "scaffold" or ":" in run.config.strategy.name:
+    # A class of the user's that was not named may send corrections as well.
+    if run.algorithm is None or run.algorithm.corrects:
         allowed.add("objective_norm")
     for row in client.steps:
         for key in ("proximal", "objective_norm"):

@@ -15,10 +15,9 @@ from fedsim.core.allowance import usable_cpus
 from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
-from fedsim.core.server_optimizer import kept_by
 from fedsim.core.task import FederatedData, task_of
 from fedsim.core.units import format_bytes
-from fedsim.recording import proofs, row_proofs, server_proofs, step_proofs
+from fedsim.recording import proofs, row_proofs, step_proofs, strategy_proofs
 from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.files import Checksum
@@ -28,7 +27,6 @@ from fedsim.recording.findings import (
     FILES,
     GRADIENTS,
     INITIAL,
-    KEPT,
     LOSSES,
     PARTICIPANTS,
     PARTITION,
@@ -181,6 +179,22 @@ def _is_replayable(client: Client) -> bool:
     except InputError:
         # A damaged header: its checksum will tell.
         return False
+
+
+class _FilesOfRound:
+    """What the verifier says of files, of checks of one round."""
+
+    def __init__(self, verifier: _Verifier, number: int) -> None:
+        self._verifier = verifier
+        self._at = (number, None)
+
+    def whole(self, check: str, paths: Sequence[Path]) -> bool:
+        """Say whether all can be relied on."""
+        return self._verifier.whole(check, paths, self._at)
+
+    def is_listed(self, path: Path) -> bool:
+        """Say whether the run says that it wrote a file."""
+        return self._verifier.is_listed(path)
 
 
 class _Verifier:
@@ -385,6 +399,15 @@ class _Verifier:
 
     # Files
 
+    def is_listed(self, path: Path) -> bool:
+        """Say whether the checksums name a file."""
+        return self._name(path) in self._listed
+
+    def whole(self, check: str, paths: Sequence[Path], at: Place) -> bool:
+        """Say whether all files can be relied on; where a check is named, why not."""
+        names = [self._name(path) for path in paths]
+        return self._whole(check, names, at) if check else all(map(self._is_whole, names))
+
     def _whole(self, check: str, names: Sequence[str], at: Place = WHOLE_RUN) -> bool:
         """Say whether all files a check needs can be relied on, reading each once."""
         whole = True
@@ -460,9 +483,7 @@ class _Verifier:
             if self._whole(INITIAL, [state]):
                 with findings.guarded(INITIAL, state):
                     proofs.prove_initial_state(run, findings)
-            if self._whole(STATE, [state]):
-                with findings.guarded(STATE, state):
-                    proofs.prove_state(run, number, findings)
+            strategy_proofs.prove_strategy(run, number, findings, _FilesOfRound(self, number))
             return
         with findings.guarded(PARTICIPANTS, f"round {number}"):
             proofs.prove_participants(run, number, findings)
@@ -474,41 +495,7 @@ class _Verifier:
         if self._whole(AGGREGATE, [aggregate, "partition.safetensors", *deltas], at):
             with findings.guarded(AGGREGATE, aggregate):
                 proofs.prove_aggregate(run, number, findings)
-        needed = [state, self._name(layout.state(number - 1)), aggregate]
-        if kept_by(run.config.strategy):
-            needed.append(self._name(layout.strategy(number)))
-        elif run.config.strategy.name in ("fednova", "fedavg", "fedprox", "fedavgm"):
-            needed += deltas
-        elif run.config.strategy.name == "scaffold":
-            needed += [*deltas, *self._controls(run, number)]
-        if self._whole(STATE, needed, at):
-            with findings.guarded(STATE, state):
-                proofs.prove_state(run, number, findings)
-        self._check_kept(run, number, deltas)
-
-    def _check_kept(self, run: Run, number: int, deltas: Sequence[str]) -> None:
-        kept = self._name(run.layout.strategy(number))
-        keys = server_proofs.kept_keys(run)
-        if keys == [] or (keys is None and kept not in self._listed):
-            if kept in self._listed:
-                strategy = run.config.strategy.name
-                self.findings.violate(KEPT, f"{kept} is there, and {strategy} keeps nothing")
-            return
-        needed = [kept, self._name(run.layout.state(number - 1)), *deltas]
-        if number > 1:
-            needed.append(self._name(run.layout.strategy(number - 1)))
-        if self._whole(KEPT, needed, (number, None)):
-            with self.findings.guarded(KEPT, kept):
-                server_proofs.prove_kept(run, number, self.findings)
-
-    def _controls(self, run: Run, number: int) -> list[str]:
-        """List the files of control variates that a round began and ended with."""
-        layout = run.layout
-        kept = [layout.strategy(r) for r in (number - 1, number) if r]
-        for partition, client in run.round(number).clients.items():
-            rounds = (client.control_round, number)
-            kept += [layout.control(r, partition) for r in rounds if r is not None]
-        return [self._name(path) for path in kept]
+        strategy_proofs.prove_strategy(run, number, findings, _FilesOfRound(self, number))
 
     def _check_client(self, run: Run, client: Client) -> None:
         with self.findings.guarded(FILES, f"client {client.partition} of round {client.round}"):
@@ -673,12 +660,10 @@ class _Verifier:
         folder, number = self._name(client.folder), client.round
         needed = [self._name(run.layout.state(number - 1)), "partition.safetensors"]
         needed.append(self._name(client.delta_path))
-        if run.config.strategy.name == "scaffold":
-            controls = (
-                run.layout.control(r, client.partition) for r in (client.control_round,) if r
-            )
-            needed += [self._name(path) for path in controls]
-            if number > 1:
+        if run.algorithm is not None and run.algorithm.corrects:
+            if (last := client.control_round) and run.algorithm.keeps_of_client():
+                needed.append(self._name(run.layout.control(last, client.partition)))
+            if number > 1 and run.algorithm.keeps():
                 needed.append(self._name(run.layout.strategy(number - 1)))
         if not all(self._is_whole(name) for name in needed):
             # The checks of the client and of the round have told.

@@ -8,7 +8,6 @@ import torch
 
 from fedsim.core.aggregation import (
     DeltaMean,
-    NormalisedMean,
     apply_delta,
     delta_of,
     local_work,
@@ -237,22 +236,3 @@ def test_local_work_is_how_far_torchs_sgd_goes(nesterov):
         sgd.step()
         work = local_work(steps, learning_rate=0.5, momentum=0.75, nesterov=nesterov)
         assert work == pytest.approx(-parameter.item(), rel=1e-12)
-
-
-def test_the_normalised_mean_is_that_of_the_paper():
-    # Two clients of 10 and 30 samples that made 5 and 1 steps at rate 1.
-    mean = NormalisedMean()
-    mean.add({"w": f32(5.0, -10.0)}, 10, 5.0)
-    mean.add({"w": f32(2.0, 4.0)}, 30, 1.0)
-    work = 0.25 * 5 + 0.75 * 1
-    expected = [work * (0.25 * 5 / 5 + 0.75 * 2 / 1), work * (0.25 * -10 / 5 + 0.75 * 4 / 1)]
-    np.testing.assert_array_equal(mean.mean()["w"], f32(*expected))
-
-
-def test_with_equal_work_the_normalised_mean_is_the_mean():
-    draw = np.random.default_rng(0)
-    deltas = [({"w": draw.normal(size=100).astype(np.float32)}, int(n)) for n in (7, 300, 41)]
-    normalised = NormalisedMean()
-    for delta, weight in deltas:
-        normalised.add(delta, weight, 37.3)
-    np.testing.assert_allclose(normalised.mean()["w"], mean_of(*deltas)["w"], rtol=1e-6)

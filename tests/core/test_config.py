@@ -129,7 +129,7 @@ BAD_VALUES = [
     ("strategy", 3, "or a class as 'package.module:Class'"),
     ("strategy", "module:", "or a class as 'package.module:Class'"),
     ("strategy", ["fedavg"], "one of 'delta-fedavg', "),
-    ("strategy", {"eta": 0.1}, "a name, or a table with one, like name = 'fedadam'"),
+    ("strategy", {"eta": 0.1}, "a name, or a table with one, like name = 'delta-fedavg'"),
     ("workers", 0, "a value of at least 1"),
     ("workers", 1025, "a value of at most 1024"),
     ("workers", "x", "a whole number"),

@@ -24,13 +24,13 @@ from fedsim.core.config import ClientSettings, RunConfig, parse_text
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.errors import ConfigError, FedsimError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
-from fedsim.core.strategies import STRATEGIES
 from fedsim.flower.client_app import app
 from fedsim.flower.run_config import config_from_run_config
 from fedsim.flower.server_app import check_output, execute
 from fedsim.flower.simulation import machine_gpus, size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
+from strategies.registry import STRATEGIES
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from fedsim.cli import run as command
 from fedsim.core.aggregation import state_sha256
+from fedsim.core.algorithm import strategy_table
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
-from fedsim.core.strategies import strategy_table
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.recording import proofs, row_proofs
+from fedsim.recording import proofs, row_proofs, strategy_proofs
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, read_lines, write_tensors
 from fedsim.recording.findings import BUFFERS, LOSSES, SCORES, SOURCES, Findings
@@ -33,6 +33,7 @@ from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.recording.conftest import Recorded
+from tests.recording.rows import AllWhole
 
 SHARD = "rounds/0001/clients/0002/gradients-00000.safetensors"
 Arrays = dict[str, NDArray[Any]]
@@ -416,7 +417,7 @@ def test_of_a_strategy_whose_step_is_unknown_buffers_and_hash_are_proven(
         run.__dict__["config"] = run.config.model_copy(
             update={"strategy": strategy_table("fedmedian")}
         )
-        proofs.prove_state(run, 1, findings)
+        strategy_proofs.prove_strategy(run, 1, findings, AllWhole())
         return findings
 
     findings = findings_of(adam)

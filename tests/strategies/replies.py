@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from fedsim.core.config import RunConfig
 from fedsim.flower import messages as wire
-from strategies.registry import build_strategy
+from strategies.build import build_strategy
 from tests.local_grid import LocalGrid
 
 
@@ -33,6 +33,11 @@ def local_state(partition, *, start=None, round_number=0):
     }
 
 
+KEEPS = {
+    "fedavgm": ("momentum",),
+    **dict.fromkeys(("fedadagrad", "fedadam", "fedyogi"), ("m", "v")),
+}
+"""What the optimizers of the server keep of each parameter."""
 SIZES = {0: 70, 1: 400, 2: 25, 3: 400, 4: 131}
 
 

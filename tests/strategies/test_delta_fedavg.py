@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import DeltaFedAvg
+from strategies import DeltaFedAvg
 from tests.local_grid import LocalGrid
 from tests.strategies.replies import (
     SIZES,

@@ -1,19 +1,25 @@
 import inspect
 
 import pytest
+from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from fedsim.core.algorithm import Algorithm, Outcome, StrategySettings, strategy_table
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
-from fedsim.core.strategies import STRATEGIES, strategy_table
-from strategies.delta_fedavg import DeltaFedAvg
-from strategies.fednova import FedNova
+from strategies.build import build_strategy, check_strategy
+from strategies.flower_builtin import FlowerBuiltin
+from strategies.flower_strategy import FlowerStrategy
 from strategies.recorded import Recorded
-from strategies.registry import FLOWERS, build_strategy, check_strategy
-from strategies.scaffold import Scaffold
+from strategies.registry import STRATEGIES
 from tests.strategies.replies import Exporter, built
 
-OURS = {"delta-fedavg": DeltaFedAvg, "fednova": FedNova, "scaffold": Scaffold}
+OURS = ("delta-fedavg", "fednova", "scaffold")
+FLOWERS = {
+    name: getattr(flower, getattr(algorithm, "flower", algorithm.__name__))
+    for name, algorithm in STRATEGIES.items()
+    if name not in OURS
+}
 DIFFERENT = {
     # Flower's momentum of 0, mu of 0 and choice of 1 make another strategy of these.
     "fedavgm": {"server_momentum": 0.0},
@@ -23,15 +29,15 @@ DIFFERENT = {
 
 
 def test_every_name_of_the_configuration_can_be_built_and_no_other():
-    assert {*STRATEGIES} == {*OURS, *FLOWERS}
     assert RunConfig().strategy.name == "delta-fedavg"
-    for name in STRATEGIES:
+    for name, algorithm in STRATEGIES.items():
         strategy = built(name, Exporter())
-        if name in OURS:
-            assert type(strategy) is OURS[name]
-        else:
+        if issubclass(algorithm, FlowerBuiltin):
             assert type(strategy) is Recorded
             assert type(strategy.strategy) is FLOWERS[name]
+        else:
+            assert type(strategy) is FlowerStrategy
+            assert type(strategy.algorithm) is algorithm
 
 
 @pytest.mark.parametrize("name", FLOWERS)
@@ -49,14 +55,34 @@ def test_settings_are_flowers_own_but_where_those_make_another_strategy(name):
 
 
 def test_settings_reach_the_strategy():
-    assert built("fedadam", eta=0.5, beta_1=0.25).strategy.eta == 0.5
-    assert built("fedadam", eta=0.5, beta_1=0.25).strategy.beta_1 == 0.25
+    assert built("fedadam", eta=0.5, beta_1=0.25).algorithm.settings.eta == 0.5
+    assert built("fedtrimmedavg", beta=0.25).strategy.beta == 0.25
     assert built("qfedavg").strategy.client_learning_rate == 0.01
     assert built("qfedavg", client_learning_rate=0.5).strategy.client_learning_rate == 0.5
     assert built("qfedavg").strategy.train_loss_key == "loss"
     strategy = built("krum", dp="client-side-fixed", noise_multiplier=0.0, clipping_norm=2.0)
     assert (strategy.strategy.clipping_norm, strategy.strategy.num_sampled_clients) == (2.0, 5)
     assert type(strategy.strategy.strategy) is FLOWERS["krum"]
+
+
+class Own(Algorithm):
+    class Settings(StrategySettings):
+        trust: float = 0.5
+
+    def fold(self, this_round):
+        return Outcome(this_round.before)
+
+
+def test_an_algorithm_of_the_user_takes_its_own_settings_and_refuses_others():
+    strategy = built(f"{__name__}:Own", trust=0.75)
+    assert (type(strategy), strategy.algorithm.settings.trust) == (FlowerStrategy, 0.75)
+    for settings, said in (
+        ({"trust": "much"}, "strategy.trust = 'much' cannot be used; expected a number"),
+        ({"faith": 1}, "strategy.faith = 1 cannot be used; expected one of "),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            built(f"{__name__}:Own", **settings)
+        assert str(refused.value).startswith(said)
 
 
 class Mine(FedAvg):
@@ -88,14 +114,14 @@ def test_a_class_of_the_user_is_recorded_with_its_settings(name):
     [
         ("no_such_module:Class", {}, "a class that can be imported: ModuleNotFoundError"),
         (f"{__name__}:Nobody", {}, "a class that can be imported: AttributeError"),
-        (f"{__name__}:Exporter", {}, "a subclass of flwr.serverapp.strategy.Strategy"),
+        (f"{__name__}:Exporter", {}, "a subclass of fedsim.core.algorithm.Algorithm or flwr."),
         (f"{__name__}:Stranger", {}, "settings that the class takes: TypeError"),
         (f"{__name__}:Mine", {"faith": 1}, "settings that the class takes: TypeError"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused(name, settings, said):
     config = RunConfig.from_mapping({"strategy": {"name": name, **settings}})
-    for make in (lambda: build_strategy(config, ["w"]), lambda: check_strategy(config.strategy)):
+    for make in (lambda: build_strategy(config, {"w": (1,)}), lambda: check_strategy(config)):
         with pytest.raises(ConfigError) as refused:
             make()
         assert said in str(refused.value)

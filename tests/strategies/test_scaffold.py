@@ -5,10 +5,12 @@ import pytest
 from flwr.app import ConfigRecord
 
 from fedsim.core.aggregation import local_work
+from fedsim.core.algorithm import Setup
 from fedsim.flower import messages as wire
-from strategies.delta_fedavg import DeltaFedAvg
+from strategies import DeltaFedAvg
+from strategies.flower_strategy import FlowerStrategy
 from strategies.recorded import CorrectingStrategy, StatefulStrategy
-from strategies.scaffold import Scaffold
+from strategies.scaffold import Scaffold, ScaffoldSettings
 from tests.strategies.replies import Exporter, global_state, local_state, reply, started
 
 TRAINABLE = ["conv.weight", "fc.bias", "fc.scale"]
@@ -17,9 +19,11 @@ STEPS = {0: 3, 1: 5, 2: 1, 3: 4, 4: 2}
 RATE = 0.1
 
 
-def scaffold(keeper, **settings):
+def scaffold(keeper, rate=1.0, **setup):
     shapes = {name: global_state()[name].shape for name in TRAINABLE}
-    return Scaffold(shapes, keeper, clients=CLIENTS, **settings)
+    settings = ScaffoldSettings(name="scaffold", server_learning_rate=rate)
+    algorithm = Scaffold(settings, Setup(shapes=shapes, clients=CLIENTS, **setup))
+    return FlowerStrategy(algorithm, keeper)
 
 
 def replies(state, number, partitions):
@@ -92,7 +96,7 @@ def test_with_momentum_the_work_is_what_momentum_makes_of_the_steps():
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_parameters_move_by_the_plain_mean_and_buffers_by_the_weighted_one(rate):
     keeper, state = Exporter(), global_state()
-    found = one_round(scaffold(keeper, server_learning_rate=rate), state, 1, [1, 2])
+    found = one_round(scaffold(keeper, rate), state, 1, [1, 2])
     plain = one_round(DeltaFedAvg(), state, 1, [1, 2])
     for name, array in found.items():
         local = [local_state(p, start=state, round_number=1)[name] for p in (1, 2)]

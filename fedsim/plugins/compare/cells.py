@@ -44,7 +44,7 @@ class Cell:
     Parameters
     ----------
     name : str
-        Like ``strategy=fedavgm,seed=2``: a file name that follows from the values alone.
+        Like ``alpha=0.1,seed=2``: a file name that follows from the values alone.
     values : mapping of str to Any
         The value of each axis, in the order of the axes.
     config : RunConfig
@@ -177,7 +177,7 @@ def written(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write one value for people, whole: a strategy's table as ``fedadam(eta=0.01)``."""
+    """Write one value for people, whole: a strategy's table as ``name(eta=0.01)``."""
     if isinstance(value, dict) and "name" in value:
         settings = (f"{key}={json.dumps(v)}" for key, v in value.items() if key != "name")
         return f"{value['name']}({','.join(settings)})"

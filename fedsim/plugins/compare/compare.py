@@ -40,7 +40,7 @@ from fedsim.recording.places import dated_name
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.recovery import check_continuable
 from fedsim.recording.runs import COMPARISON
-from strategies.registry import check_strategy
+from strategies.build import check_strategy
 
 FORMAT = 1
 _GRID, _LOCK, _CONFIGS, _LOGS = COMPARISON, "lock", "configs", "logs"
@@ -230,7 +230,7 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
     plan = RunPlan.prepare(_own_config(cell))
     plan.check_budget()
     if run is None:
-        check_strategy(plan.config.strategy)
+        check_strategy(plan.config)
         return Work(cell, path, "run", 0, plan.run_bytes)
     check_continuable(run)
     done = max(check_resume(run, plan).round, 0)

@@ -92,7 +92,7 @@ def figures_of(run: Run, *, rounds: int, target: float | None, error: str = "") 
     state_bytes = sum(
         math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in run.described.values()
     )
-    corrects = run.config.strategy.name == "scaffold"
+    corrects = run.algorithm is not None and run.algorithm.corrects
     correction = sum(math.prod(shape) * ITEM_BYTES["F32"] for shape in run.shapes.values())
     return figures_of_rows(
         run.round_rows,
