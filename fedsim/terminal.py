@@ -364,13 +364,12 @@ def print_summary(console: Console, plan: RunPlan, workers: int, path: Path) -> 
 
 def _capture_line(plan: RunPlan) -> str:
     config = plan.config
-    if config.capture == "none":
+    if not config.policy.keeps_files:
         return "none"
     parts = [config.capture]
     if config.capture_layers != ("*",):
         parts[0] += f" of {', '.join(config.capture_layers)}"
-    if config.policy.keeps_gradients:
-        parts += [config.capture_dtype, config.capture_encoding]
+    parts += config.policy.form
     parts.append(f"{format_bytes(plan.step_bytes)} a step")
     parts.append(f"{format_bytes(plan.captured_bytes())} in all")
     return ", ".join(parts)

@@ -30,7 +30,7 @@ from fedsim.flower.client import FedSimClient
 from fedsim.flower.client_app import FedSimClientApp
 from fedsim.flower.client_app import app as client_app
 from fedsim.recording.files import TensorWriter
-from fedsim.recording.gradients import StepRecorder
+from fedsim.recording.recorder import StepRecorder
 from fedsim.recording.writer import RunWriter
 from strategies.flower_strategy import FlowerStrategy
 from strategies.folding import DeltaFold

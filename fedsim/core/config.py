@@ -29,7 +29,7 @@ from fedsim.core.algorithm import (
     known_strategies,
     strategy_table,
 )
-from fedsim.core.capture import CapturePolicy, Dtype, Encoding
+from fedsim.core.capture import Capture, captures_of, forms_help, parse_form
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
     MOST,
@@ -197,18 +197,17 @@ class RunConfig(StrictModel):
     client: Annotated[dict[int, ClientSettings], BeforeValidator(_table_of_ids)] = Field(
         default_factory=dict, description="tables [client.<partition>] for single clients"
     )
-    capture: Annotated[str, _parsed_by(CapturePolicy.parse)] = Field(
+    capture: Annotated[str, _parsed_by(parse_form)] = Field(
         "first:1",
-        description="steps whose gradients are kept: none, all, first:K, last:K, every:K, or "
-        "sketch:K (a random projection of every step to K numbers)",
+        description=f"steps whose gradients are kept: {forms_help()}",
     )
     capture_layers: Annotated[
         tuple[str, ...], Field(min_length=1), BeforeValidator(_globs_listed)
     ] = Field(("*",), description="globs of parameter names to capture, like 'fc.*'")
-    capture_dtype: Dtype = Field(
+    capture_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="stored numbers: float32 (exact), bfloat16 or float16"
     )
-    capture_encoding: Encoding = Field(
+    capture_encoding: Literal["support", "dense"] = Field(
         "support",
         description="support (leave out kernel taps that never get a gradient: lossless) or dense",
     )
@@ -440,11 +439,14 @@ class RunConfig(StrictModel):
         return (self.strategy.dp or "").startswith("client-side")
 
     @property
-    def policy(self) -> CapturePolicy:
-        """Which gradients are kept."""
-        return CapturePolicy.parse(
-            self.capture, self.capture_layers, self.capture_dtype, self.capture_encoding
-        )
+    def captures(self) -> tuple[Capture, ...]:
+        """What is captured, in the order in which captures see a step."""
+        return captures_of(self)
+
+    @property
+    def policy(self) -> Capture:
+        """The capture that ``capture`` names."""
+        return parse_form(self.capture)[0].of(self)
 
     def participants_of(self, round_number: int) -> list[int]:
         """Give the partitions of a round (from 1): listed, or drawn from the seed."""

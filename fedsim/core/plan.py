@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.core.algorithm import Algorithm, Setup, make_algorithm
-from fedsim.core.capture import ITEM_BYTES, CapturePolicy
+from fedsim.core.capture import Capture
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.support import Taps, live_taps, packed_size
+from fedsim.core.support import Taps, live_taps
 from fedsim.core.task import (
     FederatedData,
     Task,
@@ -88,7 +87,7 @@ class RunPlan:
             partition = deal_partition(config, dataset)
         model = initial_model(config)
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        if config.capture != "none" and not config.policy.layers_of(parameters):
+        if config.policy.keeps_files and not config.policy.layers_of(parameters):
             raise ConfigError(
                 "capture-layers",
                 list(config.capture_layers),
@@ -161,17 +160,7 @@ class RunPlan:
     @cached_property
     def step_bytes(self) -> int:
         """Bytes of one captured step, as far as the first gradients tell."""
-        return self.step_bytes_of(self.config.policy)
-
-    def step_bytes_of(self, policy: CapturePolicy) -> int:
-        """Count the bytes of one step that `policy` keeps."""
-        if policy.steps == "sketch":
-            return ITEM_BYTES["float32"] * policy.count
-        supports = self.supports if policy.encoding == "support" else {}
-        return ITEM_BYTES[policy.dtype] * sum(
-            packed_size(self.parameters[name], supports.get(name))
-            for name in policy.layers_of(self.parameters)
-        )
+        return self.config.policy.step_bytes(self)
 
     def steps_of(self, partition: int) -> int:
         """Count the local steps of one client in a round."""
@@ -189,11 +178,11 @@ class RunPlan:
         policy, steps = self.config.policy, self.steps_of(partition)
         training = self.config.training_of(partition)
         kept = len(policy.kept_steps(steps))
-        dense = self.step_bytes_of(replace(policy, encoding="dense"))
+        most = policy.most_step_bytes(self)
         entries = _ENTRY_BYTES * (1 + len(self.parameters))
         samples = 1 + min(training.batch_size, self.sizes[partition])
         # Twice, since a shard that is closed early keeps room for the names of all of its steps.
-        return 2 * kept * (dense + entries) + steps * (entries + 16 * samples) + 2**20
+        return 2 * kept * (most + entries) + steps * (entries + 16 * samples) + 2**20
 
     @cached_property
     def _local_steps(self) -> list[int]:
@@ -204,14 +193,14 @@ class RunPlan:
         rounds = range(1, self.config.rounds + 1)
         return Counter(p for r in rounds for p in self.config.participants_of(r))
 
-    def captured_bytes(self, policy: CapturePolicy | None = None) -> int:
+    def captured_bytes(self, policy: Capture | None = None) -> int:
         """Count the bytes of gradients that the run will keep, by its own policy or another."""
         policy = policy or self.config.policy
         steps = sum(
             times * len(policy.kept_steps(self._local_steps[partition]))
             for partition, times in self._times_drawn.items()
         )
-        return steps * self.step_bytes_of(policy)
+        return steps * policy.step_bytes(self)
 
     def fitting_change(self, room: int) -> str | None:
         """Find the smallest change that keeps no more than `room` bytes of gradients.
@@ -227,34 +216,15 @@ class RunPlan:
         policy = self.config.policy
         if room < 0:
             return None
-        changes: list[tuple[str, CapturePolicy]] = []
-        if policy.keeps_gradients:
-            if policy.encoding == "dense":
-                changes.append(("capture-encoding", replace(policy, encoding="support")))
-            if policy.dtype == "float32":
-                changes.append(("capture-dtype", replace(policy, dtype="bfloat16")))
-        for key, changed in changes:
-            if self.captured_bytes(changed) <= room:
-                value = changed.encoding if key == "capture-encoding" else changed.dtype
-                return f"{key} = {value!r}"
-        fewer = self._fewer_steps(policy, room)
-        return f"capture = {str(fewer)!r}"
 
-    def _fewer_steps(self, policy: CapturePolicy, room: int) -> CapturePolicy:
-        """Thin out the steps of a policy as little as possible."""
-        if policy.steps in ("all", "every"):
-            base = replace(policy, steps="every")
-            counts = range(policy.count + 1, max(self._local_steps) + 1)
-        else:
-            base = policy
-            counts = range(policy.count - 1, 0, -1)
-        # Bytes only fall along the counts, of which a sketch may have a million.
-        position = bisect.bisect_left(
-            counts, True, key=lambda k: self.captured_bytes(replace(base, count=k)) <= room
-        )
-        if position < len(counts):
-            return replace(base, count=counts[position])
-        return replace(policy, steps="none", count=1)
+        def fits(capture: Capture) -> bool:
+            return self.captured_bytes(capture) <= room
+
+        for change, smaller in policy.smaller():
+            if fits(smaller):
+                return change
+        fewer = policy.fewer(max(self._local_steps), fits)
+        return f"capture = {str(fewer or 'none')!r}"
 
     def check_budget(self) -> None:
         """Refuse a run that would keep more bytes of gradients than ``capture-budget``.

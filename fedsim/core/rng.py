@@ -24,7 +24,7 @@ class Purpose(IntEnum):
     CLIENT_SETTINGS = 4
     PARTITION = 5
     SYNTHETIC_DATA = 6
-    SKETCH = 7
+    PROJECTION = 7
     NOISE = 8
     MESSAGES = 9
 
@@ -41,10 +41,10 @@ def generator(
     purpose : Purpose
         What the numbers are for.
     round_number : int
-        Round, from 1; 0 where the draw belongs to no round. For a sketch, the parameter's
-        position.
+        Round, from 1; 0 where the draw belongs to no round. For a projection, the
+        parameter's position.
     partition : int
-        Partition id; 0 where the draw belongs to no client. For a sketch, the kernel's tap.
+        Partition id; 0 where the draw belongs to no client. For a projection, the kernel's tap.
 
     Returns
     -------

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.arithmetic import training_arithmetic
-from fedsim.core.capture import CapturePolicy
+from fedsim.core.capture import Capture
 from fedsim.core.config import MOST_TOML_BYTES, RunConfig
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.device import resolve_device
@@ -36,7 +36,6 @@ from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
 from fedsim.core.own_data import OwnData, find_own_data
 from fedsim.core.plan import RunPlan, batches_of_round
-from fedsim.core.sketch import Sketcher
 from fedsim.core.startup import leave_compiler_out
 from fedsim.core.task import KeepsOwnData, classes_of, initial_model, labels_of, rows_of
 from fedsim.core.training import Arrays, Step, load_state, local_train
@@ -44,9 +43,9 @@ from fedsim.flower import messages
 from fedsim.flower.node import NodeSettings
 from fedsim.flower.scratch import stack_when_late
 from fedsim.recording.files import DISK_FULL
-from fedsim.recording.gradients import FirstStepNorms, StepRecorder
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.places import Place, place_of_run
+from fedsim.recording.recorder import FirstStepNorms, StepRecorder
 
 _ENVELOPE = 256
 """Bytes of an array in a message beyond its data: the header of ``numpy.save``."""
@@ -59,7 +58,6 @@ class _Workplace:
     plan: RunPlan
     device: torch.device
     model: nn.Module
-    sketcher: Sketcher | None
     own: OwnData | None
     _arithmetic: dict[int, str] = dataclasses.field(default_factory=dict)
 
@@ -106,11 +104,7 @@ def _workplace(run_config: str, data_root: str | None, data: str | None) -> _Wor
     else:
         # In place: names of parameters stay as they are.
         model.compile()
-    sketcher = None
-    if config.policy.steps == "sketch":
-        positions = {name: position for position, name in enumerate(plan.parameters)}
-        sketcher = Sketcher(config.seed, config.policy.count, positions)
-    return _Workplace(plan=plan, device=device, model=model, sketcher=sketcher, own=own)
+    return _Workplace(plan=plan, device=device, model=model, own=own)
 
 
 class FedSimClient(NumPyClient):
@@ -217,7 +211,7 @@ class FedSimClient(NumPyClient):
         indices = plan.partition[self.partition]
         settings = plan.config.training_of(self.partition)
         place = self._place(config)
-        policy, refusal = self._allowed(plan.config.policy)
+        captures, refusal = self._allowed(plan.config.captures)
         proximal_mu = float(config.get(messages.PROXIMAL_MU, 0.0))
         started = time.perf_counter()
         batches = batches_of_round(
@@ -238,11 +232,10 @@ class FedSimClient(NumPyClient):
             if place is not None:
                 recorder = StepRecorder(
                     RunLayout(place.root).client(round_number, self.partition),
-                    policy,
+                    captures,
                     num_steps=settings.num_steps(len(indices)),
                     shapes=plan.parameters,
-                    statistics=plan.config.gradient_statistics,
-                    sketcher=workplace.sketcher,
+                    model=workplace.model,
                 )
                 observers.append(stack.enter_context(recorder))
 
@@ -358,11 +351,12 @@ class FedSimClient(NumPyClient):
         name, run_id = str(config.get(messages.RUN, "")), str(config[messages.RUN_ID])
         return place_of_run(Path(self._node.recordings), name, run_id)
 
-    def _allowed(self, policy: CapturePolicy) -> tuple[CapturePolicy, str | None]:
+    def _allowed(self, captures: Sequence[Capture]) -> tuple[Sequence[Capture], str | None]:
         """Give what this node captures of what is asked for, and why not all of it."""
-        if policy.steps == "none" or self._node.capture:
-            return policy, None
-        return dataclasses.replace(policy, steps="none"), messages.CAPTURE_REFUSED
+        without_files = [capture for capture in captures if not capture.keeps_files]
+        if self._node.capture or len(without_files) == len(captures):
+            return captures, None
+        return without_files, messages.CAPTURE_REFUSED
 
 
 def _about(place: Place | None, refusal: str | None) -> dict[str, str]:

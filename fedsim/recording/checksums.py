@@ -12,7 +12,7 @@ from typing import Any
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import Checksum, json_line, text_lines
-from fedsim.recording.layout import RunLayout, is_gradients
+from fedsim.recording.layout import RunLayout, is_removable
 from fedsim.recording.rows import ChecksumRow
 
 _SEAL = ',"line":"'
@@ -58,7 +58,7 @@ class ChecksumLine:
     def may_lack(self) -> frozenset[str]:
         """The files that the run directory may lack without being damaged."""
         # Of a run nothing else is ever removed, whatever a line says.
-        return self.elsewhere | frozenset(filter(is_gradients, self.removed))
+        return self.elsewhere | frozenset(filter(is_removable, self.removed))
 
     @property
     def rows(self) -> Checksum | None:

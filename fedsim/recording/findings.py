@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from fedsim.core.capture import kept_kinds
 from fedsim.core.errors import InputError
 
 FILES, PARTITION, PARTICIPANTS = "files", "partition", "participants"
@@ -17,9 +18,7 @@ KEPT, ROWS, EVALUATION = "kept", "rows", "evaluation"
 # What is left open until something else settles it: by which words both know it.
 BUFFERS = "buffers: their deltas follow from no gradient"
 """Under `REPLAY`, by client."""
-SOURCES = (
-    "gradients, sketches: that they are of the data is seen only where the step is computed again"
-)
+SOURCES = f"{kept_kinds()}: that they are of the data is seen only where the step is computed again"
 """Under `RECOMPUTED`, by step of a client."""
 LOSSES = "loss, loss_history, local_loss: seen only where the step is computed again"
 """Under `ROWS`, by step of a client."""

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from fedsim.core.capture import all_captures
 from fedsim.core.errors import InputError
 
 FORMAT = 1
@@ -110,36 +111,20 @@ class RunLayout:
 
 
 STEPS = "steps.jsonl"
-SKETCH = "sketch.safetensors"
-SKETCH_KEY = "sketch"
-SHARD_INDEX = "gradients.safetensors.index.json"
-
-
-def shard_name(shard: int) -> str:
-    """File name of a shard of captured gradients, from 0."""
-    return f"gradients-{shard:05d}.safetensors"
 
 
 def is_of_client(name: str) -> bool:
     """Say whether a file of that name in a client's folder is one that a client writes."""
-    return name in (STEPS, SKETCH, SHARD_INDEX) or is_shard(name)
+    return name == STEPS or any(capture.owns(name) for capture in all_captures())
 
 
-def is_shard(name: str) -> bool:
-    """Say whether a file of that name holds captured gradients."""
-    return bool(_SHARD.fullmatch(name))
+def is_removable(name: str) -> bool:
+    """Say whether a path inside the run directory is one that may be removed to make room."""
+    found = _OF_CLIENT.fullmatch(name)
+    return found is not None and any(capture.may_remove(found[1]) for capture in all_captures())
 
 
-def is_gradients(name: str) -> bool:
-    """Say whether a path inside the run directory is one of captured gradients."""
-    return bool(_GRADIENTS.fullmatch(name))
-
-
-_GRADIENTS = re.compile(
-    r"rounds/[0-9]{4,}/clients/[0-9]{4,9}/"
-    r"(gradients-[0-9]{5,9}\.safetensors|gradients\.safetensors\.index\.json)"
-)
-_SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
+_OF_CLIENT = re.compile(r"rounds/[0-9]{4,}/clients/[0-9]{4,9}/([^/]+)")
 _CONTROL = re.compile(r"rounds/[0-9]{4,}/clients/([0-9]{4,9})/control\.safetensors")
 
 
@@ -163,13 +148,3 @@ def newest_controls(files: Iterable[str]) -> dict[int, str]:
 def delta_key(partition: int, name: str) -> str:
     """Key of an array of one client's delta inside a file of many clients."""
     return f"{partition}/{name}"
-
-
-def gradient_key(step: int, parameter: str) -> str:
-    """Key of one parameter's gradient at one local step inside a shard."""
-    return f"{step:06d}/{parameter}"
-
-
-def support_key(parameter: str) -> str:
-    """Key of the live taps of a parameter inside a shard that leaves the others out."""
-    return f"support/{parameter}"

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim.core.aggregation import DeltaMean
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.support import unpack
 from fedsim.core.task import FederatedData, classes_of, initial_model, labels_of
 from fedsim.core.training import (
-    Objective,
-    Replay,
     schedule,
     state_arrays,
 )
 from fedsim.recording.findings import (
     AGGREGATE,
-    BUFFERS,
     INITIAL,
     PARTICIPANTS,
     PARTITION,
-    REPLAY,
-    ROWS,
     STEPS,
     Findings,
 )
 from fedsim.recording.reader import Client, Run
-from fedsim.recording.row_proofs import settle_replayed
-from fedsim.recording.rows import updates_of
-from fedsim.recording.shards import Shard
-from fedsim.recording.step_proofs import Measures, prove_objective
 from fedsim.recording.strategy_proofs import arrays_of, first_difference
-
-REPLAY_TOLERANCE = 1e-4
-"""Relative error of a replay where bit for bit cannot be asked for."""
-REPLAY_ROUNDINGS = 2
-"""How much farther from the delta a replay of rounded gradients may land than another rounding."""
-_TRIES = 8
-"""Other roundings of small parameters: a bias of two entries may happen not to notice one."""
-
-_ALONE = 2**16
-"""Parameters of at least so many entries are replayed one by one, which keeps them in cache."""
 
 
 def prove_partition(run: Run, dataset: FederatedData | None, findings: Findings) -> None:
@@ -118,7 +96,7 @@ def prove_initial_state(run: Run, findings: Findings) -> None:
     run.check_sizes()
     expected = state_arrays(initial_model(run.config))
     odd = first_difference(arrays_of(run.round(0).state), expected)
-    if odd and (why := _other_instructions(device)):
+    if odd and (why := other_instructions(device)):
         findings.leave(INITIAL, f"{odd} differs from what is drawn here: {why}")
     elif odd:
         findings.violate(INITIAL, f"{run.layout.state(0)}: {odd} does not follow from the seed")
@@ -177,195 +155,9 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
         findings.prove(STEPS, len(rows))
 
 
-def prove_replay(run: Run, client: Client, shards: Iterable[Shard], findings: Findings) -> None:
-    """Check that the local optimiser over the recorded gradients lands on the delta.
-
-    Parameters
-    ----------
-    run, client : Run, Client
-        The client must be replayable.
-    shards : iterable of Shard
-        Its shards in order; each is looked at before the next is asked for.
-    findings : Findings
-        Told what was found.
-    """
-    start, delta = run.round(client.round - 1).state, client.delta
-    path = client.delta_path
-    settings = run.config.training_of(client.partition).optimizer
-    lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run, client.round)
-    courses = []
-    objective = None
-    if client.proximal_mu or client.correction is not None:
-        objective = Objective(start, client.proximal_mu, client.correction)
-    for group in _groups(run, client.captured_parameters):
-        what = (
-            *(start, group, settings, run.config.autocast),
-            *(client.proximal_mu, client.correction),
-        )
-        replay = Replay(*what)
-        small = any(math.prod(run.shapes[name]) < _ALONE for name in group)
-        tries = (_TRIES if small else 1) if lossy else 0
-        others = [Replay(*what) for _ in range(tries)]
-        courses.append(_Course(group, replay, others, start, objective))
-    measures = Measures(run, client, findings)
-    for shard in shards:
-        for course in courses:
-            course.follow(shard)
-        measures.follow(shard)
-    measures.finish()
-    for course in courses:
-        for name in course.group:
-            moved = course.replay.parameters[name] - start[name]
-            if torch.equal(moved.view(torch.int32), delta[name].contiguous().view(torch.int32)):
-                continue
-            allowed = REPLAY_TOLERANCE * _norm(delta[name])
-            # Each update is rounded to what a float32 beside the parameter can tell.
-            allowed += (
-                client.telemetry["num_steps"] * 2**-24 * _norm(course.replay.parameters[name])
-            )
-            if lossy:
-                allowed += REPLAY_ROUNDINGS * course.spread(name)
-                if not course.finite or not math.isfinite(allowed):
-                    dtype = run.config.capture_dtype
-                    reason = f"gradients are not finite, or too large for {dtype}"
-                    findings.leave(REPLAY, reason, at=client.place)
-                    return
-            off = _norm(moved - delta[name])
-            if not why or not off <= allowed:
-                error = off / (_norm(delta[name]) or 1)
-                findings.violate(
-                    REPLAY, f"{path}: {name} is not where the gradients lead, off by {error:.1e}"
-                )
-                return
-    if not lossy and any(c.replay.num_updates != updates_of(client.telemetry) for c in courses):
-        findings.violate(REPLAY, f"clients.jsonl: client {client.partition} made other updates")
-        return
-    if client.has_all_parameters and not lossy and objective is not None:
-        squares = [course.squares for course in courses]
-        prove_objective(client, squares, client.proximal_mu, findings)
-    elif objective is not None:
-        reason = "proximal, objective_norm: only gradients of all layers in float32 tell"
-        findings.leave(ROWS, reason, at=client.place)
-    if client.has_all_parameters:
-        settle_replayed(client, findings, exact=not lossy)
-    findings.prove(REPLAY, client.telemetry["num_steps"])
-    if not client.has_all_parameters:
-        count = f"{len(client.captured_parameters)} of {len(run.shapes)} parameters"
-        reason = f"{count} were captured: the deltas of the others are not followed"
-        findings.leave(REPLAY, reason, at=client.place)
-    if run.described.keys() - run.shapes.keys():
-        findings.leave(REPLAY, BUFFERS, at=client.place)
-    findings.note(REPLAY, f"within rounding: {why}" if why else "bit for bit")
-
-
-class _Course:
-    """Parameters on their way through the recorded gradients of a client.
-
-    What was rounded when it was stored leads beside the delta, how far depends on the optimiser and
-    on how its steps add up. So they go again with every entry moved by a unit of its last place, up
-    or down by chance, which is twice as far as rounding can have moved it.
-
-    Parameters
-    ----------
-    group : sequence of str
-        Their names.
-    replay : Replay
-        Over the gradients as they are.
-    others : sequence of Replay
-        Over those that are moved.
-    start : mapping of str to Tensor
-        The global parameters.
-    objective : Objective or None
-        What is minimised, where that is more than the loss.
-    """
-
-    def __init__(
-        self,
-        group: Sequence[str],
-        replay: Replay,
-        others: Sequence[Replay],
-        start: Mapping[str, Tensor],
-        objective: Objective | None,
-    ) -> None:
-        self.group = group
-        self._start = start
-        self._objective = objective
-        self.squares: dict[int, tuple[float, float]] = {}
-        self.replay = replay
-        self._others = others
-        self.finite = True
-        self._signs = np.random.Generator(np.random.PCG64(0))
-
-    def follow(self, shard: Shard) -> None:
-        """Make the steps of a shard."""
-        # Zeros of dead taps are written once for a shard, not at every step.
-        kept: dict[str, Tensor] = {}
-        for step in shard.steps:
-            for name in self.group:
-                kept[name] = shard.gradient(step, name, out=kept.get(name))
-            if self._objective is not None:
-                self.squares[step] = self._squares(self._objective, kept)
-            self.replay.step(kept)
-            if self._others:
-                self.finite = self.finite and all(bool(g.isfinite().all()) for g in kept.values())
-            for other in self._others:
-                other.step({name: self._moved(shard, step, name) for name in self.group})
-
-    def _squares(
-        self, objective: Objective, gradients: Mapping[str, Tensor]
-    ) -> tuple[float, float]:
-        """Give the square of the distance from the global parameters, and of the gradient."""
-        moved = whole = 0.0
-        for name in self.group:
-            here = self.replay.parameters[name]
-            moved += _norm(here - self._start[name]) ** 2
-            whole += _norm(objective.gradient(name, gradients[name], here)) ** 2
-        return moved, whole
-
-    def spread(self, name: str) -> float:
-        """Give how far another rounding would have led a parameter at most."""
-        here = self.replay.parameters[name]
-        return max(_norm(other.parameters[name] - here) for other in self._others)
-
-    def _moved(self, shard: Shard, step: int, name: str) -> Tensor:
-        stored, shape = shard.packed(step, name), self.replay.parameters[name].shape
-        unit = stored.float().abs() * torch.finfo(stored.dtype).eps + _least(stored.dtype)
-        ups = torch.from_numpy(self._signs.integers(0, 2, tuple(stored.shape), dtype=np.int8))
-        return unpack(stored.float() + unit * (2 * ups - 1), shape, shard.taps(name))
-
-
-def _least(dtype: torch.dtype) -> float:
-    """Give the unit of the last place of the smallest numbers, and of zero."""
-    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.double()))
-
-
-def _why_not_exact(run: Run, number: int) -> str:
-    """Say why a replay here need not land on the very bits of a round; empty where it must."""
-    versions, device = run.made_by(number)
-    if run.config.capture_dtype != "float32":
-        return f"gradients are stored as {run.config.capture_dtype}"
-    if versions["torch"] != version("torch"):
-        return f"the run has torch {versions['torch']}, here is {version('torch')}"
-    if device["type"] != "cpu":
-        return f"the run trained on {device['type']}"
-    return _other_instructions(device)
-
-
-def _other_instructions(device: Mapping[str, Any]) -> str:
+def other_instructions(device: Mapping[str, Any]) -> str:
+    """Say how the processor here differs from that of a run; empty where it does not."""
     here = torch.backends.cpu.get_cpu_capability()
     if device["cpu_capability"] != here:
         return f"the run used {device['cpu_capability']} instructions, here are {here}"
     return ""
-
-
-def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
-    # What a step of float16 autocast does depends on all of its gradients.
-    if run.config.autocast == "float16":
-        return [list(names)]
-    large = [n for n in names if math.prod(run.shapes[n]) >= _ALONE]
-    small = [n for n in names if math.prod(run.shapes[n]) < _ALONE]
-    return [*([n] for n in large), *([small] if small else [])]

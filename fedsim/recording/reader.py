@@ -18,25 +18,20 @@ from torch import Tensor
 
 from fedsim.core.aggregation import State
 from fedsim.core.algorithm import Algorithm, ArraySpec, Setup, make_algorithm, make_users
+from fedsim.core.capture import Capture, all_captures
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
 from fedsim.core.task import classes_of, task_of
-from fedsim.core.training import Autocast, Objective, OptimizerSettings, Replay
 from fedsim.recording import rows
 from fedsim.recording.checksums import files_removed, read_checksums
 from fedsim.recording.files import DTYPES
 from fedsim.recording.layout import (
     FORMAT,
     SHARED_FORMAT,
-    SKETCH,
-    SKETCH_KEY,
     STEPS,
     RunLayout,
-    gradient_key,
-    is_shard,
 )
-from fedsim.recording.shards import Gradient, Shard
 from fedsim.recording.tensor_files import TensorFile, TensorPart
 
 if TYPE_CHECKING:
@@ -67,6 +62,27 @@ class Client:
         self.round = round_number
         self.telemetry = telemetry
         self.partition: int = telemetry["partition"]
+        self._views: dict[type[Capture], Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Look a name up in what captures bring: ``gradient(step)``, ``layer(name)`` and others."""
+        if not name.startswith("_"):
+            for capture in all_captures():
+                if name in capture.reads:
+                    if capture not in self._views:
+                        self._views[capture] = capture.open(self)
+                    return getattr(self._views[capture], name)
+        raise AttributeError(f"a client has no {name}", name=name, obj=self)
+
+    def __dir__(self) -> Iterator[str]:
+        yield from super().__dir__()
+        for capture in all_captures():
+            yield from capture.reads
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
 
     @property
     def place(self) -> tuple[int, int]:
@@ -114,33 +130,6 @@ class Client:
         if part is None:
             raise InputError(f"{path} holds nothing of client {self.partition}")
         return part
-
-    @cached_property
-    def captured_steps(self) -> list[int]:
-        """The local steps whose gradients were kept, ascending."""
-        return sorted({int(key.partition("/")[0]) for key in self.shards})
-
-    @cached_property
-    def captured_parameters(self) -> list[str]:
-        """The parameters whose gradients were kept, in ``model.parameters()`` order."""
-        kept = {key.partition("/")[2] for key in self.shards}
-        return [name for name in self._run.shapes if name in kept]
-
-    @property
-    def has_all_parameters(self) -> bool:
-        """Whether the gradients of every parameter were kept, in the steps that were."""
-        return self.captured_parameters == list(self._run.shapes)
-
-    @property
-    def is_replayable(self) -> bool:
-        """Whether the optimiser can be replayed over all local steps.
-
-        Every step must have been kept. With float16 autocast a step whose gradient overflowed
-        made no update, so every parameter must have been kept too.
-        """
-        captured = self.captured_steps
-        complete = len(captured) == self.telemetry["num_steps"] and _has_no_gap(captured)
-        return complete and (self._autocast != "float16" or self.has_all_parameters)
 
     @property
     def proximal_mu(self) -> float:
@@ -190,270 +179,10 @@ class Client:
             return None
         return {name: torch.from_numpy(np.asarray(array)) for name, array in found.items()}
 
-    def gradient(
-        self, step: int, *, weight_decay: bool = False, objective: bool = False
-    ) -> Mapping[str, Tensor]:
-        """Give the gradient of a local step.
-
-        Parameters
-        ----------
-        step : int
-            Local step of the round, from 0.
-        weight_decay : bool
-            Add ``weight-decay * p`` with the parameters before the step, which are found by
-            replaying the steps before it.
-        objective : bool
-            Add what the strategy adds: ``proximal_mu * (p - p_global)``, the gradient of a
-            proximal term, likewise; and its `correction`.
-
-        Returns
-        -------
-        mapping of str to Tensor of float32
-            Parameter name to d(mean loss)/dp before the update, without weight decay and what
-            the strategy adds unless asked for, in ``model.parameters()`` order.
-
-        Raises
-        ------
-        InputError
-            When that step was not captured, or what is asked for takes one before it that was
-            not.
-        """
-        gradient = Gradient(self.shards, step, list(self._run.shapes))
-        if not gradient:
-            raise InputError(
-                f"step {step} of client {self.partition} in round {self.round} was "
-                f"{self._why_without(step)}"
-            )
-        if not (weight_decay or objective):
-            return gradient
-        parameters = self.parameters_at(step)
-        added = (self.proximal_mu, self.correction) if objective else (0.0, None)
-        terms = Objective(self._start, *added)
-        whole = {n: terms.gradient(n, g, parameters[n]) for n, g in gradient.items()}
-        if not weight_decay:
-            return whole
-        decay = self._run.config.weight_decay
-        return {n: g.add(parameters[n], alpha=decay) for n, g in whole.items()}
-
-    def _why_without(self, step: int) -> str:
-        made = self.telemetry["num_steps"]
-        if not 0 <= step < made:
-            return f"not made; it made 0 to {made - 1}"
-        kept = f"capture = {self._run.config.capture!r} keeps steps {_ranges(self.captured_steps)}"
-        return f"not captured: {self._why_no_gradients() or kept}"
-
-    def _why_no_gradients(self) -> str:
-        """Say why nothing of the client was captured; empty where something was."""
-        if self.captured_steps:
-            return ""
-        if not self._run.config.policy.keeps_gradients:
-            return f"capture = {self._run.config.capture!r} keeps no gradients"
-        return str(self.telemetry.get("not_captured", "the client kept none"))
-
-    def _what_layers(self) -> str:
-        globs = list(self._run.config.capture_layers)
-        return f"capture-layers = {globs} keeps {', '.join(self.captured_parameters)}"
-
-    def layer(self, parameter: str, steps: slice = slice(None)) -> Tensor:
-        """Stack the gradients of one parameter over captured steps, reading no other parameter.
-
-        Parameters
-        ----------
-        parameter : str
-            Its name.
-        steps : slice
-            Of `captured_steps`.
-
-        Returns
-        -------
-        Tensor of float32, shape (steps, ...)
-
-        Raises
-        ------
-        InputError
-            When the parameter was not captured.
-        """
-        if parameter not in self.captured_parameters:
-            raise InputError(
-                f"{parameter} of client {self.partition} in round {self.round} was not captured: "
-                f"{self._why_no_gradients() or self._what_layers()}"
-            )
-        # Says whether the shape is true before there is memory of that shape.
-        self.shards[gradient_key(self.captured_steps[0], parameter)].packed(
-            self.captured_steps[0], parameter
-        )
-        chosen = self.captured_steps[steps]
-        stacked = torch.empty(len(chosen), *self._run.shapes[parameter])
-        for position, step in enumerate(chosen):
-            shard = self.shards[gradient_key(step, parameter)]
-            stacked[position] = shard.gradient(step, parameter)
-        return stacked
-
-    def parameters_at(self, step: int) -> dict[str, Tensor]:
-        """Give the captured parameters as they were before a local step, by replay.
-
-        Parameters
-        ----------
-        step : int
-            Local step of the round, from 0; the number of steps gives the end of the round.
-
-        Returns
-        -------
-        dict of str to Tensor of float32
-            Bit for bit those of the training on the same version of torch and kind of device;
-            beside them by rounding errors elsewhere. Buffers do not follow from gradients.
-
-        Raises
-        ------
-        InputError
-            When a step before it was not captured.
-        """
-        if not 0 <= step <= self.telemetry["num_steps"]:
-            raise InputError(
-                f"step {step} of client {self.partition} in round {self.round} was not made; "
-                f"expected 0 to {self.telemetry['num_steps']}"
-            )
-        replay = self._new_replay()
-        for before in range(step):
-            replay.step(self.gradient(before))
-        return replay.parameters
-
-    def replay(self) -> Iterator[tuple[Gradient, dict[str, Tensor]]]:
-        """Go through all local steps in one pass.
-
-        Yields
-        ------
-        tuple of (Gradient, dict of str to Tensor)
-            The step's gradient and the parameters before its update; the tensors of the
-            latter change in place with the next step.
-
-        Raises
-        ------
-        InputError
-            When a step was not captured.
-        """
-        replay = self._new_replay()
-        for step in range(self.telemetry["num_steps"]):
-            gradient = Gradient(self.shards, step, self.captured_parameters)
-            if not gradient:
-                self.gradient(step)
-            yield gradient, replay.parameters
-            replay.step(gradient)
-
-    def sketch(self, step: int) -> NDArray[np.float32]:
-        """Give the random projection of a step's gradient, kept by ``capture = "sketch:K"``.
-
-        Returns
-        -------
-        ndarray of float32, shape (K,)
-            Inner products of sketches estimate those of gradients, over all steps, clients and
-            rounds of a run.
-
-        Raises
-        ------
-        InputError
-            When there is no sketch of that step.
-        """
-        sketches = self._sketches
-        if not 0 <= step < len(sketches):
-            raise InputError(
-                f"step {step} of client {self.partition} in round {self.round} has no sketch; "
-                f"there are {len(sketches)}"
-            )
-        vector: NDArray[np.float32] = sketches[step].numpy()
-        return vector
-
-    @property
-    def _sketches(self) -> Tensor:
-        path = self.folder / SKETCH
-        if SKETCH not in self.telemetry["files"] or not os.path.lexists(path):
-            return torch.empty(0, 0)
-        file, count = TensorFile(path), self._run.config.policy.count
-        dtype, shape = file.described.get(SKETCH_KEY, ("none", ()))
-        if dtype != "F32" or len(shape) != 2 or shape[1] != count:
-            raise InputError(f"{path} does not hold sketches of {count} numbers")
-        return file[SKETCH_KEY]
-
-    def shard(self, step: int, parameter: str) -> Shard:
-        """Give the file that holds a parameter's gradient of a step.
-
-        Raises
-        ------
-        InputError
-            When it was not captured.
-        """
-        key = gradient_key(step, parameter)
-        if key not in self.shards:
-            raise InputError(f"{self.folder} holds no gradient {key}")
-        return self.shards[key]
-
     @property
     def folder(self) -> Path:
         """Where the client's files of the round are."""
         return self._run.layout.client(self.round, self.partition)
-
-    @cached_property
-    def shards(self) -> dict[str, Shard]:
-        """The file of each captured gradient, by its key ``SSSSSS/<parameter>``."""
-        if not self._run.has_captured(self.telemetry):
-            where = "are on the client's disk; `fedsim collect` brings them"
-            if self._run.has_removed(self.telemetry):
-                where = "were removed to make room; `fedsim collect` brings them from a copy"
-            raise InputError(f"gradients of client {self.partition} in round {self.round} {where}")
-        # Whatever else is there, nobody listed.
-        listed = sorted(name for name in self.telemetry["files"] if is_shard(name))
-        shards = [Shard(self.folder / name, self._run.shapes) for name in listed]
-        for shard in shards:
-            for name in shard.packed_parameters:
-                self._check_kernel(shard, name)
-        found = {key: shard for shard in shards for key in shard.keys}
-        steps, names = (
-            ({*part} for part in zip(*(k.split("/", 1) for k in found), strict=True))
-            if found
-            else ((), ())
-        )
-        if len(found) != len(steps) * len(names):
-            raise InputError(f"{self.folder} holds steps with some of their gradients only")
-        return found
-
-    def _check_kernel(self, shard: Shard, name: str) -> None:
-        # Few taps on the disk may speak of any number of them in memory.
-        described = self._start.described.get(name)
-        if described is None or described[1] != self._run.shapes[name]:
-            raise InputError(
-                f"{shard.path}: {name} has another shape in run.json than in {self._start.path}"
-            )
-
-    def _new_replay(self) -> Replay:
-        if not self.shards:
-            # there is nothing to follow; this says so.
-            self.gradient(0)
-        if self._autocast == "float16" and not self.has_all_parameters:
-            raise InputError(
-                f"client {self.partition} in round {self.round} cannot be replayed: with autocast "
-                "= 'float16' all parameters decide whether a step made an update, and not all "
-                "were captured"
-            )
-        return Replay(
-            self._start,
-            self.captured_parameters,
-            self._optimizer,
-            self._autocast,
-            self.proximal_mu,
-            self.correction,
-        )
-
-    @property
-    def _start(self) -> TensorFile:
-        return self._run.round(self.round - 1).state
-
-    @property
-    def _optimizer(self) -> OptimizerSettings:
-        return self._run.config.training_of(self.partition).optimizer
-
-    @property
-    def _autocast(self) -> Autocast:
-        return self._run.config.autocast
 
     def __repr__(self) -> str:
         return f"<client {self.partition} in round {self.round}>"
@@ -908,7 +637,7 @@ class Run:
         """
         if number in self._round_row:
             return Round(self, self._round_row[number])
-        rounds = _ranges([row["round"] for row in self.round_rows])
+        rounds = ranges([row["round"] for row in self.round_rows])
         raise InputError(f"round {number} of {self.path} is not finished; finished are {rounds}")
 
     def __repr__(self) -> str:
@@ -947,11 +676,8 @@ def _steps_in(path: Path) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def _has_no_gap(numbers: list[int]) -> bool:
-    return numbers == list(range(len(numbers)))
-
-
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
+    """Write numbers, like ``0 to 4`` or ``0, 3, 6``."""
     if not numbers:
         return "none"
     if len(numbers) > 1 and all(b - a == 1 for a, b in itertools.pairwise(numbers)):

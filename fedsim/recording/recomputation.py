@@ -8,7 +8,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.plan import batches_of_round
-from fedsim.core.sketch import Sketcher
 from fedsim.core.task import FederatedData, initial_model, task_of
 from fedsim.core.training import (
     Arrays,
@@ -47,9 +46,9 @@ from fedsim.recording.findings import (
     STATISTICS,
     Findings,
 )
-from fedsim.recording.gradients import FirstStepNorms, StepRecorder
-from fedsim.recording.layout import SKETCH, STEPS, is_shard
+from fedsim.recording.layout import STEPS
 from fedsim.recording.reader import Client, Run
+from fedsim.recording.recorder import FirstStepNorms, StepRecorder
 from fedsim.recording.row_proofs import settle_replayed
 
 TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
@@ -154,7 +153,6 @@ class Recomputation:
         self._model = self._new_model()
         self._training: dict[tuple[int, int], str] = {}
         self._evaluating: dict[int, str] = {}
-        self._sketcher: Sketcher | None = None
 
     # Evaluation
 
@@ -290,24 +288,25 @@ class Recomputation:
         """Train a client's round as it was trained, and compare all that it left, to the bit."""
         config, start = self._config, _arrays(self._run.round(client.round - 1).state)
         norms, wrong = FirstStepNorms(), _Differences(client, whole)
-        policy = config.policy
-        if policy.keeps_gradients or client.telemetry.get("not_captured"):
-            # They are compared where they are; there may be no room for them once more.
-            policy = replace(policy, steps="none")
+        retraced = [(c, c.retrace(client, whole)) for c in config.captures]
+        compared = [retrace for _, retrace in retraced if retrace is not None]
+        recorded = [c for c, retrace in retraced if retrace is None]
+        if client.telemetry.get("not_captured"):
+            recorded = [capture for capture in recorded if not capture.keeps_files]
         correction = client.correction
         with tempfile.TemporaryDirectory(prefix="fedsim-verify-") as folder:
             recorder = StepRecorder(
                 Path(folder) / "client",
-                policy,
+                recorded,
                 num_steps=client.telemetry["num_steps"],
                 shapes=self._run.shapes,
-                statistics=config.gradient_statistics,
-                sketcher=self._make_sketcher() if policy.steps == "sketch" else None,
+                model=self._model,
             )
 
             def observe(step: Step) -> None:
                 norms(step)
-                wrong.compare_gradients(step)
+                for retrace in compared:
+                    retrace(step)
                 recorder(step)
 
             with recorder:
@@ -323,10 +322,11 @@ class Recomputation:
                     correction=None if correction is None else _arrays(correction),
                 )
             rows = list(read_lines(Path(folder) / "client" / "steps.jsonl"))
+        for retrace in compared:
+            wrong.note(retrace.difference)
         wrong.compare_rows(rows)
         wrong.compare_telemetry(result, norms)
-        if policy.steps == "sketch":
-            wrong.compare_sketch(recorder)
+        wrong.compare_files(recorder)
         wrong.compare_delta(result.state, start, self._run.shapes, clipped=config.clients_clip)
         if wrong.first is not None:
             self._findings.violate(RECOMPUTED, f"{client.folder}: {wrong.first}")
@@ -462,12 +462,6 @@ class Recomputation:
     def _new_model(self) -> nn.Module:
         return initial_model(self._config).to(self._device)
 
-    def _make_sketcher(self) -> Sketcher:
-        if self._sketcher is None:
-            positions = {name: position for position, name in enumerate(self._run.shapes)}
-            self._sketcher = Sketcher(self._config.seed, self._config.policy.count, positions)
-        return self._sketcher
-
 
 class _Differences:
     """The first thing in which a client that was trained again differs from its record."""
@@ -475,23 +469,11 @@ class _Differences:
     def __init__(self, client: Client, whole: frozenset[str]) -> None:
         self._client = client
         self._whole = whole
-        has_shards = all(name in whole for name in client.telemetry["files"] if is_shard(name))
-        self._captured = frozenset(client.captured_steps if has_shards else ())
         self.first: str | None = None
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str | None) -> None:
+        """Take a difference, where there is one."""
         self.first = self.first or what
-
-    def compare_gradients(self, step: Step) -> None:
-        """Compare the gradient of a step with the one that was kept of it, where one was."""
-        if step.index not in self._captured or self.first:
-            return
-        for name, kept in self._client.gradient(step.index).items():
-            stored = self._client.shard(step.index, name).packed(step.index, name)
-            made = step.gradients[name].cpu().to(stored.dtype).float()
-            if not torch.equal(_bits(made), _bits(kept)):
-                self._note(f"the gradient of {name} in step {step.index} is another")
-                return
 
     def compare_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Compare the rows of all steps."""
@@ -500,7 +482,7 @@ class _Differences:
         for made, told in zip(rows, self._client.steps, strict=True):
             for key in sorted(made.keys() | told.keys()):
                 if made.get(key) != told.get(key):
-                    self._note(f"steps.jsonl: {key} of step {told['step']} is another")
+                    self.note(f"steps.jsonl: {key} of step {told['step']} is another")
                     return
 
     def compare_telemetry(self, result: LocalResult, norms: FirstStepNorms) -> None:
@@ -516,15 +498,15 @@ class _Differences:
             made["num_updates"] = result.num_updates
         for key, value in made.items():
             if self._client.telemetry[key] != value:
-                self._note(f"clients.jsonl: {key} is another")
+                self.note(f"clients.jsonl: {key} is another")
                 return
 
-    def compare_sketch(self, recorder: StepRecorder) -> None:
-        """Compare the file of sketches."""
-        if SKETCH not in self._whole:
-            return
-        if self._client.telemetry["files"].get(SKETCH) != recorder.files[SKETCH].to_json():
-            self._note(f"{SKETCH} is another")
+    def compare_files(self, recorder: StepRecorder) -> None:
+        """Compare the files that captures recorded once more."""
+        for name, made in recorder.files.items():
+            told = self._client.telemetry["files"].get(name)
+            if name != STEPS and name in self._whole and told != made.to_json():
+                self.note(f"{name} is another")
 
     def compare_delta(
         self, state: Arrays, start: Arrays, shapes: Mapping[str, Any], *, clipped: bool
@@ -534,7 +516,7 @@ class _Differences:
             if clipped and name in shapes:
                 continue
             if not torch.equal(_bits(torch.from_numpy(moved)), _bits(self._client.delta[name])):
-                self._note(f"the delta of {name} is not where training again leads")
+                self.note(f"the delta of {name} is not where training again leads")
                 return
 
 

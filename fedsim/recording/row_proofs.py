@@ -20,7 +20,6 @@ from fedsim.recording import rows
 from fedsim.recording.findings import PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
 from fedsim.recording.reader import Client, Run
-from fedsim.recording.step_proofs import NORM_TOLERANCE
 
 MEASURED = (
     "seconds, peak_memory, created, versions, device, arithmetic, resumed: measured, and nothing "
@@ -201,8 +200,8 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
         "num_steps": steps,
         "num_steps_captured": kept,
     }
-    if config.policy.steps in ("sketch", "none") or not kept:
-        expected["bytes_captured"] = 4 * config.policy.count * kept
+    if (size := config.policy.bytes_of(kept, run.shapes)) is not None:
+        expected["bytes_captured"] = size
     wrong = [key for key, value in expected.items() if row[key] != value]
     # Not of as many steps as a configuration asks for, which may be any number.
     if any(size != told for size, told in zip(sizes, row["batch_sizes"], strict=False)):
@@ -275,34 +274,11 @@ def _without_cause(run: Run, client: Client) -> str | None:
     return None
 
 
-def prove_first_norms(run: Run, client: Client, findings: Findings) -> None:
-    """Check that the norms of the first step are those of its line in ``steps.jsonl``."""
+def prove_step_rows(run: Run, client: Client, findings: Findings) -> None:
+    """Check what the lines of ``steps.jsonl`` say beside the steps themselves."""
     for row in client.steps:
         leave_unknown("steps.jsonl", rows.StepRow, row, findings)
-    measured = run.config.gradient_statistics
-    # Where it is not in the configuration: of a version that had no such choice.
-    chosen = "gradient-statistics" in run.entry("config")
-    odd = next((r for r in client.steps if ("gradient_norm" in r) != measured), None)
-    if chosen and odd is not None:
-        which = f"step {odd['step']} {'lacks' if measured else 'has'} figures of its gradient"
-        reason = f"gradient-statistics = {str(measured).lower()}"
-        findings.violate(ROWS, f"{client.steps_path}: {which}, with {reason}")
-        return
     if odd_figure := _without_cause(run, client):
         findings.violate(ROWS, f"{client.steps_path}: {odd_figure}")
-        return
-    if not client.steps or "per_layer_norms" not in client.steps[0]:
-        return
-    mine, tolerance = client.telemetry["per_layer_norms"], NORM_TOLERANCE["float32"]
-    for name, told in client.steps[0]["per_layer_norms"].items():
-        other = mine.get(name)
-        same = told == other or (
-            None not in (told, other) and abs(told - other) <= tolerance * max(told, other)
-        )
-        if not same:
-            findings.violate(
-                ROWS,
-                f"clients.jsonl: client {client.partition} in round {client.round} has another "
-                f"norm of {name} than {client.steps_path}",
-            )
-            return
+    for capture in run.config.captures:
+        capture.check_steps(client, findings)

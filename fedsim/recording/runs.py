@@ -21,7 +21,7 @@ from fedsim.core.errors import InputError, RunFailedError
 from fedsim.core.inputs import open_regular
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import TEMPORARY, temporary
-from fedsim.recording.layout import RunLayout, is_gradients
+from fedsim.recording.layout import RunLayout, is_removable
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.writer import is_being_written, only_writer
 
@@ -128,7 +128,7 @@ def _described(run: Run) -> FoundRun:
     size = gradients = 0
     for name, status in _files_below(run.path):
         size += status.st_size
-        gradients += status.st_size if is_gradients(name) else 0
+        gradients += status.st_size if is_removable(name) else 0
     state = run.status
     if state == "running" and not is_being_written(run.path):
         state = "killed"
@@ -240,7 +240,7 @@ def remove_gradients(path: Path) -> int:
             name
             for line in lines
             for name in line.files
-            if is_gradients(name) and _is_regular(layout.inside(name))
+            if is_removable(name) and _is_regular(layout.inside(name))
         }
         # First that they may be missing, then that they are: in between nothing is damaged.
         with temporary(layout.checksums) as unfinished:

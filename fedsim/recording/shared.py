@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.recording.files import Checksum, temporary, write_tensors
-from fedsim.recording.gradients import MOST_KEYS
 from fedsim.recording.layout import RunLayout, delta_key
+from fedsim.recording.tensor_files import MOST_KEYS
 
 SHARED_BYTES = 32 * 2**20
 """Shared files close at the client that fills them to about this size."""

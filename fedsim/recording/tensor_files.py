@@ -18,6 +18,8 @@ from fedsim.core.errors import InputError
 from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording.files import DTYPES, ITEM_BYTES
 
+MOST_KEYS = 2**16
+"""Arrays that are put into one file by choice: its header is read whole before any of them."""
 _TORCH_DTYPES = {code: getattr(torch, name) for name, code in DTYPES.items()}
 _TORCH_DTYPES["BF16"] = torch.bfloat16
 

@@ -17,21 +17,20 @@ from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
 from fedsim.core.task import FederatedData, task_of
 from fedsim.core.units import format_bytes
-from fedsim.recording import proofs, row_proofs, step_proofs, strategy_proofs
+from fedsim.recording import proofs, row_proofs, strategy_proofs
 from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
 from fedsim.recording.disk import WholeReader
+from fedsim.recording.evidence import DamagedFileError, Evidence
 from fedsim.recording.files import Checksum
 from fedsim.recording.findings import (
     AGGREGATE,
     EVALUATION,
     FILES,
-    GRADIENTS,
     INITIAL,
     LOSSES,
     PARTICIPANTS,
     PARTITION,
     RECOMPUTED,
-    REPLAY,
     ROWS,
     SCORES,
     SOURCES,
@@ -42,15 +41,14 @@ from fedsim.recording.findings import (
     Place,
 )
 from fedsim.recording.layout import STEPS as STEPS_FILE
-from fedsim.recording.layout import RunLayout, gradient_key, is_of_client, is_shard
+from fedsim.recording.layout import RunLayout, is_of_client
 from fedsim.recording.reader import Client, Run, load_run
 from fedsim.recording.recomputation import Candidate, Recomputation, draw, fresh_seed
-from fedsim.recording.shards import Shard
 
 Progress = Callable[[int, int], None]
 
 _MOST_IN_MEMORY = 512 * 2**20
-"""Bytes of a shard that is read into memory for its checksum and its replay at once."""
+"""Bytes of a file that is read into memory for its checksum and its proof at once."""
 _ROOT_FILES = ("run.json", "rounds.jsonl", "clients.jsonl")
 
 
@@ -167,18 +165,6 @@ class _Again:
         """Announce what takes long."""
         if self.tell is not None:
             self.tell(text)
-
-
-class _DamagedShardError(Exception):
-    """A shard is not what was written; the findings say so already."""
-
-
-def _is_replayable(client: Client) -> bool:
-    try:
-        return client.is_replayable
-    except InputError:
-        # A damaged header: its checksum will tell.
-        return False
 
 
 class _FilesOfRound:
@@ -323,8 +309,8 @@ class _Verifier:
         ]
         self.findings.roll.update((n, frozenset(run.round(n).clients)) for n in numbers)
         self._to_do = sum(self._listed[name].size for name in self._listed)
-        # Replaying a gradient is work like reading it.
-        self._to_do += sum(c.telemetry["bytes_captured"] for c in chosen if _is_replayable(c))
+        # Following what was captured is work like reading it.
+        self._to_do += sum(capture.work(c) for c in chosen for capture in run.config.captures)
         self._check_official(run)
         dataset = self._dataset_of(run, data_root, again)
         if self._whole(PARTITION, ["partition.safetensors"]):
@@ -503,7 +489,8 @@ class _Verifier:
             self.findings.leave(ROWS, LOSSES, at=client.place, steps=num_steps)
             if captured := client.telemetry["num_steps_captured"]:
                 self.findings.leave(RECOMPUTED, SOURCES, at=client.place, steps=captured)
-            step_proofs.leave_statistics(client, self.findings)
+            for capture in run.config.captures:
+                capture.leave(client, self.findings)
             if self._whole(ROWS, ["partition.safetensors"]):
                 with self.findings.guarded(ROWS, "clients.jsonl"):
                     row_proofs.prove_client_row(run, client, self.findings)
@@ -521,23 +508,19 @@ class _Verifier:
             if self._whole(STEPS, [steps, "partition.safetensors"], client.place):
                 with self.findings.guarded(STEPS, steps):
                     proofs.prove_steps(run, client, self.findings)
-                    row_proofs.prove_first_norms(run, client, self.findings)
-            shards = sorted(
-                f"{folder}/{name}" for name in client.telemetry["files"] if is_shard(name)
+                    row_proofs.prove_step_rows(run, client, self.findings)
+            evidence = Evidence(
+                client=client,
+                findings=self.findings,
+                folder=folder,
+                own=list(told),
+                are_here=self._away.isdisjoint(told),
+                why_away=self._why_away(),
+                whole=self._whole,
+                read=self._read_whole,
             )
-            if not self._away.isdisjoint(told):
-                for check in (GRADIENTS, REPLAY) if shards else ():
-                    self.findings.leave(check, self._why_away(), at=client.place)
-                if shards:
-                    self.findings.leave(ROWS, row_proofs.NO_SHARDS, at=client.place)
-            elif shards and _is_replayable(client) and not run.config.clients_clip:
-                others = [name for name in told if name not in shards]
-                if self._whole(GRADIENTS, others):
-                    with self.findings.guarded(REPLAY, folder):
-                        self._check_replay(run, client, shards)
-            elif self._whole(GRADIENTS if shards else STEPS, list(told)):
-                with self.findings.guarded(GRADIENTS, folder):
-                    self._check_some_gradients(run, client)
+            for capture in run.config.captures:
+                capture.check(evidence)
 
     def _unlisted(self, client: Client) -> set[str]:
         """Name what readers would take for the client's own, and the client did not tell of."""
@@ -547,51 +530,8 @@ class _Verifier:
             return set()
         return {n for n in there if is_of_client(n) and n not in client.telemetry["files"]}
 
-    def _check_some_gradients(self, run: Run, client: Client) -> None:
-        kept, num_steps = run.config.capture, client.telemetry["num_steps"]
-        at = client.place
-        if not run.config.policy.keeps_gradients:
-            self.findings.leave(REPLAY, f"capture = {kept!r} keeps no gradients", at=at)
-        elif client.telemetry.get("not_captured"):
-            if client.captured_steps:
-                self.findings.violate(GRADIENTS, f"{self._name(client.folder)} has gradients")
-            self.findings.leave(REPLAY, "nodes do not allow capture", at=at)
-        elif self._holds_what_is_kept(run, client):
-            reason = f"capture = {kept!r} keeps some of the steps"
-            if len(client.captured_steps) == num_steps:
-                reason = "autocast = 'float16' takes all layers to tell which steps made an update"
-            if run.config.clients_clip:
-                reason = f"with strategy.dp = {run.config.strategy.dp!r} clients clip their deltas"
-            self.findings.leave(REPLAY, reason, at=at)
-            step_proofs.prove_norms(run, client, self.findings)
-
-    def _holds_what_is_kept(self, run: Run, client: Client) -> bool:
-        policy = run.config.policy
-        steps, names = (
-            policy.kept_steps(client.telemetry["num_steps"]),
-            policy.layers_of(run.shapes),
-        )
-        expected = {gradient_key(step, name) for step in steps for name in names}
-        if odd := sorted(expected.symmetric_difference(client.shards)):
-            problem = f"{self._name(client.folder)}: gradient {odd[0]} is missing or one too many"
-            self.findings.violate(GRADIENTS, problem)
-        return not odd
-
-    def _check_replay(self, run: Run, client: Client, shards: Sequence[str]) -> None:
-        start = self._name(run.layout.state(client.round - 1))
-        delta = self._name(client.delta_path)
-        if not self._whole(REPLAY, [start, delta], client.place) or not self._holds_what_is_kept(
-            run, client
-        ):
-            return
-        try:
-            proofs.prove_replay(run, client, self._whole_shards(run, shards), self.findings)
-        except _DamagedShardError as damaged:
-            for check in (GRADIENTS, REPLAY):
-                self.findings.leave(check, f"{damaged} is damaged")
-
-    def _whole_shards(self, run: Run, names: Sequence[str]) -> Iterator[Shard]:
-        """Read shards once, for their checksum and for what is in them."""
+    def _read_whole(self, names: Sequence[str]) -> Iterator[tuple[Path, memoryview | None]]:
+        """Read files once, for their checksum and for what is in them."""
         if not hasattr(self._of_thread, "reader"):
             self._of_thread.reader = WholeReader()
         content = memoryview(b"")
@@ -606,8 +546,8 @@ class _Verifier:
             # A step of a very large model, or a file that is mostly a claim.
             is_large = _size_of(path) > _MOST_IN_MEMORY
             if not self._is_whole(name, None if is_large else partial(checksum, path)):
-                raise _DamagedShardError(name)
-            yield Shard(path, run.shapes, None if is_large else content)
+                raise DamagedFileError(name)
+            yield path, None if is_large else content
             self._advance(self._listed[name].size)
 
     # What is computed once more

@@ -109,7 +109,7 @@ def only_writer(root: Path) -> Iterator[None]:
 class RunWriter:
     """The one writer of a run's manifest, rows, states, aggregates and deltas.
 
-    Clients write their own gradients (`StepRecorder`) into `client_folder`.
+    Clients write what they capture (`StepRecorder`) into `client_folder`.
 
     Parameters
     ----------

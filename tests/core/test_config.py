@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.core.capture import CapturePolicy
+from fedsim.captures.gradients import Gradients
 from fedsim.core.config import RunConfig, flag_text, flags_to_resume, parse_text, read_config_file
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.rng import draw_participants
@@ -785,9 +785,9 @@ def test_epochs_in_a_table_go_before_the_runs_steps_and_steps_before_all():
 
 def test_the_policy_joins_capture_its_layers_and_its_form():
     made = config(capture="every:4", capture_layers=["fc.*"])
-    assert made.policy == CapturePolicy(steps="every", count=4, layers=("fc.*",))
+    assert made.policy == Gradients(steps="every", count=4, layers=("fc.*",))
     other = config(capture="last:2", capture_dtype="float16", capture_encoding="dense")
-    assert other.policy == CapturePolicy(steps="last", count=2, dtype="float16", encoding="dense")
+    assert other.policy == Gradients(steps="last", count=2, dtype="float16", encoding="dense")
 
 
 @pytest.mark.parametrize(

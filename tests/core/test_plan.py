@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedsim.core.capture import CapturePolicy
+from fedsim.captures.gradients import Gradients
 from fedsim.core.config import RunConfig, read_config_file
 from fedsim.core.errors import ConfigError
 from fedsim.core.partition import PartitionScheme, make_partition
@@ -92,11 +92,11 @@ ONE_TAP = {f"layer4.{n}.weight": (4,) for n in ("0.conv2", "1.conv1", "1.conv2")
 def test_resnet18_of_100_classes_takes_44_9_megabytes_a_step_and_17_1_of_them_are_live(resnet):
     policy = resnet.config.policy
     dead = 512 * 256 * 5 + 3 * 512 * 512 * 8
-    dense = CapturePolicy.parse("all", encoding="dense")
-    assert resnet.step_bytes_of(dense) == 44_911_248
-    assert resnet.step_bytes == resnet.step_bytes_of(policy) == 44_911_248 - 4 * dead == 17_123_984
-    assert resnet.step_bytes_of(CapturePolicy.parse("all", dtype="bfloat16")) == 8_561_992
-    assert resnet.step_bytes_of(CapturePolicy.parse("all", ["*4.1.conv2*"])) == 4 * 512 * 512
+    dense = Gradients(steps="all", encoding="dense")
+    assert dense.step_bytes(resnet) == 44_911_248
+    assert resnet.step_bytes == policy.step_bytes(resnet) == 44_911_248 - 4 * dead == 17_123_984
+    assert Gradients(steps="all", dtype="bfloat16").step_bytes(resnet) == 8_561_992
+    assert Gradients(steps="all", layers=("*4.1.conv2*",)).step_bytes(resnet) == 4 * 512 * 512
     assert resnet.state_bytes == 44_911_248 + 4 * 2 * 4_800 + 8 * 20
 
 
@@ -110,7 +110,7 @@ def test_the_last_stage_of_resnet18_has_dead_taps_and_nothing_else_has(resnet):
 def test_other_models_have_no_dead_taps(model):
     plan = prepare(model=model)
     assert set(plan.supports.values()) == {None}
-    assert plan.step_bytes == plan.step_bytes_of(CapturePolicy.parse("all", encoding="dense"))
+    assert plan.step_bytes == Gradients(steps="all", encoding="dense").step_bytes(plan)
 
 
 def test_finding_the_supports_changes_nothing(resnet, global_generators):

@@ -67,7 +67,7 @@ def test_purpose_numbers_are_frozen():
         "CLIENT_SETTINGS": 4,
         "PARTITION": 5,
         "SYNTHETIC_DATA": 6,
-        "SKETCH": 7,
+        "PROJECTION": 7,
         "NOISE": 8,
     }
     numbers = {name: int(purpose) for name, purpose in Purpose.__members__.items()}

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fedsim.captures.statistics import GradientStatistics
 from fedsim.core.aggregation import DeltaMean, apply_delta, state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.partition import fold_order, partition_sha256
 from fedsim.core.plan import RunPlan
-from fedsim.core.statistics import GradientStatistics
 from fedsim.core.support import count_nonzero
 from fedsim.recording import rows
 from fedsim.recording.checksums import checksum_line

@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim import load_run
+from fedsim.captures.gradients import Gradients, Shard
+from fedsim.captures.sketch import Sketcher
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.partition import partition_sha256
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.sketch import Sketcher
 from fedsim.core.training import Step, load_batches, local_train
 from fedsim.recording.files import append_line, json_line, read_lines, write_json, write_tensors
-from fedsim.recording.gradients import StepRecorder
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import Client
-from fedsim.recording.shards import Shard
+from fedsim.recording.recorder import StepRecorder
 from fedsim.recording.tensor_files import TensorFile
 from fedsim.recording.writer import RunWriter
 from fedsim.tasks.vision.models import build_model
@@ -438,16 +439,12 @@ def run_of(
     state = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     writer.add_state(0, state)
     writer.add_round(round_row(0))
-    sketcher = None
-    if config.policy.steps == "sketch":
-        sketcher = Sketcher(1, config.policy.count, {name: n for n, name in enumerate(SHAPES)})
+    captures = [
+        replace(found, shard_bytes=shard_bytes) if isinstance(found, Gradients) else found
+        for found in config.captures
+    ]
     with StepRecorder(
-        RunLayout(root).client(1, 6),
-        config.policy,
-        num_steps=len(gradients),
-        shapes=SHAPES,
-        sketcher=sketcher,
-        shard_bytes=shard_bytes,
+        RunLayout(root).client(1, 6), captures, num_steps=len(gradients), shapes=SHAPES
     ) as recorder:
         for number, gradient in enumerate(gradients):
             recorder(
@@ -553,7 +550,7 @@ def test_a_float16_step_that_overflowed_is_no_update_of_a_replay(tmp_path: Path)
 def test_a_sketch_is_read_by_its_step(autocast: str, tmp_path: Path) -> None:
     gradients = [gradients_of(n, live) for n, live in enumerate(GROWING)]
     client = run_of(tmp_path / "run", gradients, capture="sketch:11", autocast=autocast)
-    own = Sketcher(1, 11, {name: n for n, name in enumerate(SHAPES)})
+    own = Sketcher(42, 11, {name: n for n, name in enumerate(SHAPES)})
     for step, gradient in enumerate(gradients):
         found = client.sketch(step)
         assert (found.dtype, found.shape) == (np.float32, (11,))
@@ -608,7 +605,7 @@ def test_what_was_not_kept_is_named_with_what_was(tmp_path: Path) -> None:
 def test_a_shard_has_no_more_gradients_than_a_header_should_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsim.recording.gradients.MOST_KEYS", 7)
+    monkeypatch.setattr("fedsim.captures.gradients.MOST_KEYS", 7)
     client = run_of(tmp_path / "run", [gradients_of(n) for n in range(5)], capture="all")
     steps = {shard.path.name: shard.steps for shard in client.shards.values()}
     assert sorted(steps.values()) == [[0, 1], [2, 3], [4]]

@@ -21,7 +21,6 @@ from fedsim.core.plan import RunPlan
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum, read_lines
 from fedsim.recording.findings import LOSSES, SOURCES
-from fedsim.recording.layout import SKETCH_KEY
 from fedsim.recording.reader import load_run
 from fedsim.recording.recomputation import _distance, chance_of_catching, draw
 from fedsim.recording.verify import verify
@@ -223,7 +222,7 @@ def test_a_forged_sketch_is_found(plan: RunPlan, tmp_path: Path) -> None:
     root = record(plan, tmp_path / "run", **{**FEW, "capture": "sketch:16"})
 
     def change(arrays: Arrays) -> None:
-        arrays[SKETCH_KEY].flat[3] += np.float32(1e-6)
+        arrays["sketch"].flat[3] += np.float32(1e-6)
 
     rewrite_tensors(root / "rounds/0001/clients/0002/sketch.safetensors", change)
     rewrite_client(root, 1, 2, "sketch.safetensors")

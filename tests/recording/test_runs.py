@@ -19,7 +19,7 @@ from fedsim.core.units import format_bytes
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.checksums import checksum_line, read_checksums
-from fedsim.recording.layout import is_gradients
+from fedsim.recording.layout import is_removable
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
 from fedsim.recording.runs import find_run, find_runs, remove_gradients, remove_run
@@ -212,7 +212,7 @@ def test_a_run_without_its_gradients_is_whole_in_everything_else(
     recorded: Recorded, copied: Path
 ) -> None:
     before = contents(copied)
-    kept = {n: c for n, c in before.items() if not is_gradients(n) and n != "checksums.jsonl"}
+    kept = {n: c for n, c in before.items() if not is_removable(n) and n != "checksums.jsonl"}
     assert len(before) - len(kept) > 6
     size = find_run(copied).gradients
     assert remove_gradients(copied) == size

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fedsim.captures.gradients import gradient_key, shard_name, support_key
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.recording.checksums import read_checksums
 from fedsim.recording.files import Checksum
-from fedsim.recording.layout import RunLayout, gradient_key, shard_name, support_key
+from fedsim.recording.layout import RunLayout
 from fedsim.recording.places import RUN_ID
 from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import RunWriter, is_being_written, mark_failed

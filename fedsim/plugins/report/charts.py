@@ -455,16 +455,8 @@ def _basis(studies: Studies) -> str:
     """Say where the gradients are not whole."""
     text = ""
     for study in studies:
-        config = study.run.config
-        if study.is_sketched:
-            deviation = config.policy.count**-0.5
-            part = (
-                "inner products are estimated from sketches, each cosine with a standard "
-                f"deviation of about {deviation:.2g}."
-            )
-        elif len(config.policy.layers_of(study.run.shapes)) < len(study.run.shapes):
-            part = f"captured parameters only ({', '.join(config.capture_layers)})."
-        else:
+        part = study.run.config.policy.basis(list(study.run.shapes))
+        if not part:
             continue
         text += _about(studies, study, part[0].upper() + part[1:])
     return text

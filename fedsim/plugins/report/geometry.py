@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.recording.reader import Client
+from fedsim.core.capture import Vector
 
 BLOCK_BYTES = 64 * 2**20
 """Of the parts of all vectors that are in memory together."""
-
-
-class Vector(Protocol):
-    """A vector in pieces that stay on the disk until they are looked at."""
-
-    def pieces(self, name: str) -> Mapping[int, Tensor]:
-        """Give the pieces of a layer by number; one that is not there is zero."""
-        ...
 
 
 class Layers:
@@ -34,27 +25,6 @@ class Layers:
     def pieces(self, name: str) -> Mapping[int, Tensor]:
         """Give the layer."""
         return {0: self._tensors[name]}
-
-
-class CapturedGradient:
-    """The gradient of a local step; the pieces of a layer are the taps of its kernels.
-
-    So a gradient of which taps are left out never takes the memory of a whole one.
-    """
-
-    def __init__(self, client: Client, step: int) -> None:
-        self._client = client
-        self._step = step
-
-    def pieces(self, name: str) -> Mapping[int, Tensor]:
-        """Give the taps that are in the file, or the whole of what is no kernel."""
-        shard = self._client.shard(self._step, name)
-        packed, taps = shard.packed(self._step, name), shard.taps(name)
-        if taps is not None:
-            return dict(zip(taps, packed, strict=True))
-        if packed.ndim < 3:
-            return {0: packed}
-        return dict(enumerate(packed.flatten(2).unbind(2)))
 
 
 def gram(vectors: Sequence[Vector], names: Sequence[str]) -> NDArray[np.float64]:

@@ -9,9 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedsim.core.errors import InputError
 from fedsim.core.partition import class_counts
@@ -19,9 +17,7 @@ from fedsim.core.task import classes_of, labels_of, task_of
 from fedsim.core.units import format_bytes
 from fedsim.plugins.report.figures import spread
 from fedsim.plugins.report.geometry import (
-    CapturedGradient,
     Layers,
-    Vector,
     conflict_share,
     cosines,
     gram,
@@ -215,7 +211,7 @@ class Study:
 
     @cached_property
     def first_step_rounds(self) -> list[int]:
-        """The rounds in which the first step of a client was kept, or a sketch of it."""
+        """The rounds in which the first step of a client was kept, in whatever form."""
         return sorted({row["round"] for row in self.ok_rows if 0 in self._kept_steps(row)})
 
     @cached_property
@@ -225,7 +221,7 @@ class Study:
 
     @cached_property
     def several_step_rounds(self) -> list[int]:
-        """The rounds in which two full batches of a client were kept, or sketches of them."""
+        """The rounds in which two full batches of a client were kept, in whatever form."""
         return sorted({row["round"] for row in self.ok_rows if len(self._full_steps(row)) > 1})
 
     @cached_property
@@ -309,11 +305,6 @@ class Study:
             pairs=angles[:-1, :-1] if number in self.matrix_rounds else None,
         )
 
-    @property
-    def is_sketched(self) -> bool:
-        """Whether sketches were kept in place of gradients."""
-        return self.run.config.policy.steps == "sketch"
-
     @cached_property
     def conflict(self) -> list[Conflict]:
         """Compare the first gradients of the clients of each round.
@@ -368,23 +359,9 @@ class Study:
         return [step for step in self._kept_steps(row) if sizes[step] == full]
 
     def _products(self, steps: Sequence[tuple[Client, int]]) -> NDArray[np.float64]:
-        if self.is_sketched:
-            return gram([Sketch(client, step) for client, step in steps], ["sketch"])
-        names = self.run.config.policy.layers_of(self.run.shapes)
-        vectors: list[Vector] = [CapturedGradient(client, step) for client, step in steps]
-        return gram(vectors, list(names))
-
-
-class Sketch:
-    """The sketch of a step: its inner products are those of gradients, about."""
-
-    def __init__(self, client: Client, step: int) -> None:
-        self._client = client
-        self._step = step
-
-    def pieces(self, name: str) -> dict[int, Tensor]:
-        """Give the whole of it."""
-        return {0: torch.from_numpy(self._client.sketch(self._step))}
+        policy, shapes = self.run.config.policy, self.run.shapes
+        vectors = [policy.vector(client, step) for client, step in steps]
+        return gram([v for v in vectors if v is not None], policy.vector_layers(shapes))
 
 
 def _classes_of(run: Run) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedsim.plugins.report import geometry
 from fedsim.plugins.report.geometry import (
-    CapturedGradient,
     Layers,
     conflict_share,
     cosines,
@@ -79,7 +78,7 @@ def test_captured_gradients_have_the_products_of_whole_ones(
             for client, step in steps
         ]
     )
-    found = gram([CapturedGradient(*step) for step in steps], list(run.shapes))
+    found = gram([run.config.policy.vector(*step) for step in steps], list(run.shapes))
     np.testing.assert_allclose(found, whole @ whole.T, rtol=1e-5, atol=1e-5 * (whole**2).sum())
 
 

@@ -18,15 +18,107 @@ cosine is about ``1 / sqrt(K)``. The K x n matrix (183 GB for ResNet18 and K = 4
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.captures.stacked import StackedArray
+from fedsim.core.capture import Capture, SeenStep, Sink, first_fitting, parse_form
+from fedsim.core.config import RunConfig
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import Taps
+from fedsim.recording.reader import Client
+
+LARGEST_SKETCH = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch(StackedArray):
+    """A random projection of every step's gradient, ``sketch:K``.
+
+    Parameters
+    ----------
+    count : int
+        K, the numbers of a sketch.
+    layers : tuple of str
+        Globs of the parameters that are projected.
+    seed : int
+        The run's seed.
+    """
+
+    name: ClassVar[str] = "sketch"
+    plural: ClassVar[str] = "sketches"
+    most_count: ClassVar[float] = LARGEST_SKETCH
+    limit: ClassVar[str] = f"a sketch to {LARGEST_SKETCH:,}"
+    count: int
+    layers: tuple[str, ...] = ("*",)
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Read ``sketch:K``."""
+        count = parse_form(config.capture)[2]
+        return cls(count=count, layers=config.capture_layers, seed=config.seed)
+
+    def __str__(self) -> str:
+        return f"sketch:{self.count}"
+
+    def shape(self, parameters: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Give ``(K,)``, float32."""
+        return (self.count,)
+
+    def fewer(self, most_steps: int, fits: Callable[[Capture], bool]) -> Capture | None:
+        """Lower K."""
+        counts = range(self.count - 1, 0, -1)
+        return first_fitting(counts, lambda count: replace(self, count=count), fits)
+
+    def measure(self, seen: SeenStep, sink: Sink) -> NDArray[np.float32]:
+        """Project the gradient of a step."""
+        sketcher, names = _sketcher(self, tuple(sink.shapes))
+        packed = seen.packed
+        host = sink.to_host({name: packed[name] for name in names}, torch.float32)
+        vector = sketcher.sketch(host, seen.taps)
+        if "per_layer_norms" not in seen.row:
+            norms = {n: float(torch.linalg.vector_norm(g)) for n, g in host.items()}
+            seen.row["per_layer_norms"] = norms
+        return vector
+
+    def vector(self, client: Client, step: int) -> _Whole:
+        """Give the sketch."""
+        return _Whole(torch.from_numpy(client.sketch(step)))
+
+    def vector_layers(self, parameters: Iterable[str]) -> list[str]:
+        """Name the one piece."""
+        return ["sketch"]
+
+    def basis(self, parameters: Sequence[str]) -> str:
+        """Say how well inner products are estimated."""
+        return (
+            "inner products are estimated from sketches, each cosine with a standard deviation "
+            f"of about {self.count**-0.5:.2g}."
+        )
+
+
+class _Whole:
+    def __init__(self, vector: Tensor) -> None:
+        self._vector = vector
+
+    def pieces(self, name: str) -> dict[int, Tensor]:
+        return {0: self._vector}
+
+
+@functools.lru_cache(maxsize=1)
+def _sketcher(of: Sketch, parameters: tuple[str, ...]) -> tuple[Sketcher, list[str]]:
+    # What it draws for each parameter is drawn once in a process.
+    positions = {name: position for position, name in enumerate(parameters)}
+    return Sketcher(of.seed, of.count, positions), of.layers_of(parameters)
 
 
 class Sketcher:
@@ -51,7 +143,7 @@ class Sketcher:
         self._size = size
         self._positions = dict(positions)
         self._rows: dict[tuple[str, int], list[tuple[int, bool]]] = {}
-        signs = generator(seed, Purpose.SKETCH).integers(0, 2, size=size)
+        signs = generator(seed, Purpose.PROJECTION).integers(0, 2, size=size)
         self._signs = (1 - 2 * signs).astype(np.float32)
 
     def sketch(
@@ -91,7 +183,7 @@ class Sketcher:
         key = (name, tap)
         if key not in self._rows:
             rows = -(-size // self._size)
-            draw = generator(self._seed, Purpose.SKETCH, 1 + self._positions[name], tap)
+            draw = generator(self._seed, Purpose.PROJECTION, 1 + self._positions[name], tap)
             shifts = draw.integers(0, self._size, size=rows)
             minus = draw.integers(0, 2, size=rows)
             self._rows[key] = [(int(s), bool(m)) for s, m in zip(shifts, minus, strict=True)]

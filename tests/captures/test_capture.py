@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.core.capture import LARGEST_SKETCH, CapturePolicy
+from fedsim.captures.gradients import Gradients
+from fedsim.captures.sketch import LARGEST_SKETCH, Sketch
+from fedsim.core.capture import parse_form
+from tests.captures.chosen import chosen, policy
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,7 @@ from fedsim.core.capture import LARGEST_SKETCH, CapturePolicy
     ],
 )
 def test_of_seven_steps_a_policy_keeps_these(text, kept):
-    assert list(CapturePolicy.parse(text).kept_steps(7)) == kept
+    assert list(policy(text).kept_steps(7)) == kept
 
 
 COUNTED = ("first", "last", "every", "sketch")
@@ -39,10 +42,10 @@ COUNTED = ("first", "last", "every", "sketch")
 @given(st.sampled_from(["none", "all", *COUNTED]), st.integers(1, 50), st.integers(0, 120))
 def test_kept_steps_are_ascending_steps_of_the_round(name, count, length):
     text = f"{name}:{count}" if name in COUNTED else name
-    policy = CapturePolicy.parse(text)
-    kept = policy.kept_steps(length)
+    capture = policy(text)
+    kept = capture.kept_steps(length)
     assert list(kept) == sorted(set(kept) & set(range(length)))
-    assert (policy.steps, str(policy)) == (name, text)
+    assert str(capture) == text
     if name in ("first", "last"):
         assert len(kept) == min(count, length)
         assert kept == (range(length)[:count] if name == "first" else range(length)[-count:])
@@ -51,32 +54,30 @@ def test_kept_steps_are_ascending_steps_of_the_round(name, count, length):
 
 
 def test_parse_reads_the_k():
-    assert CapturePolicy.parse("first:12") == CapturePolicy(steps="first", count=12)
-    assert CapturePolicy.parse("last:2") == CapturePolicy(steps="last", count=2)
-    assert CapturePolicy.parse("sketch:4096") == CapturePolicy(steps="sketch", count=4096)
-    assert CapturePolicy.parse("every:5", ["fc.*"]) == CapturePolicy(
-        steps="every", count=5, layers=("fc.*",)
-    )
+    assert policy("first:12") == Gradients(steps="first", count=12)
+    assert policy("last:2") == Gradients(steps="last", count=2)
+    assert policy("sketch:4096") == Sketch(count=4096, seed=42)
+    assert policy("every:5", ["fc.*"]) == Gradients(steps="every", count=5, layers=("fc.*",))
 
 
 def test_parse_hands_on_the_form_of_what_is_kept():
-    plain = CapturePolicy.parse("all")
+    plain = policy("all")
     assert (plain.layers, plain.dtype, plain.encoding) == (("*",), "float32", "support")
-    made = CapturePolicy.parse("all", ["a", "b"], "bfloat16", "dense")
+    made = policy("all", ["a", "b"], "bfloat16", "dense")
     assert (made.layers, made.dtype, made.encoding) == (("a", "b"), "bfloat16", "dense")
 
 
-def test_neither_nothing_nor_a_sketch_is_a_gradient():
-    kept = {t: CapturePolicy.parse(t).keeps_gradients for t in ("none", "all", "sketch:8")}
-    assert kept == {"none": False, "all": True, "sketch:8": False}
-    assert all(CapturePolicy.parse(f"{name}:3").keeps_gradients for name in COUNTED[:3])
+def test_nothing_and_figures_of_steps_are_no_files():
+    kept = {t: policy(t).keeps_files for t in ("none", "all", *(f"{n}:3" for n in COUNTED))}
+    assert kept == {"none": False, **dict.fromkeys(list(kept)[1:], True)}
+    assert [c.keeps_files for c in chosen("none")] == [False, False]
 
 
 def test_a_sketch_has_a_million_numbers_at_most_and_steps_have_no_bound():
-    assert CapturePolicy.parse("sketch:1048576").count == LARGEST_SKETCH == 2**20
+    assert policy("sketch:1048576").count == LARGEST_SKETCH == 2**20
     with pytest.raises(ValueError, match="a sketch to 1,048,576"):
-        CapturePolicy.parse("sketch:1048577")
-    assert CapturePolicy.parse("last:1048577").kept_steps(3) == range(3)
+        parse_form("sketch:1048577")
+    assert policy("last:1048577").kept_steps(3) == range(3)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_a_sketch_has_a_million_numbers_at_most_and_steps_have_no_bound():
 )
 def test_an_unknown_policy_is_refused_with_the_allowed_ones(text):
     with pytest.raises(ValueError) as caught:
-        CapturePolicy.parse(text)
+        parse_form(text)
     assert str(caught.value) == (
         "none, all, first:K, last:K, every:K or sketch:K with K from 1, a sketch to 1,048,576"
     )
@@ -115,4 +116,4 @@ NAMES = ["conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn1.bias", "fc.weight"
     ],
 )
 def test_globs_match_whole_names_and_keep_the_models_order(globs, kept):
-    assert CapturePolicy.parse("all", globs).layers_of(NAMES) == kept
+    assert policy("all", globs).layers_of(NAMES) == kept

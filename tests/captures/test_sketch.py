@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.captures.sketch import Sketcher
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.sketch import Sketcher
 from fedsim.core.support import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,12 +47,12 @@ def planes_of(name, tensor):
 
 def by_the_formula(vector, *, seed=42, size=8):
     """Sum sign * rotate(signs * row, shift) over the rows of all planes, in float64."""
-    signs = 1 - 2 * generator(seed, Purpose.SKETCH).integers(0, 2, size=size)
+    signs = 1 - 2 * generator(seed, Purpose.PROJECTION).integers(0, 2, size=size)
     total = np.zeros(size)
     for name, tensor in split(vector).items():
         for tap, plane in planes_of(name, tensor).items():
             rows = -(-len(plane) // size)
-            draw = generator(seed, Purpose.SKETCH, 1 + POSITIONS[name], tap)
+            draw = generator(seed, Purpose.PROJECTION, 1 + POSITIONS[name], tap)
             shifts = draw.integers(0, size, size=rows)
             row_signs = 1 - 2 * draw.integers(0, 2, size=rows)
             padded = np.zeros(rows * size)
@@ -74,8 +74,8 @@ def test_more_rows_than_fit_a_block_are_summed_like_the_first():
     # 700 rows of 3 entries, and 2 entries left over.
     plane = np.random.default_rng(5).integers(-9, 9, 2102).astype(np.float32)
     found = Sketcher(7, 3, {"w": 4}).sketch({"w": torch.from_numpy(plane)}, {"w": None})
-    signs = 1 - 2 * generator(7, Purpose.SKETCH).integers(0, 2, size=3)
-    draw = generator(7, Purpose.SKETCH, 5, 0)
+    signs = 1 - 2 * generator(7, Purpose.PROJECTION).integers(0, 2, size=3)
+    draw = generator(7, Purpose.PROJECTION, 5, 0)
     shifts, minus = draw.integers(0, 3, size=701), draw.integers(0, 2, size=701)
     rows = np.append(plane, 0).reshape(701, 3)
     expected = sum(

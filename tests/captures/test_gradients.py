@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fedsim.captures.gradients import Gradients, Shard
+from fedsim.captures.sketch import Sketcher
 from fedsim.core.aggregation import delta_of
-from fedsim.core.capture import CapturePolicy, Dtype, Encoding
 from fedsim.core.config import RunConfig
 from fedsim.core.plan import RunPlan
 from fedsim.core.rng import Purpose, generator
-from fedsim.core.sketch import Sketcher
 from fedsim.core.training import (
     LocalResult,
     OptimizerSettings,
@@ -32,11 +32,11 @@ from fedsim.core.training import (
     load_batches,
     local_train,
 )
-from fedsim.recording import gradients
+from fedsim.recording import recorder as recording
 from fedsim.recording.files import Checksum, read_lines
-from fedsim.recording.gradients import FirstStepNorms, StepRecorder
-from fedsim.recording.shards import Shard
+from fedsim.recording.recorder import FirstStepNorms, StepRecorder
 from fedsim.tasks.vision.models import build_model
+from tests.captures.chosen import chosen
 from tests.patience import PATIENCE
 from tests.recording.test_files import file_size_limit
 
@@ -97,12 +97,10 @@ def recorder_in(
     num_steps: int,
     capture: str = "all",
     layers: Sequence[str] = ("*",),
-    dtype: Dtype = "float32",
-    encoding: Encoding = "support",
     **settings: Any,
 ) -> StepRecorder:
-    policy = CapturePolicy.parse(capture, layers, dtype, encoding)
-    return StepRecorder(folder, policy, num_steps=num_steps, shapes=plan.parameters, **settings)
+    captures = chosen(capture, layers, **settings)
+    return StepRecorder(folder, captures, num_steps=num_steps, shapes=plan.parameters)
 
 
 def record(recorder: StepRecorder, work: Callable[[StepRecorder], object]) -> None:
@@ -242,13 +240,13 @@ def test_a_loss_that_is_not_finite_is_null_in_its_line(plan: RunPlan, tmp_path: 
 @pytest.fixture
 def by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have steps of the small model handed over like those of large ones."""
-    monkeypatch.setattr(gradients, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(recording, "AT_ONCE_BYTES", 0)
 
 
-@pytest.fixture(params=[0, gradients.AT_ONCE_BYTES], ids=["by a thread", "at once"])
+@pytest.fixture(params=[0, recording.AT_ONCE_BYTES], ids=["by a thread", "at once"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have steps of the small model written in either way."""
-    monkeypatch.setattr(gradients, "AT_ONCE_BYTES", request.param)
+    monkeypatch.setattr(recording, "AT_ONCE_BYTES", request.param)
 
 
 @pytest.mark.parametrize(
@@ -366,15 +364,13 @@ def test_a_step_is_on_the_disk_and_out_of_memory_when_the_next_was_taken(
         shards = [n for n in names_in(tmp_path) if n.endswith(".safetensors")]
         seen.append((step.index, [n for n in shards if int(n[10:15]) < step.index]))
 
-    sketcher = Sketcher(1, 9, {name: n for n, name in enumerate(PARAMETERS)})
-    sketching = {"sketcher": sketcher} if "capture" in form else {}
     recorder = recorder_in(
-        tmp_path, plan, num_steps=4, shard_bytes=1, statistics=statistics, **form, **sketching
+        tmp_path, plan, num_steps=4, shard_bytes=1, statistics=statistics, **form
     )
     with recorder:
         train(plan, settings_of(64), recorder, look)
     shards = [f"gradients-{shard:05d}.safetensors" for shard in range(4)]
-    assert seen == [(step, [] if sketching else shards[:step]) for step in range(4)]
+    assert seen == [(step, [] if "capture" in form else shards[:step]) for step in range(4)]
     del recorder
     gc.collect()
     assert sum(count_alive(refs) for refs in held) == 0
@@ -434,7 +430,7 @@ def test_an_exception_in_training_leaves_no_file_and_no_thread(
     error = ZeroDivisionError("in training")
 
     def fail(step: Step) -> None:
-        assert len(recorder_threads()) == (gradients.AT_ONCE_BYTES == 0)
+        assert len(recorder_threads()) == (recording.AT_ONCE_BYTES == 0)
         if step.index == at:
             raise error
 
@@ -675,9 +671,8 @@ def gradients_of(seed: int, kernel: Live, thin: Live = (2,)) -> dict[str, Tensor
 def record_gradients(
     folder: Path, gradients: Sequence[Mapping[str, Tensor]], capture: str = "all", **settings: Any
 ) -> StepRecorder:
-    form = {n: settings.pop(n) for n in ("layers", "dtype", "encoding") if n in settings}
-    policy = CapturePolicy.parse(capture, **form)
-    recorder = StepRecorder(folder, policy, num_steps=len(gradients), shapes=SHAPES, **settings)
+    captures = chosen(capture, **settings)
+    recorder = StepRecorder(folder, captures, num_steps=len(gradients), shapes=SHAPES)
     record(recorder, taking([step_of(n, gradient) for n, gradient in enumerate(gradients)]))
     return recorder
 
@@ -826,7 +821,7 @@ def test_what_a_layer_that_is_not_kept_does_closes_no_shard(tmp_path: Path) -> N
 @STATISTICS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_support_and_a_dense_shard_decode_to_the_same_bits(
-    dtype: Dtype, statistics: bool, tmp_path: Path
+    dtype: str, statistics: bool, tmp_path: Path
 ) -> None:
     kernels: list[Live] = [(4,), (4,), (0, 4)]
     gradients = [gradients_of(n, kernel) for n, kernel in enumerate(kernels)]
@@ -880,8 +875,9 @@ def test_real_steps_of_resnet18_take_the_bytes_of_the_plan_and_decode_exactly(
     with recorder_in(tmp_path, plan, num_steps=2, **form) as recorder:
         for step in steps:
             recorder(step)
-    policy = CapturePolicy.parse("all", **form)
-    assert recorder.bytes_captured == 2 * plan.step_bytes_of(policy)
+    policy = chosen(**form)[-1]
+    assert isinstance(policy, Gradients)
+    assert recorder.bytes_captured == 2 * policy.step_bytes(plan)
     (shard,) = kept_in(tmp_path, plan.parameters)
     assert len(shard) == 2 * len(plan.parameters)
     dtype = getattr(torch, policy.dtype)
@@ -894,7 +890,7 @@ def test_real_steps_of_resnet18_take_the_bytes_of_the_plan_and_decode_exactly(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_smaller_dtypes_hold_the_rounded_numbers(dtype: Dtype, tmp_path: Path) -> None:
+def test_smaller_dtypes_hold_the_rounded_numbers(dtype: str, tmp_path: Path) -> None:
     gradients = [gradients_of(seed, (4,)) for seed in range(2)]
     special = [float("nan"), float("inf"), 1e6, -0.0, 1e-9]
     gradients[1]["bias"] = torch.tensor(special)
@@ -926,9 +922,7 @@ def test_a_sketch_of_every_step_takes_the_place_of_gradients_whatever_their_form
 ) -> None:
     kernels: list[Live] = [(), (4,), (0, 4), tuple(range(9))]
     gradients = [gradients_of(n, kernel) for n, kernel in enumerate(kernels)]
-    recorder = record_gradients(
-        tmp_path, gradients, "sketch:16", sketcher=sketcher_of(16), statistics=statistics, **form
-    )
+    recorder = record_gradients(tmp_path, gradients, "sketch:16", statistics=statistics, **form)
     assert names_in(tmp_path) == ["sketch.safetensors", "steps.jsonl"]
     stored = safetensors.torch.load_file(tmp_path / "sketch.safetensors")
     assert list(stored) == ["sketch"]
@@ -949,7 +943,7 @@ def test_a_sketch_is_of_the_chosen_layers(statistics: bool, tmp_path: Path) -> N
     gradients = [gradients_of(n, (4,)) for n in range(2)]
     chosen = ["kernel", "bias"]
     settings: dict[str, Any] = {"layers": chosen, "statistics": statistics}
-    record_gradients(tmp_path, gradients, "sketch:8", sketcher=sketcher_of(8), **settings)
+    record_gradients(tmp_path, gradients, "sketch:8", **settings)
     stored = safetensors.torch.load_file(tmp_path / "sketch.safetensors")["sketch"].numpy()
     own = sketcher_of(8)
     for row, gradient in zip(stored, gradients, strict=True):
@@ -962,9 +956,7 @@ def test_a_sketch_is_of_the_chosen_layers(statistics: bool, tmp_path: Path) -> N
 def test_a_disk_that_is_full_at_the_sketch_leaves_nothing(tmp_path: Path) -> None:
     gradients = [gradients_of(n, (4,)) for n in range(3)]
     with pytest.raises(OSError, match="too large"), file_size_limit(2000):
-        record_gradients(
-            tmp_path, gradients, "sketch:1000", sketcher=sketcher_of(1000), statistics=False
-        )
+        record_gradients(tmp_path, gradients, "sketch:1000", statistics=False)
     assert names_in(tmp_path) == []
     assert recorder_threads() == []
 
@@ -979,7 +971,7 @@ def cosine(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize("encoding", ["support", "dense"])
 @pytest.mark.parametrize("capture", ["none", "all", "first:1", "last:2", "every:3"])
 def test_every_step_is_measured_whether_it_is_kept_or_not(
-    capture: str, encoding: Encoding, tmp_path: Path
+    capture: str, encoding: str, tmp_path: Path
 ) -> None:
     kernels: list[Live] = [(4,), (4,), (0, 4), (4,), tuple(range(9)), (4,)]
     gradients = [gradients_of(n, kernel) for n, kernel in enumerate(kernels)]
@@ -1097,7 +1089,7 @@ def test_two_shards_or_more_have_an_index_of_their_keys(
             {"dtype": "bfloat16", "shard_bytes": 1},
             ["gradients-00000.safetensors", "gradients-00001.safetensors", INDEX],
         ),
-        ("sketch:10", {"sketcher": sketcher_of(10)}, ["sketch.safetensors"]),
+        ("sketch:10", {}, ["sketch.safetensors"]),
     ],
 )
 def test_the_recorder_knows_the_checksums_of_its_files(
@@ -1115,8 +1107,7 @@ def test_the_recorder_knows_the_checksums_of_its_files(
 
 def test_an_error_after_a_shard_was_closed_early_leaves_nothing(tmp_path: Path) -> None:
     gradients = [gradients_of(n, kernel) for n, kernel in enumerate([(4,), (0, 4), (8,)])]
-    policy = CapturePolicy.parse("all")
-    recorder = StepRecorder(tmp_path, policy, num_steps=4, shapes=SHAPES)
+    recorder = StepRecorder(tmp_path, chosen(), num_steps=4, shapes=SHAPES)
     with pytest.raises(RuntimeError, match="3 of 4 steps to capture were made"):
         record(recorder, taking([step_of(n, g) for n, g in enumerate(gradients)]))
     assert names_in(tmp_path) == []

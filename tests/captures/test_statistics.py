@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.core.statistics import GradientStatistics
+from fedsim.captures.statistics import GradientStatistics
 from fedsim.core.support import count_nonzero, join_taps, live_taps, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
