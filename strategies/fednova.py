@@ -16,9 +16,11 @@ class FedNovaSettings(StrategySettings):
     """It has none."""
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse optimizers whose work no formula tells."""
+        """Refuse optimizers and schedules whose work no formula tells."""
         if config.optimizer != "sgd":
             raise ConfigError("optimizer", config.optimizer, f"'sgd' with {self.name}")
+        if (schedule := config.learning_rate_schedule) != "constant":
+            raise ConfigError("learning-rate-schedule", schedule, f"'constant' with {self.name}")
 
 
 class FedNova(Algorithm):

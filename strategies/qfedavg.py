@@ -22,8 +22,10 @@ class QFedAvgSettings(StrategySettings):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a run whose clients have no one rate to take."""
-        varies = isinstance(config.learning_rate, tuple) or any(
-            table.learning_rate is not None for table in config.client.values()
+        varies = (
+            isinstance(config.learning_rate, tuple)
+            or any(table.learning_rate is not None for table in config.client.values())
+            or config.learning_rate_schedule != "constant"
         )
         if self.client_learning_rate is None and varies:
             raise ConfigError(

@@ -21,9 +21,11 @@ class ScaffoldSettings(StrategySettings):
     server_learning_rate: Rate = 1.0
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse optimizers whose work no formula tells, and noise, which a control would keep."""
+        """Refuse what no formula tells the work of, and noise, which a control would keep."""
         if config.optimizer != "sgd":
             raise ConfigError("optimizer", config.optimizer, f"'sgd' with {self.name}")
+        if (schedule := config.learning_rate_schedule) != "constant":
+            raise ConfigError("learning-rate-schedule", schedule, f"'constant' with {self.name}")
         if self.dp is not None:
             raise ConfigError("strategy.dp", self.dp, f"none with {self.name}")
 

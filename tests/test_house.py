@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom; a module knows its own room and those below.
 ROOMS = [
     ["fedsim.core"],
-    ["fedsim.tasks"],
+    ["fedsim.tasks", "fedsim.behaviors", "fedsim.schedules"],
     ["fedsim.recording"],
     ["fedsim.captures"],
     ["fedsim.flower.messages"],

@@ -778,6 +778,7 @@ class ClientGradients:
             self._autocast,
             self._client.proximal_mu,
             self._client.correction,
+            self._client.rates,
         )
 
     @property
@@ -903,12 +904,22 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
     lossy, why = run.config.capture_dtype != "float32", _why_not_exact(run, client.round)
     courses = []
     objective = None
+    try:
+        rates, behavior = client.rates, client.behavior
+    except InputError as unloaded:
+        findings.leave(REPLAY, str(unloaded), at=client.place)
+        return
+    dishonest = behavior.explain()
+    if dishonest is not None and (lossy or not client.has_all_parameters):
+        reason = f"{dishonest}: only gradients of all layers in float32 tell what was sent"
+        findings.leave(REPLAY, reason, at=client.place)
+        return
     if client.proximal_mu or client.correction is not None:
         objective = Objective(start, client.proximal_mu, client.correction)
     for group in _groups(run, client.captured_parameters):
         what = (
             *(start, group, settings, run.config.autocast),
-            *(client.proximal_mu, client.correction),
+            *(client.proximal_mu, client.correction, rates),
         )
         replay = Replay(*what)
         small = any(math.prod(run.shapes[name]) < _ALONE for name in group)
@@ -921,9 +932,16 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
             course.follow(shard)
         measures.follow(shard)
     measures.finish()
+    led = {name: t for course in courses for name, t in course.replay.parameters.items()}
+    if dishonest is not None:
+        # No gradient tells of buffers: what is sent of parameters must not depend on them.
+        before = {name: tensor.numpy() for name, tensor in start.items()}
+        honest = {**before, **{name: tensor.numpy() for name, tensor in led.items()}}
+        sent = behavior.update(before, honest)
+        led = {name: torch.from_numpy(np.asarray(sent[name])) for name in led}
     for course in courses:
         for name in course.group:
-            moved = course.replay.parameters[name] - start[name]
+            moved = led[name] - start[name]
             if torch.equal(moved.view(torch.int32), delta[name].contiguous().view(torch.int32)):
                 continue
             allowed = REPLAY_TOLERANCE * _norm(delta[name])

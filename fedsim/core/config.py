@@ -17,18 +17,21 @@ import numpy as np
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
     model_validator,
 )
 
+from fedsim.core import registry
 from fedsim.core.algorithm import (
     StrategySettings,
     default_strategy,
     known_strategies,
     strategy_table,
 )
+from fedsim.core.behavior import HONEST
 from fedsim.core.capture import Capture, captures_of, forms_help, parse_form
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
@@ -137,6 +140,19 @@ class ClientSettings(StrictModel):
     learning_rate: Rate | None = None
 
 
+class BehaviorSettings(StrictModel):
+    """A ``[behavior.NAME]`` table: whose behavior it is, and the settings that it takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    clients: Annotated[tuple[int, ...], Field(min_length=1), BeforeValidator(_listed)]
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings, by the names of their parameters."""
+        return {key.replace("-", "_"): value for key, value in (self.model_extra or {}).items()}
+
+
 class RunConfig(StrictModel):
     """Everything that decides a run.
 
@@ -180,6 +196,10 @@ class RunConfig(StrictModel):
     learning_rate: Annotated[Rates, BeforeValidator(_listed)] = Field(
         0.01, description="local learning rate"
     )
+    learning_rate_schedule: str = Field(
+        "constant",
+        description="rate by round and local step: constant, or your own as module:NAME",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: Annotated[float, Field(ge=0), AfterValidator(finite), Field(le=1e30)] = Field(
@@ -196,6 +216,11 @@ class RunConfig(StrictModel):
     )
     client: Annotated[dict[int, ClientSettings], BeforeValidator(_table_of_ids)] = Field(
         default_factory=dict, description="tables [client.<partition>] for single clients"
+    )
+    behavior: dict[str, BehaviorSettings] = Field(
+        default_factory=dict,
+        description="tables [behavior.NAME] with clients = [..] that behave so: honest, or your "
+        "own as module:NAME",
     )
     capture: Annotated[str, _parsed_by(parse_form)] = Field(
         "first:1",
@@ -336,8 +361,26 @@ class RunConfig(StrictModel):
                 "client-gpus", self.client_gpus, "a share up to 1 or a whole number of GPUs"
             )
         task_of(self)
+        self._check_behavior()
         self._check_strategy()
         return self
+
+    def _check_behavior(self) -> None:
+        named = [("learning-rate-schedule", "schedules", self.learning_rate_schedule)]
+        named += [(f"behavior.{name}", "behaviors", name) for name in self.behavior]
+        for field, room, name in named:
+            # To read a configuration is not to run its code.
+            if not registry.is_code(name):
+                registry.factory(field, room, name)
+        of: dict[int, str] = {}
+        for name, table in self.behavior.items():
+            for client in table.clients:
+                field = f"behavior.{name}.clients"
+                if client not in range(self.clients):
+                    raise ConfigError(field, client, f"clients 0 to {self.clients - 1}")
+                if client in of:
+                    raise ConfigError(field, client, f"one behavior a client; it has {of[client]}")
+                of[client] = name
 
     def _check_strategy(self) -> None:
         strategy = self.strategy
@@ -417,6 +460,18 @@ class RunConfig(StrictModel):
                 self.partition,
                 f"at most {available // self.clients} shards a client with {available} samples",
             )
+
+    def behavior_of(self, client: int) -> tuple[str, dict[str, Any]]:
+        """Give the name and the settings of a client's behavior."""
+        for name, table in self.behavior.items():
+            if client in table.clients:
+                return name, table.own
+        return HONEST, {}
+
+    @property
+    def code(self) -> list[str]:
+        """The user's own code that clients run, as ``module:NAME``."""
+        return [n for n in (self.learning_rate_schedule, *self.behavior) if registry.is_code(n)]
 
     @property
     def own_data(self) -> bool:
@@ -498,6 +553,7 @@ _ALLOWED = {
     "learning-rate": "a finite number above 0, or a list of them",
     "participants": "a list of client numbers for each round",
     "client": "tables [client.<partition>] with whole numbers for partitions",
+    "behavior": "tables [behavior.NAME] with clients = [..] and the settings that it takes",
 }
 
 
@@ -552,7 +608,7 @@ def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
             stored: dict[str, Any] = parse_json(content)["config"]
             places = ("output", "mirror", "ray-address")
             values = {k: v for k, v in stored.items() if k not in places and v is not None}
-            _check_names_no_code(values.get("strategy"), given, path)
+            _check_names_no_code(values, given, path)
             if os.path.lexists(path.with_name("checksums.jsonl")):
                 check_outside(path.parent)
             return values
@@ -591,7 +647,7 @@ def take_recorded(
         current folder lies in the run directory.
     """
     check_outside(run)
-    _check_names_no_code(recorded.get("strategy"), given, run)
+    _check_names_no_code(recorded, given, run)
     if (mirror := recorded.get("mirror")) and "mirror" not in given:
         raise InputError(
             f"mirror = {shorten(mirror)} of {run} is a place that a run alone does not decide; "
@@ -606,6 +662,8 @@ def flags_to_resume(config: RunConfig) -> str:
     values = config.to_mapping()
     asked = {
         "strategy": config.strategy.is_users,
+        "learning-rate-schedule": registry.is_code(config.learning_rate_schedule),
+        "behavior": any(map(registry.is_code, config.behavior)),
         "mirror": config.mirror is not None,
         "ray-address": config.cluster is not None,
     }
@@ -628,7 +686,16 @@ def check_outside(run: Path) -> None:
         )
 
 
-def _check_names_no_code(strategy: Any, given: Collection[str], run: Path) -> None:
+def _check_names_no_code(values: Mapping[str, Any], given: Collection[str], run: Path) -> None:
+    for key in ("learning-rate-schedule", "behavior"):
+        names = [values[key]] if isinstance(values.get(key), str) else [*values.get(key, ())]
+        if key not in given and any(isinstance(n, str) and registry.is_code(n) for n in names):
+            raise InputError(
+                f"{key} = {shorten(values[key])} of {run} is code, which is never taken from a "
+                f"run; `--{key} {shlex.quote(flag_text(values[key]))}` says that your own of that "
+                "name is meant"
+            )
+    strategy = values.get("strategy")
     name = strategy.get("name") if isinstance(strategy, Mapping) else strategy
     if "strategy" in given or not isinstance(name, str) or ":" not in name:
         return

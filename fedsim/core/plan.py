@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.core.algorithm import Algorithm, Setup, make_algorithm
+from fedsim.core.behavior import behavior_of
 from fedsim.core.capture import Capture
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
@@ -337,4 +338,5 @@ def batches_of_round(
         order=generator(config.seed, Purpose.BATCHES, round_number, partition),
         augmentation=generator(config.seed, Purpose.AUGMENTATION, round_number, partition),
         device=device,
+        examples_of=behavior_of(config, partition, round_number).examples,
     )

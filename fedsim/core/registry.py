@@ -1,14 +1,115 @@
-"""What fedsim has more than one of, found by the name of its file."""
+"""What fedsim has several of, each in a file of its own, and code of the user's, by their names."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from fedsim.core.errors import ConfigError, InputError, shorten
 
 TASKS = ("vision",)
 """The packages of ``fedsim.tasks``; the first is the one that a configuration means."""
+TRUSTED = "FEDSIM_CODE"
+"""Environment variable: names of the user's code that this process may load, with commas."""
+
+_trusted: set[str] = set()
 
 
 def task_module(task: str, part: str) -> ModuleType:
     """Import one module of a task: ``task``, or ``own_data``, which does without torch."""
     return importlib.import_module(f"fedsim.tasks.{task}.{part}")
+
+
+def is_code(name: str) -> bool:
+    """Say whether a name is that of the user's own code: ``module:NAME`` or ``FILE.py:NAME``."""
+    return ":" in name
+
+
+def trust(names: Iterable[str]) -> None:
+    """Let this process load code that the user named; a run or a server never does that."""
+    _trusted.update(name for name in names if is_code(name))
+
+
+def factory(field: str, room: str, name: str) -> Callable[..., Any]:
+    """Find what makes a schedule or a behavior.
+
+    Parameters
+    ----------
+    field : str
+        The configuration key that names it.
+    room : str
+        The package of fedsim with one in each file, whose ``make`` is given.
+    name : str
+        Of a file there, with ``-`` for ``_``; or of the user's own callable.
+
+    Raises
+    ------
+    ConfigError
+        When there is none of that name.
+    InputError
+        When it is code that the user did not name to this process.
+    """
+    if is_code(name):
+        return _users(field, name)
+    return _built_in(field, room, name)
+
+
+@functools.cache
+def _built_in(field: str, room: str, name: str) -> Callable[..., Any]:
+    package = importlib.import_module(f"fedsim.{room}")
+    known = [m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__)]
+    if name not in known:
+        names = ", ".join(map(repr, sorted(known)))
+        raise ConfigError(field, name, f"one of {names}, or your own as module:NAME")
+    module = importlib.import_module(f"{package.__name__}.{name.replace('-', '_')}")
+    made: Callable[..., Any] = module.make
+    return made
+
+
+def _users(field: str, name: str) -> Callable[..., Any]:
+    if name not in _trusted and name not in os.environ.get(TRUSTED, "").split(","):
+        raise InputError(
+            f"{field} = {shorten(name)} is code, which is loaded only where the user names it; "
+            f"{TRUSTED}={name} in the environment says that your own of that name is meant"
+        )
+    place, _, attribute = name.rpartition(":")
+    try:
+        found = getattr(_module(place), attribute)
+    except Exception as error:
+        why = f"a callable that can be imported: {type(error).__name__}: {error}"
+        raise ConfigError(field, name, why) from None
+    if not callable(found):
+        raise ConfigError(field, name, f"a callable, not a {type(found).__name__}")
+    made: Callable[..., Any] = found
+    return made
+
+
+def _module(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        if (here := str(Path.cwd())) not in sys.path:
+            # As it is for `python -m fedsim`, so for the command.
+            sys.path.append(here)
+        return importlib.import_module(place)
+    name = f"fedsim_user_{Path(place).stem}"
+    path = Path(place).resolve()
+    if (known := sys.modules.get(name)) is not None and known.__file__ == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{place} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

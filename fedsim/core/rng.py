@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     PROJECTION = 7
     NOISE = 8
     MESSAGES = 9
+    BEHAVIOR = 10
 
 
 def generator(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsim.core.schedule import Rates
 from fedsim.core.task import Columns, Task, Tensors
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -238,6 +239,7 @@ def load_batches(
     order: np.random.Generator,
     augmentation: np.random.Generator,
     device: torch.device,
+    examples_of: Callable[[Columns], Columns] | None = None,
 ) -> Iterator[Batch]:
     """Yield a client's batches of a round.
 
@@ -255,11 +257,15 @@ def load_batches(
         Of this round and client.
     device : torch.device
         Where batches are made.
+    examples_of : callable, optional
+        What a client makes of the samples of a step, where it does not take them as they are.
     """
     for epoch, positions in schedule(len(indices), settings, order):
         chosen = indices[positions]
         rows = torch.from_numpy(chosen)
-        examples = {name: column[rows].to(device) for name, column in columns.items()}
+        examples: Columns = {name: column[rows].to(device) for name, column in columns.items()}
+        if examples_of is not None:
+            examples = examples_of(examples)
         yield Batch(epoch=epoch, indices=chosen, tensors=task.batch(examples, augmentation))
 
 
@@ -287,6 +293,11 @@ def make_optimizer(
     )
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def precision_of(autocast: Autocast, device: torch.device) -> torch.autocast:
     """Give the context that a forward pass of training runs in."""
     return torch.autocast(
@@ -307,6 +318,7 @@ def local_train(
     autocast: Autocast = "none",
     proximal_mu: float = 0.0,
     correction: Mapping[str, NDArray[np.generic]] | None = None,
+    rates: Rates | None = None,
 ) -> LocalResult:
     """Train from `state` on `batches`, minimising the task's mean loss.
 
@@ -331,6 +343,8 @@ def local_train(
     proximal_mu, correction : float, mapping of str to ndarray
         Of an `Objective`: observers see the gradient of the loss, the update takes that
         of the whole.
+    rates : callable, optional
+        Rate of each local step; that of `optimizer` without it.
 
     Returns
     -------
@@ -363,6 +377,7 @@ def local_train(
 
     for index, batch in enumerate(batches):
         lap("load")
+        rate = optimizer.learning_rate if rates is None else rates(index)
         # Dropping the gradients makes backward allocate fresh ones: an observer may keep them.
         optimiser.zero_grad(set_to_none=True)
         with precision:
@@ -381,7 +396,7 @@ def local_train(
                     epoch=batch.epoch,
                     indices=batch.indices,
                     loss=losses[-1],
-                    learning_rate=optimizer.learning_rate,
+                    learning_rate=rate,
                     gradients=gradients,
                     **about,
                 )
@@ -391,6 +406,7 @@ def local_train(
         # Not scaler.step: with fused SGD a first step that it skips leaves momentum in memory that
         # nothing was written to, and the next step goes on from there.
         if autocast != "float16" or _are_finite(p.grad for p in named.values()):
+            _set_rate(optimiser, rate)
             optimiser.step()
             num_updates += 1
         scaler.update()
@@ -452,6 +468,8 @@ class Replay:
         That of the training: with float16, a step whose gradient overflowed made no update.
     proximal_mu, correction : float, mapping of str to Tensor
         Those of the training.
+    rates : callable, optional
+        Those of the training; without, the rate of `optimizer`.
 
     Attributes
     ----------
@@ -469,6 +487,7 @@ class Replay:
         autocast: Autocast = "none",
         proximal_mu: float = 0.0,
         correction: Mapping[str, Tensor] | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self._leaves = {n: nn.Parameter(start[n].clone()) for n in names}
         self._objective = Objective(start, proximal_mu, correction)
@@ -476,9 +495,14 @@ class Replay:
         self._may_skip = autocast == "float16"
         self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}
         self.num_updates = 0
+        self._rates = rates
+        self._num_steps = 0
 
     def step(self, gradient: Mapping[str, Tensor]) -> None:
         """Make the update of one local step."""
+        if self._rates is not None:
+            _set_rate(self._optimiser, self._rates(self._num_steps))
+        self._num_steps += 1
         gradients = {
             name: self._objective.gradient(name, gradient[name].contiguous(), leaf.data)
             for name, leaf in self._leaves.items()

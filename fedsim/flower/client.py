@@ -28,6 +28,7 @@ from torch import nn
 
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.arithmetic import training_arithmetic
+from fedsim.core.behavior import behavior_of
 from fedsim.core.capture import Capture
 from fedsim.core.config import MOST_TOML_BYTES, RunConfig
 from fedsim.core.determinism import use_deterministic
@@ -36,6 +37,7 @@ from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
 from fedsim.core.own_data import OwnData, find_own_data
 from fedsim.core.plan import RunPlan, batches_of_round
+from fedsim.core.schedule import rates_of
 from fedsim.core.startup import leave_compiler_out
 from fedsim.core.task import KeepsOwnData, classes_of, initial_model, labels_of, rows_of
 from fedsim.core.training import Arrays, Step, load_state, local_train
@@ -224,6 +226,7 @@ class FedSimClient(NumPyClient):
             device=workplace.device,
         )
         state = dict(zip(plan.initial_state, parameters, strict=True))
+        behavior = behavior_of(plan.config, self.partition, round_number)
         norms = FirstStepNorms()
         recorder: StepRecorder | None = None
         with contextlib.ExitStack() as stack:
@@ -253,7 +256,9 @@ class FedSimClient(NumPyClient):
                 autocast=plan.config.autocast,
                 proximal_mu=proximal_mu,
                 correction=correction,
+                rates=rates_of(plan.config, self.partition, round_number, len(indices)),
             )
+        sent = behavior.update(state, result.state)
         seconds = dict(result.seconds)
         if recorder is not None:
             seconds["capture"] -= recorder.seconds_waited
@@ -288,6 +293,8 @@ class FedSimClient(NumPyClient):
             telemetry["num_updates"] = result.num_updates
         if proximal_mu:
             telemetry["proximal_mu"] = proximal_mu
+        if (what := behavior.explain()) is not None:
+            telemetry["behavior"] = what
         if messages.RUN_ID in config:
             telemetry |= _about(place, refusal)
         metrics: dict[str, Scalar] = {
@@ -296,8 +303,8 @@ class FedSimClient(NumPyClient):
         }
         if KEY_CLIPPING_NORM in config:
             clipping_norm = float(config[KEY_CLIPPING_NORM])
-            metrics[KEY_NORM_BIT] = _clip(result.state, state, list(plan.parameters), clipping_norm)
-        return list(result.state.values()), len(indices), metrics
+            metrics[KEY_NORM_BIT] = _clip(sent, state, list(plan.parameters), clipping_norm)
+        return [sent[name] for name in state], len(indices), metrics
 
     def evaluate(
         self, parameters: NDArrays, config: dict[str, Scalar]

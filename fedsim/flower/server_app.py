@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
+from fedsim.core.behavior import check_clients
 from fedsim.core.config import RunConfig
 from fedsim.core.determinism import use_deterministic
 from fedsim.core.device import resolve_device
@@ -71,6 +72,7 @@ def check_output(path: Path, plan: RunPlan) -> None:
         Naming the folder or the budget, both numbers and the smallest change that would fit.
     """
     check_strategy(plan.config)
+    check_clients(plan.config)
     plan.dataset.check_official()
     try:
         path.lstat()
@@ -137,6 +139,7 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         if value != recorded[key] and key not in MAY_CHANGE:
             raise ConfigError(key, value, f"{recorded[key]!r}, with which the run was recorded")
     check_strategy(plan.config)
+    check_clients(plan.config)
     plan.dataset.check_official()
     if plan.dataset.fingerprint != run.entry("dataset")["sha256"]:
         raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")

@@ -33,6 +33,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from ray._private import worker as ray_worker
 
+from fedsim.core import registry
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.allowance import usable_cpus, usable_memory
 from fedsim.core.config import RunConfig
@@ -319,6 +320,7 @@ def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
     environment = {
         "FEDSIM_RECORDINGS": str(output.resolve().parent),
         "FEDSIM_CAPTURE": "true",
+        registry.TRUSTED: ",".join(config.code),
     }
     if config.data_root is not None:
         environment["FEDSIM_DATA_ROOT"] = str(Path(config.data_root).resolve())

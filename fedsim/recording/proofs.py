@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedsim.core.aggregation import DeltaMean
+from fedsim.core.errors import InputError
 from fedsim.core.partition import class_counts, fold_order, partition_sha256
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.task import FederatedData, classes_of, initial_model, labels_of
@@ -126,6 +127,11 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     indices = run.partition[client.partition]
     draw = generator(run.config.seed, Purpose.BATCHES, client.round, client.partition)
     asked = settings.num_steps(len(indices))
+    try:
+        rates = client.rates
+    except InputError as unloaded:
+        findings.leave(STEPS, str(unloaded), at=client.place)
+        return
     if run.algorithm is not None and client.proximal_mu != run.algorithm.proximal_mu:
         findings.violate(
             STEPS,
@@ -139,7 +145,7 @@ def prove_steps(run: Run, client: Client, findings: Findings) -> None:
     drawn = schedule(len(indices), settings, draw)
     for number, (row, (epoch, positions)) in enumerate(zip(rows, drawn, strict=True)):
         told = (row["step"], row["epoch"], row["batch_size"], row["learning_rate"])
-        if told != (number, epoch, len(positions), settings.optimizer.learning_rate):
+        if told != (number, epoch, len(positions), rates(number)):
             findings.violate(STEPS, f"{path}: step {number} is not as the configuration says")
             return
         if not np.array_equal(row["indices"], indices[positions]):

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fedsim.core.aggregation import State
 from fedsim.core.algorithm import Algorithm, ArraySpec, Setup, make_algorithm, make_users
+from fedsim.core.behavior import ClientInRound, behavior_of
 from fedsim.core.capture import Capture, all_captures
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.inputs import parse_json, read_text_bytes
+from fedsim.core.schedule import Rates, rates_of
 from fedsim.core.task import classes_of, task_of
 from fedsim.recording import rows
 from fedsim.recording.checksums import files_removed, read_checksums
@@ -183,6 +185,29 @@ class Client:
     def folder(self) -> Path:
         """Where the client's files of the round are."""
         return self._run.layout.client(self.round, self.partition)
+
+    @property
+    def rates(self) -> Rates:
+        """The rate of each local step, as the configuration's schedule gives it.
+
+        Raises
+        ------
+        InputError
+            When the schedule is code that the user did not name to this process.
+        """
+        samples = len(self._run.partition[self.partition])
+        return rates_of(self._run.config, self.partition, self.round, samples)
+
+    @property
+    def behavior(self) -> ClientInRound:
+        """What the client did with its samples and its update.
+
+        Raises
+        ------
+        InputError
+            When it is code that the user did not name to this process.
+        """
+        return behavior_of(self._run.config, self.partition, self.round)
 
     def __repr__(self) -> str:
         return f"<client {self.partition} in round {self.round}>"

@@ -20,7 +20,7 @@ from fedsim.core.aggregation import delta_of
 from fedsim.core.arithmetic import evaluation_arithmetic, training_arithmetic
 from fedsim.core.determinism import deterministic_block, torch_threads
 from fedsim.core.device import resolve_device
-from fedsim.core.errors import ConfigError
+from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.evaluation import evaluate
 from fedsim.core.plan import batches_of_round
 from fedsim.core.task import FederatedData, initial_model, task_of
@@ -269,6 +269,11 @@ class Recomputation:
 
     def _recompute(self, candidate: Candidate, steps: Sequence[int]) -> None:
         client = candidate.client
+        try:
+            _ = client.rates, client.behavior
+        except InputError as unloaded:
+            self._findings.leave(RECOMPUTED, str(unloaded), at=client.place)
+            return
         whole = len(steps) == client.telemetry["num_steps"]
         recorded = steps[-1] < candidate.recorded and (candidate.exact or not candidate.same)
         _, device = self._run.made_by(client.round)
@@ -320,6 +325,7 @@ class Recomputation:
                     autocast=config.autocast,
                     proximal_mu=client.proximal_mu,
                     correction=None if correction is None else _arrays(correction),
+                    rates=client.rates,
                 )
             rows = list(read_lines(Path(folder) / "client" / "steps.jsonl"))
         for retrace in compared:
@@ -327,7 +333,8 @@ class Recomputation:
         wrong.compare_rows(rows)
         wrong.compare_telemetry(result, norms)
         wrong.compare_files(recorder)
-        wrong.compare_delta(result.state, start, self._run.shapes, clipped=config.clients_clip)
+        sent = client.behavior.update(start, result.state)
+        wrong.compare_delta(sent, start, self._run.shapes, clipped=config.clients_clip)
         if wrong.first is not None:
             self._findings.violate(RECOMPUTED, f"{client.folder}: {wrong.first}")
             return
@@ -383,7 +390,8 @@ class Recomputation:
             self._findings.prove(RECOMPUTED)
             self._findings.settle(ROWS, LOSSES, at=client.place, step=step)
             self._findings.settle(RECOMPUTED, SOURCES, at=client.place, step=step)
-        if whole and not self._buffers_are_close(client, start):
+        honest = client.behavior.explain() is None
+        if whole and honest and not self._buffers_are_close(client, start):
             return
         self._findings.note(
             RECOMPUTED, "bit for bit" if close else f"some within {TOLERANCE[dtype]:.1e}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from fedsim.core.errors import InputError
 from fedsim.core.plan import deal_partition
 from fedsim.core.task import FederatedData, describe, initial_model, task_of
 from fedsim.recording import rows
@@ -202,7 +203,11 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     }
     if (size := config.policy.bytes_of(kept, run.shapes)) is not None:
         expected["bytes_captured"] = size
-    wrong = [key for key, value in expected.items() if row[key] != value]
+    try:
+        expected["behavior"] = client.behavior.explain()
+    except InputError as error:
+        findings.leave(ROWS, f"behavior: {error}", at=client.place)
+    wrong = [key for key, value in expected.items() if row.get(key) != value]
     # Not of as many steps as a configuration asks for, which may be any number.
     if any(size != told for size, told in zip(sizes, row["batch_sizes"], strict=False)):
         wrong.append("batch_sizes")

@@ -176,6 +176,7 @@ class TrainedClientRow(_ClientRow):
     peak_memory: dict[str, _Count]
     num_updates: _Count | None = None
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
+    behavior: _Sentence | None = None
     place: Literal["run", "node", "none"] = "run"
     not_captured: _Sentence = ""
     shard: _Id | None = None

@@ -149,6 +149,8 @@ BAD_VALUES = [
     ("evaluate-every", "x", "a whole number"),
     ("max-failures", -1, "a value of at least 0"),
     ("max-failures", "x", "a whole number"),
+    ("learning-rate-schedule", "cosin", "one of 'constant', or your own as module:NAME"),
+    ("behavior", 3, "tables [behavior.NAME] with clients = [..] and the settings that it takes"),
     ("client-timeout", 0, "a value above 0"),
     ("client-timeout", math.inf, "a finite number"),
     ("client-timeout", "x", "a number"),
@@ -387,6 +389,7 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
         *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
         *("node-timeout", "allow-divergence", "output", "ray-address", "mirror"),
+        *("learning-rate-schedule", "behavior"),
     }
 
 
@@ -441,7 +444,7 @@ def test_drawn_participants_follow_from_seed_and_round():
 def test_flowers_run_config_has_every_key_but_the_tables_and_all_are_empty():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     flat = project["tool"]["flwr"]["app"]["config"]
-    assert set(flat) == (set(KEYS) - {"client"}) | {"config", "resume"}
+    assert set(flat) == (set(KEYS) - {"behavior", "client"}) | {"config", "resume"}
     assert set(flat.values()) == {""}
 
 
@@ -525,6 +528,8 @@ FULL = {
     "deterministic": True,
     "client-timeout": 2.5,
     "node-timeout": 90.0,
+    "learning-rate-schedule": "mine.py:rate",
+    "behavior": {"mine:Evil": {"clients": [3, 0], "by-how-much": 2.0, "names": ["a"]}},
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
     "client-gpus": 0.25,
@@ -570,7 +575,12 @@ def test_json_keeps_every_number_to_the_last_bit(values):
 def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
     made = RunConfig.from_mapping(FULL)
     stored = {"format": 1, "status": "finished", "config": made.to_mapping(), "seed": 42}
-    values = read_config_file(write(tmp_path, json.dumps(stored), "run.json"))
+    file = write(tmp_path, json.dumps(stored), "run.json")
+    code = ("learning-rate-schedule", "behavior")
+    for said in ((), code[:1], code[1:]):
+        with pytest.raises(InputError, match="is code, which is never taken from a run"):
+            read_config_file(file, said)
+    values = read_config_file(file, code)
     assert {"output", "mirror", "ray-address"}.isdisjoint(values)
     here = {"output": None, "mirror": None, "ray_address": "local"}
     elsewhere = made.model_copy(update=here)

@@ -1,0 +1,1 @@
+"""Learning rates by round and step: one schedule a file, found by its name."""

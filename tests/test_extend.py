@@ -1,0 +1,133 @@
+"""What a user adds in one file, with no edit of fedsim, runs and is proven."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.core import registry
+from fedsim.core.config import RunConfig
+from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.plan import RunPlan
+from fedsim.flower.client_app import app
+from fedsim.flower.server_app import check_output, execute
+from fedsim.recording.reader import Run, load_run
+from fedsim.recording.verify import verify
+from tests.local_grid import LocalGrid
+from tests.observers import Memory
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_trusted")
+SMALL = {"clients": 5, "clients-per-round": 4, "batch-size": 64, "device": "cpu"}
+
+
+@pytest.fixture
+def nothing_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_trusted", set())
+
+
+def record(output: Path, **values: Any) -> Run:
+    plan = RunPlan.prepare(RunConfig.from_mapping({**SMALL, **values}))
+    grid = LocalGrid(app, plan.config.clients, recordings=output.parent)
+    check_output(output, plan)
+    stop = threading.Event()
+    execute(grid, plan, output, observer=Memory(), workers=2, stop=stop)
+    return load_run(output)
+
+
+def example(name: str, output: Path) -> Run:
+    module = importlib.import_module(f"examples.extend.{name}")
+    run = record(output, **module.CONFIG)
+    checks = verify(output, recompute=None).checks
+    assert {name: check.violations for name, check in checks.items() if check.violations} == {}
+    steps = sum(row["num_steps"] for row in run.client_rows)
+    for check in ("steps", "gradients", "replay", "recomputed"):
+        assert checks[check].proven == steps, check
+    assert checks["replay"].notes == checks["recomputed"].notes == ["bit for bit"]
+    return run
+
+
+def test_a_schedule(tmp_path: Path) -> None:
+    run = example("schedule", tmp_path / "run")
+    for number, base in ((1, 0.01), (2, 0.01), (3, 0.005)):
+        for client in run.round(number).clients.values():
+            rates = [step["learning_rate"] for step in client.steps]
+            assert rates[:3] == [base * (1 / 3), base * (2 / 3), base][: len(rates)]
+            assert set(rates[3:]) <= {base}
+
+
+def test_a_malicious_client(tmp_path: Path) -> None:
+    run = example("behavior", tmp_path / "run")
+    said = "mirrors its labels and sends 3.0 times its update"
+    assert {row.get("behavior") for row in run.client_rows if row["partition"] < 2} == {said}
+    assert all("behavior" not in row for row in run.client_rows if row["partition"] > 1)
+
+
+def test_code_is_loaded_only_where_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example("behavior", tmp_path / "run")
+    registry._trusted.clear()
+    checks = verify(tmp_path / "run", recompute=None).checks
+    assert not any(check.violations for check in checks.values())
+    attackers = [row for row in run.client_rows if row["partition"] < 2]
+    others = sum(row["num_steps"] for row in run.client_rows if row["partition"] > 1)
+    assert attackers != []
+    assert checks["recomputed"].proven == checks["replay"].proven == others
+    name = next(iter(run.config.behavior))
+    with pytest.raises(InputError, match=f"{registry.TRUSTED}={name} in the environment says"):
+        _ = run.round(1).client(attackers[0]["partition"]).behavior
+    monkeypatch.setenv(registry.TRUSTED, name)
+    assert verify(tmp_path / "run", recompute=None).checks["recomputed"].proven > others
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"learning-rate-schedule": "cosin"}, "learning-rate-schedule = 'cosin' cannot be used; "
+         "expected one of 'constant', or your own as module:NAME"),
+        ({"behavior": {"evil": {"clients": [0]}}}, "behavior.evil = 'evil' cannot be used; "
+         "expected one of 'honest', or your own as module:NAME"),
+        ({"behavior": {"honest": {"clients": [5]}}}, "behavior.honest.clients = 5 cannot be used; "
+         "expected clients 0 to 4"),
+        ({"behavior": {"honest": {"clients": [1, 1]}}}, "behavior.honest.clients = 1 cannot be "
+         "used; expected one behavior a client; it has honest"),
+        ({"behavior": {"honest": {}}}, "expected tables [behavior.NAME] with clients = [..]"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_mapping({**SMALL, "model": "cnn", **values})
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"learning-rate-schedule": "nowhere:rate"}, "learning-rate-schedule = 'nowhere:rate' "
+         "cannot be used; expected a callable that can be imported: ModuleNotFoundError"),
+        ({"behavior": {"honest": {"clients": [0], "power": 3}}}, "behavior.honest = {'power': 3} "
+         "cannot be used; expected settings that it takes"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made_is_refused_before_anything_is_written(
+    values: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        record(tmp_path / "run", model="cnn", **values)
+    assert told in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_defaults_change_no_bit(tmp_path: Path) -> None:
+    plain = record(tmp_path / "a", model="cnn", rounds=1)
+    asked = record(
+        tmp_path / "b", model="cnn", rounds=1, behavior={"honest": {"clients": [0, 1, 2]}}
+    )
+    assert plain.round_rows[1]["state_sha256"] == asked.round_rows[1]["state_sha256"]
+    state = plain.round(1).state
+    assert all(torch.equal(t, asked.round(1).state[n]) for n, t in state.items())
