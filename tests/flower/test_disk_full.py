@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.files import read_lines
 from fedsim.recording.verify import verify
+from tests.faults import Fault
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.patience import PATIENCE
 
+ROOT = Path(__file__).parents[2]
 DISK = 4 * 2**20
 
 
@@ -82,25 +83,25 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path) -> None:
+def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path, tmp_path: Path) -> None:
     flags = (
         "--model cnn --clients 4 --clients-per-round 3 --rounds 1 --capture all --max-failures 3 "
         f"--device cpu --output {disk}/run"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedsim", "run", *flags.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     # The check before the first round would refuse a disk that is full from the start.
-    end = time.monotonic() + PATIENCE
-    while not (disk / "run" / "rounds.jsonl").exists():
-        assert process.poll() is None
-        assert time.monotonic() < end
-    with (disk / "ballast").open("wb") as file:
-        file.write(b"\0" * (DISK - 600_000))
-    _, err = process.communicate(timeout=PATIENCE)
+    full = Fault("disk full", "before training", 1)
+    (tmp_path / "marks").mkdir()
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.faults", str(full), str(tmp_path / "marks")),
+            *("run", *flags.split()),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    err = process.stderr
     assert process.returncode == 1
     assert err.startswith(f"fedsim: the disk of {disk}/run is full: ")
     assert err.count("\n") == 1
