@@ -43,9 +43,9 @@ class Run(RecordedRun):
         return provider("plots", "run.plot")(self)
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, strategy: str | None = None) -> Run:
     """Open a run directory as `fedsim.recording.reader.load_run` does, with figures beside it."""
-    return Run(path)
+    return Run(path, strategy)
 
 
 def simulate(

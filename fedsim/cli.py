@@ -383,6 +383,11 @@ def _add_verify(commands: Any) -> None:
         help="exit with 0 also where --recompute could compute no step again",
     )
     command.add_argument("--data-root", metavar="FOLDER", help="where the data is")
+    command.add_argument(
+        "--strategy",
+        metavar="CLASS",
+        help="your own strategy, which made the run, as module:Class or FILE.py:Class",
+    )
     command.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
 
 
@@ -857,6 +862,7 @@ def _verify(parsed: argparse.Namespace) -> int:
             recompute=recomputations,
             seed=parsed.recompute_seed,
             data_root=parsed.data_root,
+            strategy=parsed.strategy,
             jobs=parsed.jobs,
             progress=progress,
             tell=progress.tell,

@@ -253,6 +253,7 @@ class Gradients(Capture):
                 reason = "autocast = 'float16' takes all layers to tell which steps made an update"
             if config.clients_clip:
                 reason = f"with strategy.dp = {config.strategy.dp!r} clients clip their deltas"
+            reason = client.unknown_correction or reason
             findings.leave(REPLAY, reason, at=at)
             measures = _Measures(client, findings)
             for shard in dict.fromkeys(client.shards.values()):
@@ -566,6 +567,7 @@ class ClientGradients:
         """
         captured = self.captured_steps
         complete = len(captured) == self._client.telemetry["num_steps"] and _has_no_gap(captured)
+        complete = complete and not self._client.unknown_correction
         return complete and (self._autocast != "float16" or self.has_all_parameters)
 
     def gradient(
@@ -765,6 +767,8 @@ class ClientGradients:
         if not self.shards:
             # there is nothing to follow; this says so.
             self.gradient(0)
+        if self._client.unknown_correction:
+            raise InputError(f"{self._whose} cannot be replayed: {self._client.unknown_correction}")
         if self._autocast == "float16" and not self.has_all_parameters:
             raise InputError(
                 f"{self._whose} cannot be replayed: with autocast "

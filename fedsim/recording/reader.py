@@ -181,6 +181,17 @@ class Client:
             return None
         return {name: torch.from_numpy(np.asarray(array)) for name, array in found.items()}
 
+    @cached_property
+    def unknown_correction(self) -> str:
+        """Why it is not known what was added to the gradients; empty where it is known."""
+        steps = self.steps if self._run.algorithm is None else []
+        if any("objective_norm" in row and "proximal" not in row for row in steps):
+            return (
+                f"what {self._run.config.strategy.name} adds to gradients follows from its own "
+                "code, which was not named"
+            )
+        return ""
+
     @property
     def folder(self) -> Path:
         """Where the client's files of the round are."""

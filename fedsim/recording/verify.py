@@ -61,6 +61,7 @@ def verify(
     recompute: int | None = 0,
     seed: int | None = None,
     data_root: str | None = None,
+    strategy: str | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
@@ -83,6 +84,9 @@ def verify(
         altered the run could foresee.
     data_root : str, optional
         Folder of the data, where it is not the one of the run.
+    strategy : str, optional
+        The user's class that made the run, as ``module:Class`` or ``FILE.py:Class``: it is loaded
+        because it is named here, and what only its own check can prove is proven by it.
     jobs : int, optional
         Threads; by default as many as there are cores that this process may use.
     progress : callable, optional
@@ -98,7 +102,8 @@ def verify(
     Raises
     ------
     InputError
-        When `path` is not a folder, or a round or client asked for does not exist.
+        When `path` is not a folder, a round or client asked for does not exist, or the strategy
+        is not the run's or cannot be loaded.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; expected a run directory")
@@ -112,6 +117,10 @@ def verify(
             verifier.check_other_files()
         else:
             _refuse_unknown(run, rounds, clients)
+            if strategy is not None:
+                run = load_run(path, strategy)
+                # Here, and not in a thread whose findings it would be.
+                _ = run.algorithm
             verifier.check(
                 run,
                 rounds,
@@ -598,6 +607,9 @@ class _Verifier:
         self, run: Run, client: Client, recomputation: Recomputation
     ) -> Candidate | None:
         folder, number = self._name(client.folder), client.round
+        if client.unknown_correction:
+            self.findings.leave(RECOMPUTED, client.unknown_correction, at=client.place)
+            return None
         needed = [self._name(run.layout.state(number - 1)), "partition.safetensors"]
         needed.append(self._name(client.delta_path))
         if run.algorithm is not None and run.algorithm.corrects:

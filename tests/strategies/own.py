@@ -6,6 +6,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
+from fedsim.core.algorithm import Algorithm, ArraySpec, Outcome
+
 
 class Counting(FedAvg):
     """Keeps an array, and relies on it being there once it kept one."""
@@ -52,3 +54,31 @@ class Refusing(FedAvg):
     def aggregate_train(self, server_round, replies):
         list(replies)
         return None, None
+
+
+class Steering(Algorithm):
+    """Clients add what they sent last to their gradients; one array is never claimed."""
+
+    def keeps(self):
+        return {"rounds": ArraySpec((1,)), **self.for_parameters("last")}
+
+    def keeps_of_client(self):
+        return {name: ArraySpec(shape) for name, shape in self.setup.shapes.items()}
+
+    def correction(self, kept, of_client):
+        zero = {n: np.zeros(shape, np.float32) for n, shape in self.setup.shapes.items()}
+        return {n: of_client.get(n, zero[n]) * np.float32(0.1) for n in zero}
+
+    def fold(self, this_round):
+        last = {}
+        for update in this_round.updates():
+            last = {n: np.array(a) for n, a in update.delta.items()}
+            update.keep(last)
+        moved = {n: a + this_round.mean()[n] for n, a in this_round.before.items()}
+        kept = {f"last/{n}": a for n, a in last.items()}
+        return Outcome(moved, {"rounds": np.full(1, this_round.number, np.float32), **kept})
+
+    def check(self, this_round):
+        for claim in super().check(this_round):
+            if getattr(claim, "key", "") != "rounds":
+                yield claim

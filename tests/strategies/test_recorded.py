@@ -288,15 +288,16 @@ def test_privacy_is_flowers_own_with_seeded_noise(kind):
         state = found
 
 
+@pytest.mark.parametrize("name", ["fedadam", "fedavgm"])
 @pytest.mark.parametrize("kind", PRIVATE)
-def test_a_private_strategy_goes_on_from_what_another_kept(kind):
+def test_a_private_strategy_goes_on_from_what_another_kept(kind, name):
     def go(strategy, numbers, state):
         for number in numbers:
             state = wire.state_of(private_round(strategy, state, number)[0])
         return state
 
-    expected = go(private(kind), range(1, 5), global_state())
-    first, second = private(kind), private(kind)
+    expected = go(private(kind, name=name), range(1, 5), global_state())
+    first, second = private(kind, name=name), private(kind, name=name)
     between = go(first, (1, 2), global_state())
     second.load_state_arrays(copied(first.state_arrays()))
     assert bits_of(go(second, (3, 4), between)) == bits_of(expected)
