@@ -2,111 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from logging import WARNING
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
-from flwr.common.logger import log
 from flwr.supercore.differential_privacy import (
     KEY_CLIPPING_NORM,
     KEY_NORM_BIT,
     compute_adaptive_clip_model_update,
 )
-from torch import nn
 
-from fedsim.core.allocator import keep_freed_memory
-from fedsim.core.arithmetic import training_arithmetic
 from fedsim.core.behavior import behavior_of
-from fedsim.core.capture import Capture
-from fedsim.core.config import MOST_TOML_BYTES, RunConfig
-from fedsim.core.determinism import use_deterministic
-from fedsim.core.device import resolve_device
+from fedsim.core.config import MOST_TOML_BYTES
 from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
-from fedsim.core.own_data import OwnData, find_own_data
-from fedsim.core.plan import RunPlan, batches_of_round
+from fedsim.core.plan import batches_of_round
 from fedsim.core.schedule import rates_of
-from fedsim.core.startup import leave_compiler_out
-from fedsim.core.task import KeepsOwnData, classes_of, initial_model, labels_of, rows_of
-from fedsim.core.training import Arrays, Step, load_state, local_train
+from fedsim.core.task import rows_of
+from fedsim.core.training import Arrays, load_state, local_train
 from fedsim.flower import messages
 from fedsim.flower.node import NodeSettings
+from fedsim.flower.recorder import ClientRecorder
 from fedsim.flower.scratch import stack_when_late
+from fedsim.flower.telemetry import telemetry
+from fedsim.flower.workplace import Workplace, workplace_of
 from fedsim.recording.files import DISK_FULL
-from fedsim.recording.layout import RunLayout
-from fedsim.recording.places import Place, place_of_run
-from fedsim.recording.recorder import FirstStepNorms, StepRecorder
 
 _ENVELOPE = 256
 """Bytes of an array in a message beyond its data: the header of ``numpy.save``."""
-
-
-@dataclass(frozen=True)
-class _Workplace:
-    """What a worker process keeps between clients of the same run."""
-
-    plan: RunPlan
-    device: torch.device
-    model: nn.Module
-    own: OwnData | None
-    _arithmetic: dict[int, str] = dataclasses.field(default_factory=dict)
-
-    def arithmetic(self, batch_size: int) -> str:
-        """Hash what this worker's arithmetic makes of a step; changes the state of the model."""
-        if batch_size not in self._arithmetic:
-            load_state(self.model, self.plan.initial_state)
-            self._arithmetic[batch_size] = training_arithmetic(
-                self.plan.task,
-                self.model,
-                batch_size=batch_size,
-                autocast=self.plan.config.autocast,
-                device=self.device,
-            )
-        return self._arithmetic[batch_size]
-
-
-@functools.lru_cache(maxsize=1)
-def _workplace(run_config: str, data_root: str | None, data: str | None) -> _Workplace:
-    # Where data is on this host is nothing that a server could know, or may choose.
-    config = RunConfig.from_json(run_config).model_copy(update={"data_root": data_root})
-    keep_freed_memory()
-    torch.set_num_threads(config.client_cpus)
-    use_deterministic(config.deterministic)
-    plan = RunPlan.prepare(config)
-    own: OwnData | None = None
-    if config.own_data:
-        if data is None:
-            raise InputError(
-                "partition = 'nodes' asks for data of this node's own; its configuration has no "
-                "data"
-            )
-        own = find_own_data(Path(data))
-        if not isinstance(plan.dataset, KeepsOwnData):
-            raise InputError(f"partition = 'nodes' cannot be used with {config.dataset}")
-        mapped = plan.dataset.with_own(own)
-        # Of the others' data this node knows nothing, nor does it need to.
-        everyone = plan.of_nodes([own.samples] * config.clients, [])
-        plan = dataclasses.replace(everyone, dataset=mapped)
-    device = resolve_device(config.device)
-    model = initial_model(config).to(device)
-    if not config.compile:
-        leave_compiler_out()
-    else:
-        # In place: names of parameters stay as they are.
-        model.compile()
-    return _Workplace(plan=plan, device=device, model=model, own=own)
 
 
 class FedSimClient(NumPyClient):
@@ -212,9 +138,14 @@ class FedSimClient(NumPyClient):
         self._check_data(workplace, config)
         indices = plan.partition[self.partition]
         settings = plan.config.training_of(self.partition)
-        place = self._place(config)
-        captures, refusal = self._allowed(plan.config.captures)
         proximal_mu = float(config.get(messages.PROXIMAL_MU, 0.0))
+        recorder = ClientRecorder(
+            self._node,
+            config,
+            workplace,
+            round_number=round_number,
+            num_steps=settings.num_steps(len(indices)),
+        )
         started = time.perf_counter()
         batches = batches_of_round(
             plan.config,
@@ -227,79 +158,32 @@ class FedSimClient(NumPyClient):
         )
         state = dict(zip(plan.initial_state, parameters, strict=True))
         behavior = behavior_of(plan.config, self.partition, round_number)
-        norms = FirstStepNorms()
-        recorder: StepRecorder | None = None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(stack_when_late(self.partition, plan.config.client_timeout))
-            observers: list[Callable[[Step], None]] = [norms]
-            if place is not None:
-                recorder = StepRecorder(
-                    RunLayout(place.root).client(round_number, self.partition),
-                    captures,
-                    num_steps=settings.num_steps(len(indices)),
-                    shapes=plan.parameters,
-                    model=workplace.model,
-                )
-                observers.append(stack.enter_context(recorder))
-
-            def observe(step: Step) -> None:
-                for observer in observers:
-                    observer(step)
-
+        with stack_when_late(self.partition, plan.config.client_timeout), recorder:
             result = local_train(
                 plan.task,
                 workplace.model,
                 state,
                 batches,
                 settings.optimizer,
-                observe,
+                recorder,
                 autocast=plan.config.autocast,
                 proximal_mu=proximal_mu,
                 correction=correction,
                 rates=rates_of(plan.config, self.partition, round_number, len(indices)),
             )
         sent = behavior.update(state, result.state)
-        seconds = dict(result.seconds)
-        if recorder is not None:
-            seconds["capture"] -= recorder.seconds_waited
-            seconds["write"] = recorder.seconds_waited + recorder.seconds_closing
-        telemetry = {
-            "partition": self.partition,
-            "status": "ok",
-            "num_samples": len(indices),
-            "local_epochs": settings.local_epochs,
-            "local_steps": settings.local_steps,
-            "batch_size": settings.batch_size,
-            "learning_rate": settings.optimizer.learning_rate,
-            "loss_history": result.losses,
-            "local_loss": result.mean_loss,
-            "batch_sizes": result.batch_sizes,
-            "gradient_norm": math.hypot(*norms.per_layer.values()),
-            "per_layer_norms": norms.per_layer,
-            "num_steps": len(result.losses),
-            "num_steps_captured": recorder.num_steps_captured if recorder else 0,
-            "bytes_captured": recorder.bytes_captured if recorder else 0,
-            "files": {name: c.to_json() for name, c in recorder.files.items()} if recorder else {},
-            "class_distribution": np.bincount(
-                labels_of(plan.dataset)[indices], minlength=classes_of(plan.dataset.spec)
-            ).tolist(),
-            "seconds": {"write": 0.0, **seconds, "total": time.perf_counter() - started},
-            "peak_memory": _peak_memory(workplace.device),
-        }
-        if not plan.config.compile:
-            # What the compiler makes differs from machine to machine, and its first call is dear.
-            telemetry["arithmetic"] = workplace.arithmetic(settings.batch_size)
-        if plan.config.autocast == "float16":
-            telemetry["num_updates"] = result.num_updates
-        if proximal_mu:
-            telemetry["proximal_mu"] = proximal_mu
-        if (what := behavior.explain()) is not None:
-            telemetry["behavior"] = what
-        if messages.RUN_ID in config:
-            telemetry |= _about(place, refusal)
+        told = telemetry(
+            workplace,
+            self.partition,
+            result,
+            recorder,
+            proximal_mu=proximal_mu,
+            behavior=behavior.explain(),
+            seconds=time.perf_counter() - started,
+        )
         metrics: dict[str, Scalar] = {
-            messages.LOSS: telemetry["local_loss"],
-            messages.TELEMETRY: messages.telemetry_json(telemetry),
+            messages.LOSS: result.mean_loss,
+            messages.TELEMETRY: messages.telemetry_json(told),
         }
         if KEY_CLIPPING_NORM in config:
             clipping_norm = float(config[KEY_CLIPPING_NORM])
@@ -323,16 +207,16 @@ class FedSimClient(NumPyClient):
         metrics: dict[str, Scalar] = {n: m for n, m in outcome.means.items() if n != "loss"}
         return outcome.loss, outcome.num_samples, metrics
 
-    def _workplace(self, config: Mapping[str, Scalar]) -> _Workplace:
+    def _workplace(self, config: Mapping[str, Scalar]) -> Workplace:
         run_config = str(config.get(messages.RUN_CONFIG) or self._run_config)
         if len(run_config) > MOST_TOML_BYTES:
             raise InputError(
                 f"the message brings a configuration of {len(run_config):,} bytes; expected "
                 f"at most {MOST_TOML_BYTES:,}"
             )
-        return _workplace(run_config, self._node.data_root, self._node.data)
+        return workplace_of(run_config, self._node.data_root, self._node.data)
 
-    def _check_data(self, workplace: _Workplace, config: Mapping[str, Scalar]) -> None:
+    def _check_data(self, workplace: Workplace, config: Mapping[str, Scalar]) -> None:
         """Refuse to train on other samples than those that the server speaks of."""
         plan, own = workplace.plan, workplace.own
         if self.partition >= plan.config.clients:
@@ -351,31 +235,6 @@ class FedSimClient(NumPyClient):
                 f"the versions of numpy differ, which here is {np.__version__}, or the data does"
             )
 
-    def _place(self, config: Mapping[str, Scalar]) -> Place | None:
-        """Find where to record the run of a message; None where there is none, or no place."""
-        if messages.RUN_ID not in config or self._node.recordings is None:
-            return None
-        name, run_id = str(config.get(messages.RUN, "")), str(config[messages.RUN_ID])
-        return place_of_run(Path(self._node.recordings), name, run_id)
-
-    def _allowed(self, captures: Sequence[Capture]) -> tuple[Sequence[Capture], str | None]:
-        """Give what this node captures of what is asked for, and why not all of it."""
-        without_files = [capture for capture in captures if not capture.keeps_files]
-        if self._node.capture or len(without_files) == len(captures):
-            return captures, None
-        return without_files, messages.CAPTURE_REFUSED
-
-
-def _about(place: Place | None, refusal: str | None) -> dict[str, str]:
-    """Say in telemetry where the files of a client are, and why there are no gradients."""
-    about = {}
-    if place is None or not place.is_run:
-        about["place"] = "none" if place is None else "node"
-    if refusal is not None:
-        log(WARNING, "fedsim: %s", refusal)
-        about["not_captured"] = refusal
-    return about
-
 
 def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) -> int:
     """Clip the update of the parameters in place; say 1 if that made it smaller.
@@ -390,12 +249,3 @@ def _clip(local: Arrays, start: Arrays, names: list[str], clipping_norm: float) 
     shrunk = compute_adaptive_clip_model_update(after, before, clipping_norm)
     local.update(zip(names, after, strict=True))
     return int(shrunk)
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of this worker process so far, and of its GPU where it has one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device)
-    return peak

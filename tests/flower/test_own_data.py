@@ -181,13 +181,13 @@ def test_data_that_changes_during_a_run_is_refused_by_the_node(nodes, tmp_path):
     def node(partition):
         return {"data": str(tmp_path / str(partition) / "data")}
 
-    from fedsim.flower import client
+    from fedsim.flower.workplace import workplace_of
 
     class Fresh(LocalGrid):
         """Every message in a process of its own, as far as that matters here."""
 
         def _answer(self, message):
-            client._workplace.cache_clear()
+            workplace_of.cache_clear()
             return super()._answer(message)
 
     with pytest.raises(RunFailedError, match="the data of this node has changed since the run"):
