@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.core import registry
 from fedsim.core.config import RunConfig, flags_to_resume, read_config_file
 from fedsim.core.errors import RunInterruptedError
 from fedsim.core.plugins import provider
@@ -103,6 +104,8 @@ def simulate(
         path = simulate_apart(
             checked, tracker=tracker, warn=_warn, terminal=terminal, verbose=verbose
         )
+    # What the caller named for the run is there to read it, too.
+    registry.trust(checked.code)
     return Run(path)
 
 

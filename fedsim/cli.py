@@ -1000,11 +1000,13 @@ def _simulate(
 def _plan(parsed: argparse.Namespace) -> None:
     plan, pool, output = _prepared(parsed)
 
+    from fedsim.core.behavior import check_clients
     from fedsim.core.units import format_bytes
     from fedsim.flower.server_app import check_output, free_bytes
     from fedsim.terminal import make_console, print_summary
 
     console = make_console()
+    check_clients(plan.config)
     print_summary(console, plan, pool.workers, output)
     check_output(output, plan)
     free = format_bytes(free_bytes(output))

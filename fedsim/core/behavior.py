@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 
 from fedsim.core import registry
+from fedsim.core.capture import captures_of
 from fedsim.core.errors import ConfigError
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.schedule import rates_of
@@ -127,6 +128,7 @@ def check_clients(config: RunConfig) -> None:
         Naming the key.
     """
     registry.trust(config.code)
+    captures_of(config)
     rates_of(config, 0, 1, config.min_samples)(0)
     for table in config.behavior.values():
         behavior_of(config, table.clients[0], 1)

@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+from fedsim.core import registry
+from fedsim.core.errors import ConfigError
 from fedsim.core.units import parse_count
 
 if TYPE_CHECKING:
@@ -369,20 +371,44 @@ LISTED = [
 """In the order in which they see a step."""
 
 
+_own: dict[str, type[Capture]] = {}
+
+
 def all_captures() -> list[type[Capture]]:
-    """Import every listed capture."""
-    return [listed.load() for listed in LISTED]
+    """Import every listed capture; give those of the user's that are loaded, too."""
+    return [*(listed.load() for listed in LISTED), *_own.values()]
+
+
+def is_own(text: str) -> bool:
+    """Say whether ``capture`` names a class of the user's, ``module:NAME`` or ``FILE.py:NAME``."""
+    place, _, name = text.rpartition(":")
+    forms = {form.partition(":")[0] for listed in LISTED for form in listed.forms}
+    return bool(place) and name.isidentifier() and place not in forms
+
+
+def check_form(text: str) -> None:
+    """Refuse what `parse_form` does not read; loads no code of the user's."""
+    if not is_own(text):
+        parse_form(text)
+
+
+def _load_own(text: str) -> type[Capture]:
+    if text not in _own:
+        found = registry.factory("capture", "captures", text)
+        if not (isinstance(found, type) and issubclass(found, Capture)):
+            raise ConfigError("capture", text, "a class made from fedsim.core.capture.Capture")
+        _own[text] = found
+    return _own[text]
 
 
 def captures_of(config: RunConfig) -> tuple[Capture, ...]:
     """Give what a run captures, in the order in which it sees a step."""
-    chosen = parse_form(config.capture)[0]
-    classes = ((listed, listed.load()) for listed in LISTED)
-    return tuple(c.of(config) for listed, c in classes if not listed.forms or c is chosen)
+    always = [listed.load().of(config) for listed in LISTED if not listed.forms]
+    return (*always, parse_form(config.capture)[0].of(config))
 
 
 def parse_form(text: str) -> tuple[type[Capture], str, int]:
-    """Read ``NAME`` or ``NAME:K``.
+    """Read ``NAME``, ``NAME:K``, or the name of a class of the user's, which is loaded.
 
     Returns
     -------
@@ -393,7 +419,11 @@ def parse_form(text: str) -> tuple[type[Capture], str, int]:
     ------
     ValueError
         With all forms, when `text` is none of them.
+    InputError
+        When it is code that the user did not name to this process, or no capture.
     """
+    if is_own(text):
+        return _load_own(text), text, 1
     name, _, digits = text.partition(":")
     for listed in LISTED:
         for form in listed.forms:

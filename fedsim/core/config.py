@@ -32,7 +32,14 @@ from fedsim.core.algorithm import (
     strategy_table,
 )
 from fedsim.core.behavior import HONEST
-from fedsim.core.capture import Capture, captures_of, forms_help, parse_form
+from fedsim.core.capture import (
+    Capture,
+    captures_of,
+    check_form,
+    forms_help,
+    is_own,
+    parse_form,
+)
 from fedsim.core.errors import ConfigError, InputError, shorten
 from fedsim.core.fields import (
     MOST,
@@ -222,9 +229,10 @@ class RunConfig(StrictModel):
         description="tables [behavior.NAME] with clients = [..] that behave so: honest, or your "
         "own as module:NAME",
     )
-    capture: Annotated[str, _parsed_by(parse_form)] = Field(
+    capture: Annotated[str, _parsed_by(check_form)] = Field(
         "first:1",
-        description=f"steps whose gradients are kept: {forms_help()}",
+        description=f"steps whose gradients are kept: {forms_help()}; or a class of your own as "
+        "module:NAME",
     )
     capture_layers: Annotated[
         tuple[str, ...], Field(min_length=1), BeforeValidator(_globs_listed)
@@ -471,7 +479,8 @@ class RunConfig(StrictModel):
     @property
     def code(self) -> list[str]:
         """The user's own code that clients run, as ``module:NAME``."""
-        return [n for n in (self.learning_rate_schedule, *self.behavior) if registry.is_code(n)]
+        named = [n for n in (self.learning_rate_schedule, *self.behavior) if registry.is_code(n)]
+        return [*named, *([self.capture] if is_own(self.capture) else [])]
 
     @property
     def own_data(self) -> bool:
@@ -664,6 +673,7 @@ def flags_to_resume(config: RunConfig) -> str:
         "strategy": config.strategy.is_users,
         "learning-rate-schedule": registry.is_code(config.learning_rate_schedule),
         "behavior": any(map(registry.is_code, config.behavior)),
+        "capture": is_own(config.capture),
         "mirror": config.mirror is not None,
         "ray-address": config.cluster is not None,
     }
@@ -687,9 +697,10 @@ def check_outside(run: Path) -> None:
 
 
 def _check_names_no_code(values: Mapping[str, Any], given: Collection[str], run: Path) -> None:
-    for key in ("learning-rate-schedule", "behavior"):
+    for key in ("learning-rate-schedule", "behavior", "capture"):
+        is_code = is_own if key == "capture" else registry.is_code
         names = [values[key]] if isinstance(values.get(key), str) else [*values.get(key, ())]
-        if key not in given and any(isinstance(n, str) and registry.is_code(n) for n in names):
+        if key not in given and any(isinstance(n, str) and is_code(n) for n in names):
             raise InputError(
                 f"{key} = {shorten(values[key])} of {run} is code, which is never taken from a "
                 f"run; `--{key} {shlex.quote(flag_text(values[key]))}` says that your own of that "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsim.core.algorithm import Algorithm, Setup, make_algorithm
 from fedsim.core.behavior import behavior_of
-from fedsim.core.capture import Capture
+from fedsim.core.capture import Capture, is_own
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.partition import PartitionScheme, make_partition, partition_sha256
@@ -88,7 +88,9 @@ class RunPlan:
             partition = deal_partition(config, dataset)
         model = initial_model(config)
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        if config.policy.keeps_files and not config.policy.layers_of(parameters):
+        # A class of the user's takes what it likes, and is loaded only where that was said.
+        policy = None if is_own(config.capture) else config.policy
+        if policy is not None and policy.keeps_files and not policy.layers_of(parameters):
             raise ConfigError(
                 "capture-layers",
                 list(config.capture_layers),

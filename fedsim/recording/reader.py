@@ -69,7 +69,9 @@ class Client:
     def __getattr__(self, name: str) -> Any:
         """Look a name up in what captures bring: ``gradient(step)``, ``layer(name)`` and others."""
         if not name.startswith("_"):
-            for capture in all_captures():
+            # Loads a class of the user's where the run has one.
+            chosen = type(self._run.config.policy)
+            for capture in (*all_captures(), chosen):
                 if name in capture.reads:
                     if capture not in self._views:
                         self._views[capture] = capture.open(self)

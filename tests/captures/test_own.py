@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -13,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fedsim.captures.stacked import StackedArray
-from fedsim.core.capture import LISTED, Listed, Observer, SeenStep, Sink
+from fedsim.core import capture, registry
+from fedsim.core.capture import Observer, SeenStep, Sink
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
@@ -22,7 +21,8 @@ from fedsim.recording.verify import verify
 from tests.recording.test_forgeries import in_tensors, repair
 from tests.recording.test_verify import record, violations_of
 
-ROOT = Path(__file__).parents[2]
+PEAKS = f"{Path(__file__).parents[2]}/examples/extend/capture.py:Peaks"
+MEANS = f"{__file__}:Means"
 
 
 class Means(StackedArray):
@@ -53,19 +53,10 @@ class Means(StackedArray):
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    spec = importlib.util.spec_from_file_location(
-        "extend_capture", ROOT / "examples/extend/capture.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "extend_capture", module)
-    spec.loader.exec_module(module)
-    LISTED.append(Listed("extend_capture:Peaks", ("peaks",), "peaks"))
-    LISTED.append(Listed(f"{__name__}:Means", ("means",), "means"))
-    yield
-    del LISTED[-2:]
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process load both, as a user's command does."""
+    monkeypatch.setattr(capture, "_own", {})
+    monkeypatch.setattr(registry, "_trusted", {PEAKS, MEANS})
 
 
 FEW = {"local-steps": 4, "batch-size": 16, "client": {}}
@@ -74,7 +65,7 @@ FEW = {"local-steps": 4, "batch-size": 16, "client": {}}
 def test_an_example_of_one_file_is_sized_recorded_read_and_proven(
     plan: RunPlan, tmp_path: Path
 ) -> None:
-    root = record(plan, tmp_path / "run", capture="peaks", **FEW)
+    root = record(plan, tmp_path / "run", capture=PEAKS, **FEW)
     run = load_run(root)
     clients = run.round(1).clients
     for client in clients.values():
@@ -95,7 +86,7 @@ def test_an_example_of_one_file_is_sized_recorded_read_and_proven(
 
 
 def test_a_hook_on_the_model_is_recorded_and_recomputed(plan: RunPlan, tmp_path: Path) -> None:
-    root = record(plan, tmp_path / "run", capture="means", **FEW)
+    root = record(plan, tmp_path / "run", capture=MEANS, **FEW)
     client = next(iter(load_run(root).round(1).clients.values()))
     assert client.telemetry["num_steps_captured"] == 2
     assert client.means(0) != client.means(1)
@@ -105,3 +96,13 @@ def test_a_hook_on_the_model_is_recorded_and_recomputed(plan: RunPlan, tmp_path:
     repair(root)
     (violation,) = verify(root, recompute=None).violations
     assert violation == f"{client.folder}: means.safetensors is another"
+
+
+def test_code_that_only_a_run_names_is_not_loaded(plan: RunPlan, tmp_path: Path) -> None:
+    root = record(plan, tmp_path / "run", capture=MEANS, **FEW)
+    capture._own.clear()
+    registry._trusted.clear()
+    for ask in (lambda: load_run(root).round(1).client(2).means(0), lambda: verify(root)):
+        with pytest.raises(InputError, match=f"{registry.TRUSTED}={MEANS} in the environment"):
+            ask()
+    assert load_run(root).round(1).row["round"] == 1

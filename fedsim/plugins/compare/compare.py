@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedsim.cell import start_cell
+from fedsim.core.behavior import check_clients
 from fedsim.core.config import RunConfig, flag_text
 from fedsim.core.errors import ConfigError, InputError, RunInterruptedError
 from fedsim.core.inputs import parse_json, read_text_bytes
@@ -228,6 +229,7 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
             return Work(cell, path, "none", last)
     check_machine(cell.config)
     plan = RunPlan.prepare(_own_config(cell))
+    check_clients(plan.config)
     plan.check_budget()
     if run is None:
         check_strategy(plan.config)
