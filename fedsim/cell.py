@@ -38,7 +38,7 @@ def start_cell(arguments: Sequence[str], **options: Any) -> subprocess.Popen[byt
 
 
 def _watch_parent(parent: int, stop: threading.Event) -> None:
-    from fedsim.cli import INTERRUPTED
+    from fedsim.interrupts import INTERRUPTED
 
     # A process that the parent forked may hold the other end longer than the parent lives.
     while os.getppid() == parent:

@@ -783,7 +783,7 @@ class Fuzzer:
             try:
                 touch_all(run)
             except InputError as error:
-                cli._say(str(error))
+                cli.say(str(error))
                 return 2
             return 0
         with mock.patch.object(simulation, "simulate", reopen_only):

@@ -1,3 +1,3 @@
 """The plugin ``compare``: grids of configurations, run and tabulated."""
 
-PROVIDES: dict[str, str] = {}
+PROVIDES = {"commands": "fedsim.plugins.compare.commands:COMMANDS"}

@@ -1,3 +1,3 @@
 """The plugin ``deploy``: a federation of real Flower nodes, made and started."""
 
-PROVIDES: dict[str, str] = {}
+PROVIDES = {"commands": "fedsim.plugins.deploy.commands:COMMANDS"}

@@ -1,3 +1,3 @@
 """The plugin ``export``: recorded gradients in the forms of other programs."""
 
-PROVIDES: dict[str, str] = {}
+PROVIDES = {"commands": "fedsim.plugins.export.commands:COMMANDS"}

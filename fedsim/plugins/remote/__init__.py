@@ -1,3 +1,6 @@
 """The plugin ``remote``: copies of runs elsewhere, and files that clients kept on their disks."""
 
-PROVIDES = {"mirror": "fedsim.plugins.remote.mirror"}
+PROVIDES = {
+    "commands": "fedsim.plugins.remote.commands:COMMANDS",
+    "mirror": "fedsim.plugins.remote.mirror",
+}

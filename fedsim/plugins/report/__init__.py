@@ -1,3 +1,6 @@
 """The plugin ``report``: figures of runs, in notebooks and on one page."""
 
-PROVIDES = {"plots": "fedsim.plugins.report.plots:Plots"}
+PROVIDES = {
+    "commands": "fedsim.plugins.report.commands:COMMANDS",
+    "plots": "fedsim.plugins.report.plots:Plots",
+}

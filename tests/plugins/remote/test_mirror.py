@@ -405,8 +405,7 @@ def test_the_commands_copy_a_run_there_and_back(recorded, tmp_path, capsys):
     assert cli.run(["push", str(tmp_path / "nothing"), url]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"fedsim: {back} exists already; expected a new folder",
-        "fedsim: the following arguments are required: URL; `fedsim push --help` lists what is "
-        "allowed",
+        "fedsim: missing argument 'URL'; see `fedsim push --help`",
         f"fedsim: {tmp_path / 'nothing'} is not a run directory: it has no whole run.json",
     ]
 
