@@ -20,7 +20,6 @@ from fedsim import __version__
 from fedsim.command import (
     BAD_INPUT,
     FAILURE,
-    PATH,
     SUCCESS,
     Command,
     CountOrAll,
@@ -311,9 +310,9 @@ class _Runs(Command):
     cls=_Runs,
     short_help="list runs with what they take, and remove them or their gradients",
 )
-@click.argument("folder", type=PATH, default=_RUNS, help="default: runs")
+@click.argument("folder", type=Path, default=_RUNS, help="default: runs")
 @click.option(
-    "--remove", type=PATH, multiple=True, metavar="RUN...", help="remove these runs, one or several"
+    "--remove", type=Path, multiple=True, metavar="RUN...", help="remove these runs, one or several"
 )
 @click.option(
     "--keep-gradients-of",
@@ -389,9 +388,11 @@ def _agreed(question: str, yes: bool) -> bool:
 
 @fedsim.command("verify", cls=Command, short_help="prove that a run directory holds what happened")
 @run_argument
-@click.option("--round", type=int, multiple=True, metavar="R", help="this round only (repeatable)")
 @click.option(
-    "--client", type=int, multiple=True, metavar="P", help="this client only (repeatable)"
+    "--round", type=Whole(), multiple=True, metavar="R", help="this round only (repeatable)"
+)
+@click.option(
+    "--client", type=Whole(), multiple=True, metavar="P", help="this client only (repeatable)"
 )
 @click.option(
     "--evaluate",

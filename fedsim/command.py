@@ -20,7 +20,6 @@ from fedsim.core.errors import FedsimError, InputError
 
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
 HELP = {"help_option_names": ["-h", "--help"]}
-PATH = click.Path(path_type=Path)
 
 
 def say(text: str) -> None:
@@ -226,20 +225,24 @@ def _unknown_key(option: str, arguments: Sequence[str]) -> InputError:
 
 
 class Whole(click.ParamType[int]):
-    """A whole number of at least so much."""
+    """A whole number, of at least so much where that is said."""
 
     name = "integer"
 
-    def __init__(self, least: int) -> None:
+    def __init__(self, least: int | None = None) -> None:
         self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read it."""
-        number = int(click.INT.convert(value, param, ctx))
-        if number < self._least:
-            flag = param.opts[0] if param else ""
-            expected = f"expected {self._least} or more"
-            raise InputError(f"{flag} = {number} cannot be used; {expected}")
+        flag = param.opts[0] if param else ""
+        try:
+            number = int(value)
+        except ValueError:
+            raise InputError(
+                f"{flag} = {value!r} cannot be used; expected a whole number"
+            ) from None
+        if self._least is not None and number < self._least:
+            raise InputError(f"{flag} = {number} cannot be used; expected {self._least} or more")
         return number
 
 
@@ -268,10 +271,10 @@ verbose = click.option("--verbose", is_flag=True, help="show what Flower and Ray
 config_file = click.argument(
     "config",
     required=False,
-    type=PATH,
+    type=Path,
     help="a TOML file, or the run.json of an earlier run (default: the quickstart)",
 )
-run_argument = click.argument("run", type=PATH, metavar="RUN", help="a run directory")
+run_argument = click.argument("run", type=Path, metavar="RUN", help="a run directory")
 data_root = click.option("--data-root", metavar="FOLDER", help="where the data is")
 
 

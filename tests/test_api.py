@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 
 import fedsim
@@ -19,7 +17,6 @@ from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.plugins.report.charts import KEYS
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.patience import PATIENCE
@@ -56,35 +53,6 @@ def test_the_package_gives_the_same_class_everywhere(path: Path) -> None:
     assert type(run) is fedsim.Run is api.Run
     assert fedsim.Run(path).round_rows == run.round_rows
     assert list(run.telemetry()["round"]) == [1, 1, 2, 2]
-
-
-def test_figures_are_those_of_plotly(path: Path) -> None:
-    run = fedsim.load_run(path)
-    figure = run.plot.accuracy()
-    assert isinstance(figure, go.Figure)
-    assert list(figure.data[0].y) == pytest.approx(list(run.rounds()["global_accuracy"]), abs=1e-6)
-    assert len(run.plot.drift().data) == 2
-
-
-def test_there_is_a_method_for_every_figure(path: Path) -> None:
-    methods = [name for name, _ in inspect.getmembers(api.Plots, inspect.isfunction)]
-    assert sorted(name for name in methods if name[0] != "_") == sorted(KEYS)
-    plots = fedsim.load_run(path).plot
-    for key in set(KEYS) - {"conflict", "noise"}:
-        assert getattr(plots, key)().layout.title.text
-
-
-def test_plots_tell_what_there_is(path: Path) -> None:
-    lines = repr(fedsim.load_run(path).plot).splitlines()
-    assert lines[0] == "figures of the run run:"
-    assert [line.split("()")[0].strip() for line in lines[1:]] == list(KEYS)
-    assert lines[1] == "  accuracy()       the test accuracy of the global model, by round."
-    assert lines[1 + KEYS.index("noise")].endswith('which capture = "first:2" keeps.')
-
-
-def test_a_figure_that_cannot_be_drawn_says_why(path: Path) -> None:
-    with pytest.raises(InputError, match="has no figure 'conflict': capture = 'none' keeps no"):
-        fedsim.load_run(path).plot.conflict()
 
 
 @pytest.mark.parametrize("form", ["mapping", "config", "toml", "text", "json"])

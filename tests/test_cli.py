@@ -17,6 +17,7 @@ from fedsim.recording.reader import load_run
 from fedsim.terminal import TerminalObserver
 from strategies.registry import STRATEGIES
 from tests import fuzz
+from tests.installed import needs
 from tests.local_grid import LocalGrid
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +210,7 @@ def test_the_command_line_starts_quickly_without_torch():
     assert finished.stdout.splitlines()[-2:] == ["fedsim 0.1.0", "[]"]
 
 
+@needs("compare")
 @pytest.mark.parametrize("command", [["run"], ["resume", "runs/one"], ["compare"]])
 def test_the_first_line_waits_for_nothing(command, tmp_path):
     """Whoever reads a pipe sees it before anything that takes seconds is loaded."""
@@ -433,6 +435,7 @@ def test_a_plan_is_shown_as_far_as_the_output_can(environment, name, tmp_path):
     assert b"free on the disk of " + name in out
 
 
+@needs("report")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),

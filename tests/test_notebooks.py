@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.installed import needs
 from tests.patience import PATIENCE
 
 pytest.importorskip("ipykernel", reason="notebooks need the packages of the extra dev")
@@ -24,6 +25,7 @@ def lines_of_the_guide() -> list[str]:
     return [ast.unparse(line) for line in lines]
 
 
+@needs("report")
 @pytest.mark.slow
 def test_a_notebook_of_the_guides_lines_is_a_page_with_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

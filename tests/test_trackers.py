@@ -27,6 +27,7 @@ from fedsim.trackers import (
     round_values,
     run_id_of,
 )
+from tests.installed import needs
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -242,6 +243,7 @@ def test_a_tracker_that_does_not_exist_is_refused():
     )
 
 
+@needs("compare")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("command", ["run", "compare"])
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(

@@ -20,6 +20,7 @@ from fedsim.flower.simulation import size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.flower.conftest import SMALL
+from tests.installed import needs
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -62,6 +63,7 @@ def go(plan, folder, *, without=None, **more):
     )
 
 
+@needs("report", "export")
 def test_a_run_over_the_nodes_own_data_is_recorded_and_proven(nodes, tmp_path, capsys):
     go(nodes, tmp_path)
     run = load_run(tmp_path / "run")

@@ -23,6 +23,7 @@ from fedsim.recording.verify import verify
 from fedsim.recording.writer import is_being_written
 from fedsim.tasks.vision.models import build_model
 from tests.flower.conftest import SMALL
+from tests.installed import needs
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
@@ -264,6 +265,7 @@ def test_what_a_client_says_of_its_failure_leaves_the_run_readable(
 LISTS = ("run.json", "rounds.jsonl", "clients.jsonl", "checksums.jsonl")
 
 
+@needs("remote")
 def test_a_run_whose_copy_cannot_be_begun_says_so_and_is_given_free(run_locally, tmp_path):
     told = "nothing://there is no place for a run: Protocol not known: nothing"
     # Whatever the exception holds on to is still there.

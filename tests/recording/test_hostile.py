@@ -42,6 +42,7 @@ from fedsim.recording.verify import verify
 from fedsim.recording.writer import RunWriter
 from fedsim.tasks.vision.datasets import load_dataset
 from tests import fuzz
+from tests.installed import needs
 from tests.recording.rows import client_row, round_row
 
 FILES = [
@@ -156,6 +157,7 @@ def be_behind_a_link(path: Path, run: Path, outside: Path) -> None:
     folder.symlink_to(outside / folder.relative_to(run))
 
 
+@needs("export")
 @pytest.mark.parametrize(
     "damage",
     [be_link, be_pipe, be_socket, be_device, be_folder, be_terabyte, be_behind_a_link],
@@ -423,6 +425,7 @@ def test_kernels_of_any_size_cost_nothing(run: Path, tmp_path: Path) -> None:
     assert command("verify", run) == 1
 
 
+@needs("export")
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -456,6 +459,7 @@ def test_a_shard_of_other_gradients_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@needs("export")
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -482,6 +486,7 @@ def test_a_partition_of_something_else_is_refused(
     assert command("verify", run) == 1
 
 
+@needs("export")
 @pytest.mark.parametrize(
     "values",
     [
@@ -873,6 +878,7 @@ is meant
 """
 
 
+@needs("compare")
 def test_a_class_that_a_run_names_is_taken_from_the_command_line_alone(
     named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -928,6 +934,7 @@ def test_nor_does_flower_or_python_take_a_class_from_a_run(named: Path, tmp_path
 # --- copies
 
 
+@needs("remote")
 @pytest.mark.parametrize("damage", [be_link, be_pipe, be_terabyte])
 @pytest.mark.parametrize("name", FILES)
 def test_a_copy_there_and_back_follows_no_link_and_waits_for_nothing(
@@ -954,6 +961,7 @@ def test_a_copy_there_and_back_follows_no_link_and_waits_for_nothing(
     assert not back.exists()
 
 
+@needs("remote")
 @pytest.mark.parametrize("name", ["rounds", "rounds/0001", "rounds/0001/clients"])
 def test_a_copy_leads_through_no_folder_that_is_a_link(
     name: str, run: Path, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -976,6 +984,7 @@ def test_a_copy_leads_through_no_folder_that_is_a_link(
     assert fuzz.snapshot(outside) == before
 
 
+@needs("remote")
 def test_what_lies_where_a_fetched_file_is_made_is_not_written_through(
     run: Path, outside: Path, tmp_path: Path
 ) -> None:
@@ -990,6 +999,7 @@ def test_what_lies_where_a_fetched_file_is_made_is_not_written_through(
     assert fuzz.snapshot(outside) == before
 
 
+@needs("remote")
 def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1015,6 +1025,7 @@ def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
     assert command("resume", run, "--rounds=2") == 0
 
 
+@needs("cluster")
 def test_a_cluster_that_a_run_names_is_not_asked_for_anything(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

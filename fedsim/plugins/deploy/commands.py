@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
-from fedsim.command import PATH, Command, Group, say, tell
+from fedsim.command import Command, Group, Whole, say, tell
 from fedsim.core.errors import FedsimError, InputError
 
 folder_argument = click.argument(
-    "folder", type=PATH, metavar="DIR", help="the folder of the federation"
+    "folder", type=Path, metavar="DIR", help="the folder of the federation"
 )
 _INSECURE = "insecure: anyone who reaches the server may join, listen and change what is sent"
 
@@ -31,7 +31,7 @@ def deploy() -> None:
 )
 @folder_argument
 @click.option(
-    "--supernodes", type=int, default=4, metavar="N", help="one for each client (default: 4)"
+    "--supernodes", type=Whole(), default=4, metavar="N", help="one for each client (default: 4)"
 )
 @click.option(
     "--address",
@@ -48,19 +48,19 @@ def deploy() -> None:
 )
 @click.option(
     "--port",
-    type=int,
+    type=Whole(),
     default=9092,
     metavar="PORT",
     help="port for the nodes; those after it are used too (default: 9092)",
 )
 @click.option(
-    "--data-root", type=PATH, metavar="FOLDER", help="where the nodes have the shared dataset"
+    "--data-root", type=Path, metavar="FOLDER", help="where the nodes have the shared dataset"
 )
 @click.option("--capture", is_flag=True, help="nodes allow that gradients are captured")
 @click.option("--insecure", is_flag=True, help="no TLS and no keys: anyone may join and listen")
 @click.option(
     "--days",
-    type=int,
+    type=Whole(),
     default=365,
     metavar="DAYS",
     help="validity of the server's certificate (default: 365)",
@@ -160,11 +160,11 @@ def gateway(folder: Path, listen: str) -> None:
 )
 @folder_argument
 @click.option(
-    "--node", type=int, metavar="N", help="the node of client N, whose key was lost or told"
+    "--node", type=Whole(), metavar="N", help="the node of client N, whose key was lost or told"
 )
 @click.option(
     "--days",
-    type=int,
+    type=Whole(),
     metavar="DAYS",
     help="validity of the server's certificate (default: 365)",
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from fedsim.command import PATH, Command, Group, data_root, run_argument
+from fedsim.command import Command, Group, Whole, data_root, run_argument
 
 round_option = click.option(
-    "--round", "number", type=int, required=True, metavar="R", help="a training round"
+    "--round", "number", type=Whole(), required=True, metavar="R", help="a training round"
 )
 
 
@@ -28,9 +28,9 @@ def export() -> None:
 )
 @run_argument
 @round_option
-@click.option("--client", type=int, required=True, metavar="P", help="whose steps")
-@click.option("--step", type=int, required=True, metavar="S", help="the first, from 0")
-@click.option("--steps", type=int, default=1, metavar="N", help="how many (default: 1)")
+@click.option("--client", type=Whole(), required=True, metavar="P", help="whose steps")
+@click.option("--step", type=Whole(), required=True, metavar="S", help="the first, from 0")
+@click.option("--steps", type=Whole(), default=1, metavar="N", help="how many (default: 1)")
 @click.option(
     "--allow-not-replayable",
     is_flag=True,
@@ -38,7 +38,7 @@ def export() -> None:
 )
 @data_root
 @click.option(
-    "--output", type=PATH, required=True, metavar="FOLDER", help="a folder that does not exist"
+    "--output", type=Path, required=True, metavar="FOLDER", help="a folder that does not exist"
 )
 def breaching(
     run: Path,
@@ -80,9 +80,9 @@ def breaching(
 @run_argument
 @round_option
 @click.option(
-    "--client", type=int, multiple=True, metavar="P", help="this client only (repeatable)"
+    "--client", type=Whole(), multiple=True, metavar="P", help="this client only (repeatable)"
 )
-@click.option("--output", type=PATH, required=True, metavar="PREFIX", help="how the names begin")
+@click.option("--output", type=Path, required=True, metavar="PREFIX", help="how the names begin")
 def notebook(run: Path, number: int, client: Sequence[int], output: Path) -> None:
     """Write a round as PREFIX_RR_tensors.pt and PREFIX_RR_meta.json."""
     from fedsim.plugins.export.export import export_notebook

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fedsim.command import PATH, Command, run_argument, say_first
+from fedsim.command import Command, run_argument, say_first
 
 url_argument = click.argument("url", metavar="URL", help="like s3://bucket/run")
 
@@ -74,7 +74,7 @@ def push(run: Path, url: str) -> None:
 
 @click.command("fetch", cls=Command, short_help="copy a run from a URL and check every byte")
 @url_argument
-@click.argument("folder", type=PATH, metavar="RUN", help="the run directory to make")
+@click.argument("folder", type=Path, metavar="RUN", help="the run directory to make")
 def fetch(url: str, folder: Path) -> None:
     """Copy a run from a URL or path into a folder that does not exist.
 

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import click
 
-from fedsim.command import PATH, Command, data_root, say_first
+from fedsim.command import Command, data_root, say_first
 
 
 @click.command(
     "report", cls=Command, short_help="write one page of figures about one run or several"
 )
 @click.argument(
-    "runs", type=PATH, nargs=-1, required=True, metavar="RUN...", help="run directories"
+    "runs", type=Path, nargs=-1, required=True, metavar="RUN...", help="run directories"
 )
 @click.option(
     "--output",
-    type=PATH,
+    type=Path,
     default="report.html",
     metavar="FILE",
     help="the page; an earlier report is replaced (default: report.html)",
 )
-@click.option("--png", type=PATH, metavar="FOLDER", help="write each figure as an image too")
+@click.option("--png", type=Path, metavar="FOLDER", help="write each figure as an image too")
 @click.option("--verify", is_flag=True, help="check all that `fedsim verify` does, not rows alone")
 @click.option(
     "--read-budget",

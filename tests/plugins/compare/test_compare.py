@@ -39,7 +39,7 @@ from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SMALL = {
     "dataset": "synthetic:60:3",
     "model": "cnn",

@@ -15,7 +15,7 @@ from fedsim.plugins.deploy.federation import Places, environment
 from tests.patience import PATIENCE
 from tests.ports import free_ports
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Flower has no setting for it: a killed node is missed after twice these seconds, not 60.
 HEARTBEAT = """\
 import sys

@@ -144,7 +144,7 @@ def test_runs_are_started_through_the_superlinks_own_port(made):
 
 def test_without_tls_and_keys_only_when_asked_and_with_a_warning(made):
     folder, said = made("--insecure", "--supernodes", "1")
-    assert said.startswith("fedsim: insecure: whoever reaches the server may join")
+    assert said.startswith("fedsim: insecure: anyone who reaches the server may join")
     assert not any(name.endswith((".key", ".crt", ".pub")) for name in files(folder))
     texts = "".join((folder / name).read_text() for name in sorted(files(folder)))
     assert "auth" not in texts.replace("author", "")
@@ -162,7 +162,7 @@ def test_the_same_is_never_written_twice(made, capsys):
     ("flags", "said"),
     [
         (["--supernodes", "0"], "supernodes = 0 cannot be used; expected 1 to 10000"),
-        (["--supernodes", "x"], "invalid int value: 'x'"),
+        (["--supernodes", "x"], "--supernodes = 'x' cannot be used; expected a whole number"),
         (["--port", "65531"], "port = 65531 cannot be used; expected 1 to 65530"),
         (["--port", "0"], "port = 0"),
         (["--address", "a b"], "address = 'a b' cannot be used; expected a host name"),

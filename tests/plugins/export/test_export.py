@@ -34,7 +34,7 @@ from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.recording.conftest import Recorded
 
-PAGE = Path(__file__).parents[2] / "docs" / "exports.md"
+PAGE = Path(__file__).parents[3] / "docs" / "exports.md"
 PLAIN = {"momentum": 0.0, "weight-decay": 0.0}
 MakeRun = Callable[..., Path]
 
@@ -701,10 +701,13 @@ def test_the_command_exports_a_round(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "FORM"),
+        ([], "missing command; see `fedsim export --help`"),
         (["pickle"], "'pickle'"),
         (["breaching", "RUN"], "--round"),
-        (["breaching", "RUN", "--round", "x"], "argument --round: invalid int value: 'x'"),
+        (
+            ["breaching", "RUN", "--round", "x"],
+            "--round = 'x' cannot be used; expected a whole number",
+        ),
         (["notebook", "RUN", "--round", "9", "--output", "o"], "round 9 of"),
         (["notebook", "RUN", "--round", "1", "--client", "3", "--output", "o"], "client 3 has no"),
         (["notebook", "RUN", "--round", "1", "--steps", "3", "--output", "o"], "'--steps'"),
