@@ -178,10 +178,11 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
         *("Model and local training:", "Captured gradients:", "Aggregation:", "Machine:"),
         *("Course of the run:", "Output:"),
     ]
-    text = " ".join(out.split())
+    # Lines are broken at hyphens, too.
+    text = " ".join(out.split()).replace("- ", "-")
     for shown in (
-        "--model {resnet18,resnet18-cifar,cnn} resnet18 (torchvision's)",
-        "--norm {batch,group} normalisation layers (default: batch)",
+        "--model VALUE resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn",
+        "--norm VALUE normalisation layers: batch or group (default: batch)",
         "--optimizer {sgd,adam} local optimiser (default: sgd)",
         "--device {auto,cpu,cuda,mps} where training",
         "--nesterov [{true,false}] Nesterov momentum (default: false)",
@@ -194,8 +195,8 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
     assert all(name in text.partition("Aggregation: --strategy")[2] for name in STRATEGIES)
     assert "name='" not in text
     # A run is gone on with as it was recorded, whatever the defaults are.
-    resumed = " ".join(call(["resume", "--help"], capsys)[1].split())
-    assert "--norm {batch,group} normalisation layers --optimizer" in resumed
+    resumed = " ".join(call(["resume", "--help"], capsys)[1].split()).replace("- ", "-")
+    assert "--norm VALUE normalisation layers: batch or group --optimizer" in resumed
 
 
 def test_the_command_line_starts_quickly_without_torch():
