@@ -130,6 +130,27 @@ def test_a_task_is_known_in_its_own_room_alone(module):
     assert made == ({"augment", "normalise"} if module == "fedsim.tasks.vision.images" else set())
 
 
+# What packages are called, where that is not how they are imported.
+DISTRIBUTIONS = {"PIL": "pillow", "mlflow": "mlflow-skinny", "sklearn": "scikit-learn"}
+# flwr[simulation] brings it at the version that Flower takes.
+OF_FLOWER = {"ray"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_a_module_imports_is_declared(module):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needs = [
+        *project["dependencies"],
+        *(n for name in extras if name != "dev" for n in extras[name]),
+    ]
+    declared = {re.split(r"[\[<>=]", need)[0] for need in needs} | OF_FLOWER
+    imported = {name.split(".")[0] for name in imported_by(module, parse(MODULES[module]))}
+    theirs = imported - {*sys.stdlib_module_names, *OURS}
+    named = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in theirs}
+    assert sorted(named - declared) == []
+
+
 def test_the_package_itself_imports_its_face_alone_and_only_when_asked():
     tree = parse(MODULES["fedsim"])
     names = set(imported_by("fedsim", tree)) - {"__future__", "typing"}
