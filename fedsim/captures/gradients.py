@@ -221,7 +221,7 @@ class Gradients(Capture):
         return int(client.telemetry["bytes_captured"]) if is_replayable(client) else 0
 
     def check(self, evidence: Evidence) -> None:
-        """Replay the local optimiser over the gradients, or at least measure them."""
+        """Replay the local optimizer over the gradients, or at least measure them."""
         client, findings = evidence.client, evidence.findings
         shards = sorted(name for name in evidence.own if is_shard(name.rpartition("/")[2]))
         if not evidence.are_here:
@@ -432,7 +432,7 @@ class Gradient(Mapping[str, Tensor]):
 
 
 class Shard:
-    """A file of captured gradients, whatever their encoding and dtype.
+    """A file of captured gradients of any encoding and dtype.
 
     Parameters
     ----------
@@ -560,7 +560,7 @@ class ClientGradients:
 
     @property
     def is_replayable(self) -> bool:
-        """Whether the optimiser can be replayed over all local steps.
+        """Whether the optimizer can be replayed over all local steps.
 
         Every step must have been kept. With float16 autocast a step whose gradient overflowed
         made no update, so every parameter must have been kept too.
@@ -739,7 +739,7 @@ class ClientGradients:
             if self._run.has_removed(self._client.telemetry):
                 where = "were removed to make room; `fedsim collect` brings them from a copy"
             raise InputError(f"gradients of {self._whose} {where}")
-        # Whatever else is there was not listed.
+        # Other files there were not listed.
         listed = sorted(name for name in self._client.telemetry["files"] if is_shard(name))
         shards = [Shard(self._client.folder / name, self._run.shapes) for name in listed]
         for shard in shards:
@@ -765,7 +765,7 @@ class ClientGradients:
 
     def _new_replay(self) -> Replay:
         if not self.shards:
-            # there is nothing to follow; this says so.
+            # Says that there is nothing to follow.
             self.gradient(0)
         if self._client.unknown_correction:
             raise InputError(f"{self._whose} cannot be replayed: {self._client.unknown_correction}")
@@ -890,7 +890,7 @@ class _Measures:
 
 
 def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) -> None:
-    """Check that the local optimiser over the recorded gradients lands on the delta.
+    """Check that the local optimizer over the recorded gradients lands on the delta.
 
     Parameters
     ----------
@@ -991,7 +991,7 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
 class _Course:
     """Parameters on their way through the recorded gradients of a client.
 
-    What was rounded when it was stored leads beside the delta, how far depends on the optimiser and
+    What was rounded when it was stored leads beside the delta, how far depends on the optimizer and
     on how its steps add up. So they go again with every entry moved by a unit of its last place, up
     or down by chance, which is twice as far as rounding can have moved it.
 

@@ -69,13 +69,13 @@ class Client:
     def __getattr__(self, name: str) -> Any:
         """Look a name up in what captures bring: ``gradient(step)``, ``layer(name)`` and others."""
         if not name.startswith("_"):
+            found = next((c for c in all_captures() if name in c.reads), None)
             # Loads a class of the user's where the run has one.
-            chosen = type(self._run.config.policy)
-            for capture in (*all_captures(), chosen):
-                if name in capture.reads:
-                    if capture not in self._views:
-                        self._views[capture] = capture.open(self)
-                    return getattr(self._views[capture], name)
+            capture = found or type(self._run.config.policy)
+            if name in capture.reads:
+                if capture not in self._views:
+                    self._views[capture] = capture.open(self)
+                return getattr(self._views[capture], name)
         raise AttributeError(f"a client has no {name}", name=name, obj=self)
 
     def __dir__(self) -> Iterator[str]:

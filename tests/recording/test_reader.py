@@ -435,7 +435,7 @@ def run_of(
     parameters = [{"name": n, "shape": list(s), "dtype": "float32"} for n, s in SHAPES.items()]
     model = {"arch": "cnn", "parameters": parameters, "buffers": []}
     manifest = {"config": config.to_mapping(), "model": model}
-    writer = RunWriter.create(root, manifest, [])
+    writer = RunWriter.create(root, manifest, [np.arange(len(gradients))] * 7)
     state = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     writer.add_state(0, state)
     writer.add_round(round_row(0))
