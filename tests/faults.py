@@ -29,6 +29,7 @@ from fedsim.flower import messages as wire
 from fedsim.flower.client import FedSimClient
 from fedsim.flower.client_app import FedSimClientApp
 from fedsim.flower.client_app import app as client_app
+from fedsim.flower.recorder import place_of
 from fedsim.recording.files import TensorWriter
 from fedsim.recording.recorder import StepRecorder
 from fedsim.recording.writer import RunWriter
@@ -202,7 +203,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
             if by_value:
                 parameters = [np.full_like(parameters[0], np.nan), *parameters[1:]]
             else:
-                place = self._place(config)
+                place = place_of(self._node, config)
                 assert place is not None
                 fault.act(place.root)
         return train(self, parameters, config, correction)

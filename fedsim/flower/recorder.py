@@ -55,7 +55,7 @@ class ClientRecorder:
         plan = workplace.plan
         self._is_asked = messages.RUN_ID in config
         self._norms = FirstStepNorms()
-        self._place = _place_of(node, config)
+        self._place = place_of(node, config)
         self._refusal: str | None = None
         self._steps: StepRecorder | None = None
         captures = plan.config.captures
@@ -128,7 +128,7 @@ class ClientRecorder:
         }
 
 
-def _place_of(node: NodeSettings, config: Mapping[str, Scalar]) -> Place | None:
+def place_of(node: NodeSettings, config: Mapping[str, Scalar]) -> Place | None:
     """Find where to record; None where nothing is to be recorded, or there is no place."""
     if messages.RUN_ID not in config or node.recordings is None:
         return None
