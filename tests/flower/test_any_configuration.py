@@ -85,6 +85,8 @@ tables = st.dictionaries(
 # Values that most runs can use; what they cannot be combined with is left to chance.
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "dataset": st.sampled_from(["synthetic:60:3"] * 8 + ["synthetic:10:2", "synthetic:61:12"]),
+    "learning-rate-schedule": st.just("constant"),
+    "behavior": st.sampled_from([{}, {"honest": {"clients": [0]}}]),
     "data-root": st.sampled_from(["", "nowhere", "."]),
     "clients": st.integers(1, 6),
     "clients-per-round": st.integers(1, 3),
