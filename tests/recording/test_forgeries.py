@@ -591,7 +591,8 @@ def test_every_number_of_every_row_is_proven_or_named(
 ELSEWHERE = {
     # Of runs that failed or were continued, named whatever they are.
     *("error", "diverged", "resumed"),
-    # With float16 or a proximal term, on other hosts, in shared files, on other machines.
+    # Not honest, with float16 or a proximal term, on other hosts, in shared files, elsewhere.
+    "behavior",
     *("num_updates", "proximal_mu", "place", "not_captured", "shard", "arithmetic"),
     *("proximal", "objective_norm"),
 }  # fmt: skip
