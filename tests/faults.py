@@ -209,7 +209,7 @@ def hooks(fault: Fault) -> list[tuple[type, str, Callable[..., Any]]]:
         return train(self, parameters, config, correction)
 
     def faulty_step(self: StepRecorder, seen: Any) -> None:
-        folder = self._folder
+        folder = self.folder
         due = seen.index == 1 and here(folder) and fault.kind != "wrong shape"
         if due and on_file:
             due = any(folder.parent.glob("*/gradients-*.safetensors"))
