@@ -341,7 +341,7 @@ def summary_of(plan: RunPlan, workers: int, path: Path) -> Summary:
     facts = {
         "data": f"{spec.name}: {spec.train_size:,} + {spec.test_size:,} samples, {classes} classes",
         "partition": f"{config.partition}, {min(plan.sizes)} to {max(plan.sizes)} samples a client",
-        "model": f"{config.model}, {config.norm} norm, {parameters:,} parameters",
+        "model": f"{config.described_model}, {parameters:,} parameters",
         "rounds": f"{config.rounds} of {drawn}, seed {config.seed}, {config.strategy.name}",
         "capture": _capture_line(plan),
     }

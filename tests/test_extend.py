@@ -51,6 +51,22 @@ def example(name: str, output: Path) -> Run:
     return run
 
 
+def test_a_task(tmp_path: Path) -> None:
+    run = example("task", tmp_path / "run")
+    accuracy = [row["global_accuracy"] for row in run.round_rows]
+    assert accuracy[3] > accuracy[0] + 0.25
+    data = run.entry("dataset")
+    assert data["columns"] == {
+        "grey": {"dtype": "float32", "shape": [64]},
+        "digit": {"dtype": "int64", "shape": [], "values": 10},
+    }
+    assert (data["name"], data["label"], data["train_size"]) == ("digits-64", "digit", 1497)
+    registry._trusted.clear()
+    with pytest.raises(InputError, match="is code, which is loaded only where the user names it"):
+        verify(tmp_path / "run")
+    assert set(load_run(tmp_path / "run").round(1).state) == set(run.shapes)
+
+
 def test_a_schedule(tmp_path: Path) -> None:
     run = example("schedule", tmp_path / "run")
     for number, base in ((1, 0.01), (2, 0.01), (3, 0.005)):
@@ -88,6 +104,8 @@ def test_code_is_loaded_only_where_the_user_names_it(
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"task": "audio"}, "task = 'audio' cannot be used; expected one of 'vision', or your own "
+         "as module:NAME"),
         ({"learning-rate-schedule": "cosin"}, "learning-rate-schedule = 'cosin' cannot be used; "
          "expected one of 'constant', or your own as module:NAME"),
         ({"behavior": {"evil": {"clients": [0]}}}, "behavior.evil = 'evil' cannot be used; "
@@ -108,6 +126,8 @@ def test_what_is_not_there_is_refused(values: dict[str, Any], told: str) -> None
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"task": "builtins:print"}, "task = 'builtins:print' cannot be used; "
+         "expected what gives a task, with spec"),
         ({"learning-rate-schedule": "nowhere:rate"}, "learning-rate-schedule = 'nowhere:rate' "
          "cannot be used; expected a callable that can be imported: ModuleNotFoundError"),
         ({"behavior": {"honest": {"clients": [0], "power": 3}}}, "behavior.honest = {'power': 3} "

@@ -199,6 +199,10 @@ class RunConfig(StrictModel):
         "resnet18", description="resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn"
     )
     norm: str = Field("batch", description="normalisation layers: batch or group")
+    task: str = Field(
+        "vision",
+        description="what clients learn: vision (images in classes), or your own as module:NAME",
+    )
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser")
     learning_rate: Annotated[Rates, BeforeValidator(_listed)] = Field(
         0.01, description="local learning rate"
@@ -368,7 +372,8 @@ class RunConfig(StrictModel):
             raise ConfigError(
                 "client-gpus", self.client_gpus, "a share up to 1 or a whole number of GPUs"
             )
-        task_of(self)
+        if not registry.is_code(self.task):
+            task_of(self)
         self._check_behavior()
         self._check_strategy()
         return self
@@ -479,8 +484,19 @@ class RunConfig(StrictModel):
     @property
     def code(self) -> list[str]:
         """The user's own code that clients run, as ``module:NAME``."""
-        named = [n for n in (self.learning_rate_schedule, *self.behavior) if registry.is_code(n)]
-        return [*named, *([self.capture] if is_own(self.capture) else [])]
+        named = (self.task, self.learning_rate_schedule, *self.behavior)
+        own = [self.capture] if is_own(self.capture) else []
+        return [*(name for name in named if registry.is_code(name)), *own]
+
+    @property
+    def arch(self) -> str:
+        """The model, or the user's own task that has one."""
+        return self.task if registry.is_code(self.task) else self.model
+
+    @property
+    def described_model(self) -> str:
+        """The model as a person would say it."""
+        return self.arch if registry.is_code(self.task) else f"{self.model}, {self.norm} norm"
 
     @property
     def own_data(self) -> bool:
@@ -671,6 +687,7 @@ def flags_to_resume(config: RunConfig) -> str:
     values = config.to_mapping()
     asked = {
         "strategy": config.strategy.is_users,
+        "task": registry.is_code(config.task),
         "learning-rate-schedule": registry.is_code(config.learning_rate_schedule),
         "behavior": any(map(registry.is_code, config.behavior)),
         "capture": is_own(config.capture),
@@ -697,7 +714,7 @@ def check_outside(run: Path) -> None:
 
 
 def _check_names_no_code(values: Mapping[str, Any], given: Collection[str], run: Path) -> None:
-    for key in ("learning-rate-schedule", "behavior", "capture"):
+    for key in ("task", "learning-rate-schedule", "behavior", "capture"):
         is_code = is_own if key == "capture" else registry.is_code
         names = [values[key]] if isinstance(values.get(key), str) else [*values.get(key, ())]
         if key not in given and any(isinstance(n, str) and is_code(n) for n in names):

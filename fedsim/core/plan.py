@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedsim.core import registry
 from fedsim.core.algorithm import Algorithm, Setup, make_algorithm
 from fedsim.core.behavior import behavior_of
 from fedsim.core.capture import Capture, is_own
@@ -67,7 +68,7 @@ class RunPlan:
     done: int = -1
 
     @classmethod
-    def prepare(cls, config: RunConfig, *, download: bool = True) -> Self:
+    def prepare(cls, config: RunConfig, *, download: bool = True, trust: bool = True) -> Self:
         """Load the data, deal the partition and draw the initial weights.
 
         Parameters
@@ -76,12 +77,16 @@ class RunPlan:
             The configuration.
         download : bool
             Whether data that is not there may be downloaded.
+        trust : bool
+            Whether the user named the code that the configuration names, and it may be loaded.
 
         Raises
         ------
         InputError
             When the data cannot be had, or no parameter matches ``capture-layers``.
         """
+        if trust:
+            registry.trust(config.code)
         dataset = task_of(config, download=download).data()
         partition: list[NDArray[np.int64]] = []
         if not config.own_data:
@@ -94,7 +99,7 @@ class RunPlan:
             raise ConfigError(
                 "capture-layers",
                 list(config.capture_layers),
-                f"globs that match a parameter of {config.model}, like {next(iter(parameters))!r}",
+                f"globs that match a parameter of {config.arch}, like {next(iter(parameters))!r}",
             )
         return cls(
             config=config,

@@ -16,11 +16,12 @@ from typing import Any
 from fedsim.core.errors import ConfigError, InputError, shorten
 
 TASKS = ("vision",)
-"""The packages of ``fedsim.tasks``; the first is the one that a configuration means."""
+"""The packages of ``fedsim.tasks``; the first reads the data of nodes that have their own."""
 TRUSTED = "FEDSIM_CODE"
 """Environment variable: names of the user's code that this process may load, with commas."""
 
 _trusted: set[str] = set()
+_tasks: dict[Callable[..., Any], Any] = {}
 
 
 def task_module(task: str, part: str) -> ModuleType:
@@ -36,6 +37,26 @@ def is_code(name: str) -> bool:
 def trust(names: Iterable[str]) -> None:
     """Let this process load code that the user named; a run or a server never does that."""
     _trusted.update(name for name in names if is_code(name))
+
+
+def users_task(name: str) -> Any:
+    """Make a task of the user's, once in each process.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be imported or made.
+    InputError
+        When it is code that the user did not name to this process.
+    """
+    make = _users("task", name)
+    if make not in _tasks:
+        try:
+            _tasks[make] = make()
+        except Exception as error:
+            why = f"a callable that gives a task: {type(error).__name__}: {error}"
+            raise ConfigError("task", name, why) from None
+    return _tasks[make]
 
 
 def factory(field: str, room: str, name: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.core import registry
+from fedsim.core.errors import ConfigError
 from fedsim.core.own_data import OwnData
 from fedsim.core.rng import torch_seed
 
@@ -210,6 +211,9 @@ class StoresData(Protocol):
         ...
 
 
+_MEMBERS = ("spec", "merge_single", "model", "data", "batch", "loss", "metrics")
+
+
 def task_of(config: RunConfig, *, data_root: str | None = None, download: bool = True) -> Task:
     """Make the task of a configuration.
 
@@ -226,10 +230,20 @@ def task_of(config: RunConfig, *, data_root: str | None = None, download: bool =
     ------
     ConfigError
         When the configuration has settings that the task does not take.
+    InputError
+        When it is code that the user did not name to this process.
     """
     if data_root is not None:
         config = config.model_copy(update={"data_root": data_root})
-    return cast(Task, registry.task_module(registry.TASKS[0], "task").make(config, download))
+    if registry.is_code(config.task):
+        found = registry.users_task(config.task)
+        if missing := [name for name in _MEMBERS if not hasattr(found, name)]:
+            raise ConfigError("task", config.task, f"what gives a task, with {missing[0]}")
+        return cast(Task, found)
+    if config.task not in registry.TASKS:
+        names = ", ".join(map(repr, registry.TASKS))
+        raise ConfigError("task", config.task, f"one of {names}, or your own as module:NAME")
+    return cast(Task, registry.task_module(config.task, "task").make(config, download))
 
 
 def initial_model(config: RunConfig) -> nn.Module:

@@ -321,7 +321,7 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
         "versions": versions(),
         "device": device_of(plan),
         "model": {
-            "arch": plan.config.model,
+            "arch": plan.config.arch,
             "parameters": [
                 {"name": n, "shape": list(s), "dtype": "float32"}
                 for n, s in plan.parameters.items()

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.core import registry
 from fedsim.core.aggregation import State
 from fedsim.core.algorithm import Algorithm, ArraySpec, Setup, make_algorithm, make_users
 from fedsim.core.behavior import ClientInRound, behavior_of
@@ -539,9 +540,10 @@ class Run:
         InputError
             When they hold other numbers of them.
         """
-        spec = task_of(self.config).spec
+        # A task of the user's own is not loaded to look at a run.
+        spec = None if registry.is_code(self.config.task) else task_of(self.config).spec
         held = sum(len(indices) for indices in self.partition.values())
-        samples = spec.train_size
+        samples = self.entry("dataset")["train_size"] if spec is None else spec.train_size
         if self.config.own_data:
             samples = sum(self.entry("partition")["sizes"])
         if (held, len(self.partition)) != (samples, self.config.clients):
@@ -554,8 +556,7 @@ class Run:
                 raise InputError(f"{self.layout.partition} has positions beyond 0 to {held - 1}")
         # No more than a fifth of the samples, by the name of the dataset.
         name, shape = list(self.shapes.items())[-1]
-        classes = classes_of(spec)
-        if spec.label is not None and shape != (classes,):
+        if spec is not None and shape != (classes := classes_of(spec),):
             raise InputError(
                 f"{self.layout.manifest}: {name} has shape {shape}; expected ({classes},), "
                 f"the classes of {self.config.dataset}"

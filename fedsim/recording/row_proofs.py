@@ -70,7 +70,7 @@ def prove_manifest(
     largest = max((config.num_participants(r) for r in range(1, config.rounds + 1)), default=0)
     expected = {
         "seed": config.seed,
-        "model.arch": config.model,
+        "model.arch": config.arch,
         "model.parameters": [arrays[n] for n, _ in model.named_parameters()],
         "model.buffers": [a for n, a in arrays.items() if n not in names],
     }

@@ -212,7 +212,7 @@ def _facts(study: Study) -> dict[str, str]:
     facts |= {
         "data": f"{config.dataset}, {config.partition} over {config.clients} clients of "
         f"{min(sizes)} to {max(sizes)} samples",
-        "model": f"{config.model}, {config.norm} norm, {config.strategy.name}",
+        "model": f"{config.described_model}, {config.strategy.name}",
         "clients": f"{len(study.ok_rows)} trained, {failed} failed",
         "captured": f"{config.capture}, "
         f"{format_bytes(sum(row['bytes_captured'] for row in study.ok_rows))}",
