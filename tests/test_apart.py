@@ -267,8 +267,13 @@ def test_a_second_interrupt_ends_the_run_at_once(folder: Path) -> None:
     under_way(folder, process)
     family = [p for p in those_of(folder) if p.pid != process.pid]
     run = next(p for p in family if "fedsim.cell" in p.cmdline())
-    # It cannot do what it is asked.
+    # It cannot do what it is asked. A thread that has not stopped yet would still take the word.
     run.suspend()
+    while {"T"} != {
+        stat.read_text().rpartition(") ")[2][0]
+        for stat in Path(f"/proc/{run.pid}/task").glob("*/stat")
+    }:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     with Path(f"/proc/{run.pid}/fd/0").open("rb") as asked:
         # The first is taken before the second is sent.
