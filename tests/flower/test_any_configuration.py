@@ -85,6 +85,7 @@ tables = st.dictionaries(
 # Values that most runs can use; what they cannot be combined with is left to chance.
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "dataset": st.sampled_from(["synthetic:60:3"] * 8 + ["synthetic:10:2", "synthetic:61:12"]),
+    "task": st.just("vision"),
     "learning-rate-schedule": st.just("constant"),
     "behavior": st.sampled_from([{}, {"honest": {"clients": [0]}}]),
     "data-root": st.sampled_from(["", "nowhere", "."]),
