@@ -196,7 +196,7 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
     assert "name='" not in text
     # A run is gone on with as it was recorded, whatever the defaults are.
     resumed = " ".join(call(["resume", "--help"], capsys)[1].split()).replace("- ", "-")
-    assert "--norm VALUE normalisation layers: batch or group --optimizer" in resumed
+    assert "--norm VALUE normalisation layers: batch or group --task" in resumed
 
 
 def test_the_command_line_starts_quickly_without_torch():
