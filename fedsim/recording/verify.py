@@ -346,7 +346,7 @@ class _Verifier:
         self._in_parallel([partial(self._is_whole, name) for name in left])
 
     def _in_parallel(self, tasks: Sequence[Callable[[], object]]) -> None:
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with self.findings.in_one_order(), ThreadPoolExecutor(self._jobs) as pool:
             for future in [pool.submit(task) for task in tasks]:
                 future.result()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.recording.findings import REPLAY, WHOLE_RUN, Findings, Place
+from fedsim.recording.findings import REPLAY, STATE, WHOLE_RUN, Findings, Place
 
 ROLL = {1: frozenset({1, 3, 7}), 2: frozenset({1, 3, 7}), 3: frozenset({3}), 4: frozenset({3, 8})}
 
@@ -57,3 +57,15 @@ def test_what_something_else_proves_is_no_longer_told_whenever_it_does() -> None
     # Nobody left what is settled here.
     findings.settle(REPLAY, "another", at=(1, 7))
     assert findings.checks[REPLAY].unproven == []
+
+
+def test_what_threads_tell_stands_in_one_order_after_what_was_told_before() -> None:
+    found = Findings()
+    found.violate(STATE, "z, told before")
+    found.leave(STATE, "z, left before", at=(1, None))
+    with found.in_one_order():
+        for name in ("c", "a", "b"):
+            found.violate(STATE, name)
+            found.leave(STATE, name, at=(1, None))
+    assert found.checks[STATE].violations == ["z, told before", "a", "b", "c"]
+    assert found.checks[STATE].reasons == ["z, left before", "a", "b", "c"]
