@@ -75,14 +75,25 @@ def read_checksums(path: Path) -> Iterator[ChecksumLine]:
         When the file is missing, or a line is not what was written.
     """
     try:
-        for number, line in enumerate(text_lines(path), start=1):
-            row = _row_of(line[:-1])
-            if row is None:
-                raise InputError(f"{path}: line {number} is not what was written")
-            files = {name: Checksum(file.bytes, file.xxh3_128) for name, file in row.files.items()}
-            yield ChecksumLine(number, files, frozenset(row.elsewhere), frozenset(row.removed))
+        yield from parse_checksums(text_lines(path), str(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_checksums(lines: Iterable[bytes], place: str) -> Iterator[ChecksumLine]:
+    """Parse lines, each with its newline; an error names the place they came from.
+
+    Raises
+    ------
+    InputError
+        When a line is not what was written.
+    """
+    for number, line in enumerate(lines, start=1):
+        row = _row_of(line[:-1])
+        if row is None:
+            raise InputError(f"{place}: line {number} is not what was written")
+        files = {name: Checksum(file.bytes, file.xxh3_128) for name, file in row.files.items()}
+        yield ChecksumLine(number, files, frozenset(row.elsewhere), frozenset(row.removed))
 
 
 def files_away(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:

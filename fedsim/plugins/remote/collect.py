@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 import psutil
-from fsspec.implementations.local import LocalFileSystem
 
 from fedsim.core.errors import InputError
-from fedsim.core.inputs import open_regular
 from fedsim.core.units import format_bytes
-from fedsim.plugins.remote.urls import file_system, reason_of
+from fedsim.plugins.remote.folder import Folder, OtherFileError, RemoteError, reason_of
 from fedsim.recording.checksums import files_away, read_checksums
-from fedsim.recording.files import TEMPORARY, Checksum, Digest, temporary
-from fedsim.recording.layout import RunLayout
+from fedsim.recording.files import TEMPORARY, Checksum
 from fedsim.recording.reader import Run
 from fedsim.recording.writer import is_being_written
 
 Progress = Callable[[int, int], None]
 
-_READ_BYTES = 4 * 2**20
 _OF_PROCESS = re.compile(rf"\.([0-9]{{1,9}}){re.escape(TEMPORARY)}\Z")
 
 
@@ -82,21 +76,20 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
         return Collected()
     _remove_leftovers({run.layout.inside(name).parent for name in wanted})
     run_id = run.entry("id")
-    folders = [folder for source in sources for folder in _Source.at(source, run_id)]
-    collected = Collected()
-    offers = {name: _offers(name, checksum, folders) for name, checksum in wanted.items()}
+    folders = [_open(source) for source in sources]
+    places = [(folder, below) for folder in folders for below in (f"{run_id}/", "")]
+    offers = {name: _offers(name, checksum, places) for name, checksum in wanted.items()}
     # What no source has needs no room.
-    total = sum(wanted[name].size for name, found in offers.items() if found.sources)
+    total = sum(wanted[name].size for name, offer in offers.items() if offer.sources)
     if total > (free := shutil.disk_usage(run.path).free):
         raise InputError(
             f"{run.path} needs {format_bytes(total)} more and its disk has {format_bytes(free)} "
             "free"
         )
-    done = 0
-    for name, checksum in wanted.items():
-        _fetch(run, name, checksum, offers[name], collected)
-        if offers[name].sources:
-            done += checksum.size
+    collected, done = Collected(), 0
+    for name, offer in offers.items():
+        _fetch(run, name, wanted[name], offer, collected)
+        done += wanted[name].size if offer.sources else 0
         if progress is not None:
             progress(done, total)
     if not collected.files and not collected.wrong:
@@ -115,112 +108,53 @@ def _remove_leftovers(folders: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A folder with the layout of a run directory, on any file system."""
-
-    fs: Any
-    path: str
-    below: str
-    shown: str
-
-    @classmethod
-    def at(cls, source: str, run_id: str) -> Iterator[_Source]:
-        """Give the places below a source where files of a run may be."""
-        fs, path = file_system(source)
-        path = path.rstrip("/")
-        try:
-            is_folder = fs.isdir(path or "/")
-        # Each store has exceptions of its own.
-        except Exception as error:
-            raise InputError(f"{source} cannot be collected from: {reason_of(error)}") from None
-        if not is_folder:
-            raise InputError(f"{source} cannot be collected from: it is not a folder")
-        for below in (f"/{run_id}", ""):
-            yield cls(fs, path, below, f"{source.rstrip('/')}{below}")
-
-    def size(self, name: str) -> int | None:
-        """Count the bytes of a file; None where there is none."""
-        try:
-            if isinstance(self.fs, LocalFileSystem):
-                with self._opened(name) as file:
-                    return os.fstat(file.fileno()).st_size
-            found = self.fs.info(f"{self.path}{self.below}/{name}")
-        except FileNotFoundError:
-            return None
-        return int(found["size"]) if found["type"] == "file" else None
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Read a file."""
-        with self._opened(name) as file:
-            while chunk := file.read(_READ_BYTES):
-                yield chunk
-
-    def _opened(self, name: str) -> IO[bytes]:
-        if not isinstance(self.fs, LocalFileSystem):
-            opened: IO[bytes] = self.fs.open(f"{self.path}{self.below}/{name}", "rb")
-            return opened
-        # What a node sent may be a stranger's, as a run directory may.
-        inside = RunLayout(Path(self.path or "/")).inside(f"{self.below}/{name}".lstrip("/"))
-        return os.fdopen(open_regular(inside), "rb")
+def _open(source: str) -> Folder:
+    folder = Folder(source.rstrip("/") or "/")
+    try:
+        reason = "" if folder.exists() else "it is not a folder"
+    # Each store has exceptions of its own.
+    except Exception as error:
+        reason = reason_of(error)
+    if reason:
+        raise InputError(f"{source} cannot be collected from: {reason}")
+    return folder
 
 
 @dataclass
-class _Offers:
-    """Sources that have a file of the right size, and what is wrong with the others."""
+class _Offer:
+    """Where a file of the right size is, and what is wrong with those of other places."""
 
-    sources: list[_Source]
-    refused: list[str]
+    sources: list[tuple[Folder, str]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
-def _offers(name: str, checksum: Checksum, sources: Iterable[_Source]) -> _Offers:
-    offers = _Offers([], [])
-    for source in sources:
+def _offers(name: str, checksum: Checksum, places: Iterable[tuple[Folder, str]]) -> _Offer:
+    offer = _Offer()
+    for folder, below in places:
         try:
-            size = source.size(name)
-        except Exception as error:
-            offers.refused.append(f"{source.shown}/{name} cannot be copied: {reason_of(error)}")
+            size = folder.size(f"{below}{name}")
+        except RemoteError as error:
+            offer.refused.append(str(error))
             continue
         if size == checksum.size:
-            offers.sources.append(source)
+            offer.sources.append((folder, f"{below}{name}"))
         elif size is not None:
-            offers.refused.append(f"{source.shown}/{name} is not what the client wrote")
-    return offers
+            offer.refused.append(f"{folder.url}/{below}{name} is not what the client wrote")
+    return offer
 
 
-def _fetch(run: Run, name: str, checksum: Checksum, offers: _Offers, collected: Collected) -> None:
-    path = run.layout.inside(name)
-    refused = list(offers.refused)
-    for source in offers.sources:
+def _fetch(run: Run, name: str, checksum: Checksum, offer: _Offer, collected: Collected) -> None:
+    for folder, there in offer.sources:
         try:
-            _copy(source.chunks(name), path, checksum)
-        except _OtherBytesError:
-            refused.append(f"{source.shown}/{name} is not what the client wrote")
-        except Exception as error:
-            refused.append(f"{source.shown}/{name} cannot be copied: {reason_of(error)}")
+            folder.get(there, run.layout.inside(name), checksum)
+        except OtherFileError:
+            offer.refused.append(f"{folder.url}/{there} is not what the client wrote")
+        except RemoteError as error:
+            offer.refused.append(str(error))
         else:
             collected.files += 1
             collected.size += checksum.size
             return
-    collected.wrong += refused
-    if not refused:
+    collected.wrong += offer.refused
+    if not offer.refused:
         collected.missing.append(name)
-
-
-class _OtherBytesError(Exception):
-    """A file has other bytes than those of its checksum."""
-
-
-def _copy(chunks: Iterable[bytes], path: Path, checksum: Checksum) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest = Digest()
-    with temporary(path) as unfinished:
-        with unfinished.open("wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                # No more than was promised, however much there is.
-                if digest.size > checksum.size:
-                    break
-                file.write(chunk)
-        if digest.checksum() != checksum:
-            raise _OtherBytesError

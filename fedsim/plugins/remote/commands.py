@@ -57,8 +57,8 @@ def push(run: Path, url: str) -> None:
     The same command goes on. A run with `mirror` does this by itself.
     """
     from fedsim.core.units import format_bytes
+    from fedsim.plugins.remote.folder import Folder
     from fedsim.plugins.remote.mirror import push
-    from fedsim.plugins.remote.urls import RemoteFolder
     from fedsim.recording.reader import load_run
     from fedsim.recording.recovery import check_places
     from fedsim.terminal import ByteProgress, make_console
@@ -67,7 +67,7 @@ def push(run: Path, url: str) -> None:
     check_places(run)
     console = make_console()
     with ByteProgress(console, f"copying {run}") as progress:
-        size = push(run, RemoteFolder(url), progress=progress)
+        size = push(run, Folder(url), progress=progress)
     text = f"copied: {format_bytes(size)} to {url}, which is up to date"
     console.print(text, markup=False, soft_wrap=True)
 

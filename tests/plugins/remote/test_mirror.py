@@ -14,9 +14,9 @@ from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
-from fedsim.plugins.remote import mirror, urls
+from fedsim.plugins.remote import folder, mirror
+from fedsim.plugins.remote.folder import Folder, RemoteError
 from fedsim.plugins.remote.mirror import Mirror, Stopped, check_new, check_same, fetch, push
-from fedsim.plugins.remote.urls import RemoteError, RemoteFolder
 from fedsim.recording.checksums import checksum_line, read_checksums
 from fedsim.recording.files import Checksum
 from fedsim.recording.reader import load_run
@@ -31,7 +31,7 @@ class CutOffError(RemoteError):
     pass
 
 
-class Counting(RemoteFolder):
+class Counting(Folder):
     """A folder that takes so many files, and no more."""
 
     def __init__(self, url, most=10**9):
@@ -39,13 +39,9 @@ class Counting(RemoteFolder):
         self.most = most
         self.names = []
 
-    def write(self, name, content):
+    def put(self, name, content):
         self._count(name)
-        super().write(name, content)
-
-    def put(self, name, path):
-        self._count(name)
-        super().put(name, path)
+        super().put(name, content)
 
     def _count(self, name):
         if len(self.names) == self.most:
@@ -87,13 +83,13 @@ def is_whole(url, folder):
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
 def test_a_copy_is_the_run_to_the_byte_and_so_is_what_is_fetched(finished, tmp_path, form):
     url = form.format(tmp_path / "copy")
-    copied = push(finished, RemoteFolder(url))
+    copied = push(finished, Folder(url))
     assert files_of(tmp_path / "copy") == files_of(finished)
     listed = [name for name in files_of(finished) if "/" in name or name.startswith("partition")]
     assert copied == sum((finished / name).stat().st_size for name in listed)
     assert is_whole(url, tmp_path / "back") == 3
     assert files_of(tmp_path / "back") == files_of(finished)
-    assert push(finished, RemoteFolder(url)) == 0
+    assert push(finished, Folder(url)) == 0
 
 
 def laid_out(files, folder):
@@ -149,7 +145,7 @@ def test_a_finished_run_is_no_run_at_its_copy_before_all_of_it_is_there(finished
     push(finished, whole)
     assert whole.names[-1] == "run.json"
     assert whole.names[-4:-1] == ["checksums.jsonl", "clients.jsonl", "rounds.jsonl"]
-    assert whole.names.count("rounds.jsonl") == 2
+    assert whole.names.count("rounds.jsonl") == 1
 
 
 def test_rounds_that_were_made_again_take_the_place_of_those_of_before(
@@ -158,7 +154,7 @@ def test_rounds_that_were_made_again_take_the_place_of_those_of_before(
     monkeypatch.setattr(mirror, "_BATCH", 0)
     root = tmp_path / "run"
     shutil.copytree(recorded.path, root)
-    push(root, RemoteFolder(str(tmp_path / "before")))
+    push(root, Folder(str(tmp_path / "before")))
     # A last round that is damaged is made again, with other times in its rows.
     (root / "rounds" / "0002" / "global.safetensors").write_bytes(b"")
     resume(root, recorded.plan)
@@ -194,16 +190,16 @@ def test_what_is_not_what_was_written_is_not_copied(copied, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RunFailedError, match=f"^{path} is not what was written$"):
-        push(copied, RemoteFolder(str(tmp_path / "copy")))
+        push(copied, Folder(str(tmp_path / "copy")))
     path.unlink()
     with pytest.raises(RunFailedError, match=f"^{path} cannot be read: No such file or directory$"):
-        push(copied, RemoteFolder(str(tmp_path / "copy")))
+        push(copied, Folder(str(tmp_path / "copy")))
     assert not (tmp_path / "copy" / "run.json").exists()
 
 
 def test_what_was_changed_at_the_copy_is_not_fetched(finished, tmp_path):
     url = tmp_path / "copy"
-    push(finished, RemoteFolder(str(url)))
+    push(finished, Folder(str(url)))
     name = "rounds/0001/aggregate.safetensors"
     content = (url / name).read_bytes()
     (url / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -225,7 +221,7 @@ def test_what_was_changed_at_the_copy_is_not_fetched(finished, tmp_path):
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(finished, tmp_path):
     url = tmp_path / "copy"
-    push(finished, RemoteFolder(str(url)))
+    push(finished, Folder(str(url)))
     line = checksum_line({"../out": Checksum.of(b"x")})
     with (url / "checksums.jsonl").open("ab") as file:
         file.write(line)
@@ -242,12 +238,12 @@ def test_a_folder_that_exists_is_not_fetched_into(finished, tmp_path):
 def test_another_run_is_never_overwritten(recorded, copied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = "copy"
-    push(recorded.path, RemoteFolder(url))
+    push(recorded.path, Folder(url))
     manifest = json.loads((copied / "run.json").read_bytes())
     manifest["created"] = "2020-01-01T00:00:00+00:00"
     (copied / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=f"^{url} holds another run$"):
-        push(copied, RemoteFolder(url))
+        push(copied, Folder(url))
     with pytest.raises(ConfigError) as caught:
         check_same(url, copied)
     assert str(caught.value) == (
@@ -334,8 +330,8 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_copy(recorded, tmp_path):
     stop, told = threading.Event(), []
     stop.set()
     with pytest.raises(Stopped):
-        push(recorded.path, RemoteFolder(str(tmp_path / "copy")), stop=stop.is_set)
-    Mirror(recorded.path, RemoteFolder(str(tmp_path / "copy")), tell=told.append, stop=stop).close()
+        push(recorded.path, Folder(str(tmp_path / "copy")), stop=stop.is_set)
+    Mirror(recorded.path, Folder(str(tmp_path / "copy")), tell=told.append, stop=stop).close()
     assert "the run was stopped" in told[-1]
 
 
@@ -343,9 +339,9 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_copy(recorded, tmp_path):
 def test_a_store_is_asked_how_much_it_has_before_any_of_it_is_taken(
     recorded, tmp_path, monkeypatch, name
 ):
-    store = RemoteFolder("memory://of a stranger")
+    store = Folder("memory://of a stranger")
     push(recorded.path, store)
-    monkeypatch.setattr(urls, "MOST_TEXT_BYTES", store.size(name) - 1)
+    monkeypatch.setattr(folder, "MOST_TEXT_BYTES", store.size(name) - 1)
     monkeypatch.setattr(MemoryFile, "read", lambda self, size=-1: pytest.fail("it was read"))
     told = rf"^memory://of a stranger/{name} cannot be read: it has more than [0-9,]+ bytes$"
     with pytest.raises(RemoteError, match=told):
@@ -448,6 +444,6 @@ def test_a_round_whose_line_lacks_a_list_is_refused(copied, tmp_path):
     (copied / "checksums.jsonl").write_bytes(b"".join(checksum_line(files) for files in kept))
     said = f"^{copied}: clients.jsonl is not listed with its round in checksums.jsonl$"
     with pytest.raises(InputError, match=said):
-        push(copied, RemoteFolder(str(tmp_path / "copy")))
+        push(copied, Folder(str(tmp_path / "copy")))
     with pytest.raises(InputError, match=said):
         fetch(str(copied), tmp_path / "back")

@@ -18,8 +18,8 @@ from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.plugins.remote.collect import collect
+from fedsim.plugins.remote.folder import Folder
 from fedsim.plugins.remote.mirror import check_new, fetch, push
-from fedsim.plugins.remote.urls import RemoteFolder
 from fedsim.recording.findings import BUFFERS
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
@@ -100,7 +100,7 @@ def test_a_run_is_copied_while_it_is_made_and_comes_back_whole(store, plan, tmp_
     assert files_of(tmp_path / "back") == files_of(tmp_path / "run")
     assert verify(tmp_path / "back").violations == []
     assert load_run(tmp_path / "back").status == "finished"
-    assert push(tmp_path / "run", RemoteFolder("s3://bucket/of/run")) == 0
+    assert push(tmp_path / "run", Folder("s3://bucket/of/run")) == 0
     with pytest.raises(ConfigError, match="expected a URL that holds no run"):
         check_new("s3://bucket/of/run", Path("run"))
 
@@ -109,7 +109,7 @@ def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
     nodes = tmp_path / "nodes"
     record(plan, tmp_path / "run", own_folder(nodes))
     away = files_of(nodes)
-    bucket = RemoteFolder("s3://bucket/hospitals")
+    bucket = Folder("s3://bucket/hospitals")
     for name in away:
         bucket.put(name, nodes / name)
     sources = [f"s3://bucket/hospitals/{p.name}" for p in nodes.iterdir()]
@@ -117,7 +117,7 @@ def test_what_clients_kept_is_collected_from_a_bucket(store, plan, tmp_path):
     with pytest.raises(InputError, match=r"^s3://bucket/none cannot be collected from: "):
         collect(run, ["s3://bucket/none"])
     last = sorted(away)[-1]
-    bucket.write(last, b"x" * len(away[last]))
+    bucket.put(last, b"x" * len(away[last]))
     found = collect(run, sources)
     assert (found.files, found.missing) == (len(away) - 1, [])
     (wrong,) = found.wrong
@@ -135,7 +135,7 @@ def test_what_is_not_there_is_told_in_one_sentence(store, recorded, tmp_path):
     with pytest.raises(InputError, match=r"^s3://bucket/none holds no run: it has no run\.json$"):
         fetch("s3://bucket/none", tmp_path / "back")
     with pytest.raises(RunFailedError, match=r"^s3://nowhere/run/\S+ cannot be read: ") as caught:
-        push(recorded.path, RemoteFolder("s3://nowhere/run"))
+        push(recorded.path, Folder("s3://nowhere/run"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^mirror = 's3://nowhere/run' cannot be used"):
         check_new("s3://nowhere/run", Path("run"))

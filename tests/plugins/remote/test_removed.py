@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedsim.plugins.remote.collect import collect
+from fedsim.plugins.remote.folder import Folder
 from fedsim.plugins.remote.mirror import fetch, push
-from fedsim.plugins.remote.urls import RemoteFolder
 from fedsim.recording.reader import load_run
 from fedsim.recording.runs import remove_gradients
 from fedsim.recording.verify import verify
@@ -35,11 +35,11 @@ def test_copies_of_a_run_without_its_gradients(
     recorded: Recorded, copied: Path, tmp_path: Path
 ) -> None:
     whole, without = tmp_path / "whole", tmp_path / "without"
-    push(copied, RemoteFolder(str(whole)))
+    push(copied, Folder(str(whole)))
     remove_gradients(copied)
     # A copy that has them keeps them; a new one has none, and says so.
-    push(copied, RemoteFolder(str(whole)))
-    push(copied, RemoteFolder(str(without)))
+    push(copied, Folder(str(whole)))
+    push(copied, Folder(str(without)))
     fetch(str(whole), tmp_path / "first")
     fetch(str(without), tmp_path / "second")
     first, second = (load_run(tmp_path / name) for name in ("first", "second"))
