@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 from fedsim.core.algorithm import Algorithm, Setup, StrategySettings, settings_of
 from fedsim.core.errors import ConfigError
+from fedsim.core.registry import user_module
 from strategies.bulyan import Bulyan
 from strategies.delta_fedavg import DeltaMean
 from strategies.fedadagrad import FedAdagrad
@@ -71,28 +66,10 @@ def load_class(name: str) -> type:
     """
     module, _, attribute = name.rpartition(":")
     try:
-        kind = getattr(_module(module), attribute)
+        kind = getattr(user_module(module), attribute)
     except Exception as error:
         why = f"a class that can be imported: {type(error).__name__}: {error}"
         raise ConfigError("strategy", name, why) from None
     if not isinstance(kind, type):
         raise ConfigError("strategy", name, "a class")
     return kind
-
-
-def _module(name: str) -> Any:
-    if not name.endswith(".py"):
-        if (here := str(Path.cwd())) not in sys.path:
-            # As it is for `python -m fedsim`, so for the command.
-            sys.path.append(here)
-        return importlib.import_module(name)
-    path = Path(name).expanduser().resolve()
-    known = f"fedsim_users.{path.stem}"
-    spec = importlib.util.spec_from_file_location(known, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # pydantic looks a class's annotations up by the name of its module.
-    sys.modules[known] = module
-    spec.loader.exec_module(module)
-    return module

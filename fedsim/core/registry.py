@@ -103,7 +103,7 @@ def _users(field: str, name: str) -> Callable[..., Any]:
         )
     place, _, attribute = name.rpartition(":")
     try:
-        found = getattr(_module(place), attribute)
+        found = getattr(user_module(place), attribute)
     except Exception as error:
         why = f"a callable that can be imported: {type(error).__name__}: {error}"
         raise ConfigError(field, name, why) from None
@@ -113,7 +113,8 @@ def _users(field: str, name: str) -> Callable[..., Any]:
     return made
 
 
-def _module(place: str) -> ModuleType:
+def user_module(place: str) -> ModuleType:
+    """Import code that the user has named: ``package.module`` or ``FILE.py``."""
     if not place.endswith(".py"):
         if (here := str(Path.cwd())) not in sys.path:
             # As it is for `python -m fedsim`, so for the command.
