@@ -211,9 +211,20 @@ def _plan(config: Path | None, **keys: str | None) -> None:
     short_help="continue a run after its last whole round",
 )
 @run_argument
+@click.option(
+    "--allow-changed-code",
+    is_flag=True,
+    help="go on although the source of your own code has changed; run.json tells from which round",
+)
 @verbose
 @tracked
-def _resume(run: Path, verbose: bool, tracker: Sequence[str], **keys: str | None) -> None:
+def _resume(
+    run: Path,
+    allow_changed_code: bool,
+    verbose: bool,
+    tracker: Sequence[str],
+    **keys: str | None,
+) -> None:
     """Continue a run after its last whole round, with the configuration that it was recorded with.
 
     --rounds may be raised, and what decides no bit of a round (workers, ray-address, data-root,
@@ -240,7 +251,7 @@ def _resume(run: Path, verbose: bool, tracker: Sequence[str], **keys: str | None
     tell(preparing_line(config.dataset))
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=keys["data_root"] is not None)
-    recovery = check_resume(recorded, plan)
+    recovery = check_resume(recorded, plan, allow_changed_code=allow_changed_code)
     # The cluster comes last: whatever is wrong here is said before anything is asked of it.
     pool = fit_pool(config)
     if recovery.damage:

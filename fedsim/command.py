@@ -183,8 +183,7 @@ _GROUPS = {
 
 def _key_options(but: Sequence[str], show_defaults: bool) -> Iterator[tuple[str, click.Option]]:
     """Make the options of the keys, each with its heading."""
-    from fedsim.core.config import RunConfig, describe, flag_text
-    from fedsim.core.fields import choices_of
+    from fedsim.core.config import RunConfig, choices_for, describe, flag_text
 
     defaults = RunConfig().to_mapping()
     # As a flag takes it.
@@ -198,7 +197,7 @@ def _key_options(but: Sequence[str], show_defaults: bool) -> Iterator[tuple[str,
             continue
         default = defaults[key]
         is_shown = show_defaults and default not in (None, {})
-        choices = ",".join(choices_of(field.annotation))
+        choices = ",".join(choices_for(name))
         is_switch = field.annotation is bool
         # `--nesterov` alone means true.
         switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if is_switch else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedsim.core.algorithm import Algorithm, Setup, StrategySettings, settings_of
 from fedsim.core.errors import ConfigError
-from fedsim.core.registry import user_module
+from fedsim.core.registry import load
 from strategies.bulyan import Bulyan
 from strategies.delta_fedavg import DeltaMean
 from strategies.fedadagrad import FedAdagrad
@@ -64,9 +64,8 @@ def load_class(name: str) -> type:
     ConfigError
         When that fails, or it is no class.
     """
-    module, _, attribute = name.rpartition(":")
     try:
-        kind = getattr(user_module(module), attribute)
+        kind = load(name)
     except Exception as error:
         why = f"a class that can be imported: {type(error).__name__}: {error}"
         raise ConfigError("strategy", name, why) from None

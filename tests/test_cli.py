@@ -181,8 +181,9 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
     # Lines are broken at hyphens, too.
     text = " ".join(out.split()).replace("- ", "-")
     for shown in (
-        "--model VALUE resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn",
-        "--norm VALUE normalisation layers: batch or group (default: batch)",
+        "--dataset {digits,cifar10,cifar100,synthetic[:SAMPLES[:CLASSES]]} images in classes",
+        "--model {resnet18,resnet18-cifar,cnn} resnet18 is torchvision's, resnet18-cifar has",
+        "--norm {batch,group} normalisation layers (default: batch)",
         "--optimizer {sgd,adam} local optimiser (default: sgd)",
         "--device {auto,cpu,cuda,mps} where training",
         "--nesterov [{true,false}] Nesterov momentum (default: false)",
@@ -196,7 +197,7 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
     assert "name='" not in text
     # A run is gone on with as it was recorded, whatever the defaults are.
     resumed = " ".join(call(["resume", "--help"], capsys)[1].split()).replace("- ", "-")
-    assert "--norm VALUE normalisation layers: batch or group --task" in resumed
+    assert "--norm {batch,group} normalisation layers --task" in resumed
 
 
 def test_the_command_line_starts_quickly_without_torch():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,12 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.core.plan import RunPlan
 from fedsim.flower.client_app import app
-from fedsim.flower.server_app import check_output, execute
+from fedsim.flower.server_app import check_output, check_resume, execute
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
+from tests.recording.test_forgeries import repair
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_trusted")
 SMALL = {"clients": 5, "clients-per-round": 4, "batch-size": 64, "device": "cpu"}
@@ -99,6 +103,109 @@ def test_code_is_loaded_only_where_the_user_names_it(
         _ = run.round(1).client(attackers[0]["partition"]).behavior
     monkeypatch.setenv(registry.TRUSTED, name)
     assert verify(tmp_path / "run", recompute=None).checks["recomputed"].proven > others
+
+
+SCHEDULE = "def half(context):\n    return lambda round_number, step: context.learning_rate * {}\n"
+DECAY = """
+import numpy as np
+
+from fedsim.core.algorithm import Algorithm, Outcome
+
+
+class Slow(Algorithm):
+    def fold(self, this_round):
+        mean = this_round.mean()
+        moved = {n: np.add(a, mean[n] / 2) for n, a in this_round.before.items()}
+        return Outcome(moved, {})
+"""
+
+
+def forget_code() -> None:
+    """Be as a new process, which has loaded nothing of the user's."""
+    registry._trusted.clear()
+    registry._sources.clear()
+    for name in [name for name in sys.modules if name.startswith("fedsim_user_")]:
+        del sys.modules[name]
+
+
+def go_on(run: Path, rounds: int, *, allow_changed_code: bool = False) -> Run:
+    recorded = load_run(run)
+    values = {**recorded.config.to_mapping(), "rounds": rounds}
+    config = RunConfig.from_mapping({k: v for k, v in values.items() if v is not None})
+    plan = RunPlan.prepare(config)
+    recovery = check_resume(recorded, plan, allow_changed_code=allow_changed_code)
+    grid, stop = LocalGrid(app, config.clients, recordings=run.parent), threading.Event()
+    execute(grid, plan, run, observer=Memory(), workers=2, stop=stop, recovery=recovery)
+    return load_run(run)
+
+
+def test_changed_code_is_refused_at_resume_and_told_by_verify(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text(SCHEDULE.format(0.5))
+    name, root = f"{file}:half", tmp_path / "run"
+    values = {"model": "cnn", "rounds": 1, "learning-rate-schedule": name}
+    run = record(root, **values)
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert run.manifest["code"] == {name: before}
+    assert not any("code:" in reason for reason in verify(root).checks["rows"].reasons)
+
+    file.write_text(SCHEDULE.format(0.25))
+    after = hashlib.sha256(file.read_bytes()).hexdigest()
+    forget_code()
+    unnamed = f"code: the source of {name} was not named here, or cannot be read (rounds 0, 1)"
+    assert unnamed in verify(root).checks["rows"].unproven
+    registry.trust([name])
+    found = verify(root)
+    assert (
+        f"code: {name} has changed: its source has sha256 {after[:16]}..., and {before[:16]}... "
+        "made the run. Where it computes otherwise, checks that run it fail (rounds 0, 1)"
+    ) in found.checks["rows"].unproven
+    assert found.checks["rows"].violations == []
+    assert found.checks["steps"].violations != []
+    manifest = (root / "run.json").read_bytes()
+    with pytest.raises(InputError) as refused:
+        go_on(root, 2)
+    assert str(refused.value) == (
+        f"{name} has changed since {root} was recorded: its source has sha256 {after[:16]}..., "
+        f"not {before[:16]}...; bring that source back, or `--allow-changed-code` of `fedsim "
+        "resume` goes on with the changed one"
+    )
+    assert (root / "run.json").read_bytes() == manifest
+
+    run = go_on(root, 2, allow_changed_code=True)
+    assert run.manifest["code"] == {name: before}
+    assert run.manifest["resumed"][0]["code"] == {name: after}
+    assert [run.code_of(number)[name] for number in range(3)] == [before, before, after]
+    (told,) = (r for r in verify(root).checks["rows"].unproven if r.startswith("code:"))
+    assert told.endswith("(rounds 0, 1)")
+    # What goes on from here is the changed one, and no change any more.
+    assert go_on(root, 3).manifest["resumed"][1]["code"] == {name: after}
+
+
+def test_the_source_of_a_strategy_is_told_where_it_is_named(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text(DECAY)
+    name, root = f"{file}:Slow", tmp_path / "run"
+    run = record(root, model="cnn", rounds=1, strategy=name)
+    assert run.manifest["code"] == {name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert not any("code:" in r for r in verify(root, strategy=name).checks["rows"].reasons)
+    assert f"code: the source of {name} was not named here, or cannot be read" in (
+        verify(root).checks["rows"].reasons
+    )
+    file.write_text(DECAY + "\n# The same arithmetic.\n")
+    forget_code()
+    found = verify(root, strategy=name)
+    assert found.violations == []
+    assert any(r.startswith(f"code: {name} has changed:") for r in found.checks["rows"].reasons)
+
+
+def test_only_runs_with_code_tell_of_it(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    manifest = record(root, model="cnn", rounds=1).manifest
+    assert "code" not in manifest
+    (root / "run.json").write_text(json.dumps(manifest | {"code": {"nowhere:rate": "0" * 64}}))
+    repair(root)
+    assert verify(root).violations == [
+        "run.json: code has nowhere:rate, which its configuration does not"
+    ]
 
 
 @pytest.mark.parametrize(

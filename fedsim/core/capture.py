@@ -401,9 +401,33 @@ def _load_own(text: str) -> type[Capture]:
     return _own[text]
 
 
-def captures_of(config: RunConfig) -> tuple[Capture, ...]:
-    """Give what a run captures, in the order in which it sees a step."""
+def is_at_hand(text: str) -> bool:
+    """Say whether ``capture`` names one of ours, or a class of the user's that may be loaded."""
+    return not is_own(text) or registry.may_load(text)
+
+
+def not_at_hand(text: str) -> str:
+    """Say why what such a class recorded is not proven."""
+    return (
+        f"capture = {text!r} is code that was not named to this process; "
+        f"{registry.TRUSTED}={text} in the environment names it"
+    )
+
+
+def captures_of(config: RunConfig, *, only_at_hand: bool = False) -> tuple[Capture, ...]:
+    """Give what a run captures, in the order in which it sees a step.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Of the run.
+    only_at_hand : bool
+        Leave out a class of the user's that the user did not name to this process, instead of
+        raising `InputError`.
+    """
     always = [listed.load().of(config) for listed in LISTED if not listed.forms]
+    if only_at_hand and not is_at_hand(config.capture):
+        return tuple(always)
     return (*always, parse_form(config.capture)[0].of(config))
 
 

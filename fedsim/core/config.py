@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -50,13 +50,15 @@ from fedsim.core.fields import (
     Rates,
     StrictModel,
     allowed_instead,
+    choices_of,
     finite,
+    one_of,
     unknown_key,
 )
 from fedsim.core.inputs import MOST_JSON_BYTES, parse_json, read_text_bytes
 from fedsim.core.partition import PartitionScheme
 from fedsim.core.rng import Purpose, draw_participants, generator
-from fedsim.core.task import task_of
+from fedsim.core.task import keys_of_tasks, task_of
 from fedsim.core.training import Autocast, OptimizerSettings, TrainingSettings
 from fedsim.core.units import parse_bytes
 
@@ -174,12 +176,8 @@ class RunConfig(StrictModel):
         From `from_mapping` and `from_json`: an unknown key, a wrong type or an impossible value.
     """
 
-    dataset: str = Field(
-        "digits", description="digits, cifar10, cifar100 or synthetic[:SAMPLES[:CLASSES]]"
-    )
-    data_root: Folder | None = Field(
-        None, description="folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"
-    )
+    dataset: str = Field("digits", description="data of the task")
+    data_root: Folder | None = Field(None, description="folder of the data of the task")
     clients: Count = Field(10, description="number of clients, one partition each")
     clients_per_round: Count = Field(4, description="participants drawn for each round")
     rounds: Annotated[int, Field(ge=1, le=100_000)] = Field(5, description="rounds to run")
@@ -195,10 +193,8 @@ class RunConfig(StrictModel):
     participants: Annotated[tuple[tuple[int, ...], ...] | None, BeforeValidator(_rounds_listed)] = (
         Field(None, description="a list of clients for each round, instead of drawing them")
     )
-    model: str = Field(
-        "resnet18", description="resnet18 (torchvision's), resnet18-cifar (3x3 stem) or cnn"
-    )
-    norm: str = Field("batch", description="normalisation layers: batch or group")
+    model: str = Field("resnet18", description="model of the task")
+    norm: str = Field("batch", description="normalisation layers of the model")
     task: str = Field(
         "vision",
         description="what clients learn: vision (images in classes), or your own as module:NAME",
@@ -489,6 +485,11 @@ class RunConfig(StrictModel):
         return [*(name for name in named if registry.is_code(name)), *own]
 
     @property
+    def all_code(self) -> list[str]:
+        """All code of the user's own: what clients run, and the strategy."""
+        return [*self.code, *([self.strategy.name] if self.strategy.is_users else [])]
+
+    @property
     def arch(self) -> str:
         """The model, or the user's own task that has one."""
         return self.task if registry.is_code(self.task) else self.model
@@ -522,6 +523,11 @@ class RunConfig(StrictModel):
     def captures(self) -> tuple[Capture, ...]:
         """What is captured, in the order in which captures see a step."""
         return captures_of(self)
+
+    @property
+    def captures_at_hand(self) -> tuple[Capture, ...]:
+        """The same without a class of the user's own that this process may not load."""
+        return captures_of(self, only_at_hand=True)
 
     @property
     def policy(self) -> Capture:
@@ -597,6 +603,9 @@ def _as_config_error(error: ValidationError) -> ConfigError:
         return unknown_key(field, given, ClientSettings if in_table else RunConfig)
     if key in _ALLOWED and not in_table and kind != "too_short":
         return ConfigError(key, given, _ALLOWED[key])
+    is_no_text = kind in ("string_type", "string_unicode")
+    if is_no_text and (of_task := keys_of_tasks().get(field)) and of_task.choices:
+        return ConfigError(key, given, one_of(of_task.choices))
     annotation: Any = None if in_table else RunConfig.model_fields[key.replace("-", "_")].annotation
     return ConfigError(field, given, allowed_instead(problem, annotation))
 
@@ -744,9 +753,18 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def describe(field: str) -> str:
     """Say what a key of the configuration is, in a phrase."""
+    if of_task := keys_of_tasks().get(field.replace("_", "-")):
+        return of_task.help
     text = RunConfig.model_fields[field].description or ""
     # The strategies are above this room, and are asked only when their names are.
     return text.format(strategies=", ".join(known_strategies())) if field == "strategy" else text
+
+
+def choices_for(field: str) -> Sequence[str]:
+    """List what a key of the configuration may be; nothing where that is no list."""
+    if of_task := keys_of_tasks().get(field.replace("_", "-")):
+        return of_task.choices
+    return choices_of(RunConfig.model_fields[field].annotation)
 
 
 def flag_text(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -54,6 +54,7 @@ _TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
     "string_type": "a text",
+    "string_unicode": "a text in Unicode",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dict_type": "a table",
@@ -86,14 +87,19 @@ def allowed_instead(problem: Mapping[str, Any], annotation: Any) -> str:
     if kind == "too_short":
         return "a list of one or more"
     # Of several texts none is chosen by what is no Unicode at all.
-    if kind in ("literal_error", "string_unicode"):
-        return "one of " + ", ".join(repr(option) for option in choices_of(annotation))
+    if kind in ("literal_error", "string_unicode") and (choices := choices_of(annotation)):
+        return one_of(choices)
     if kind == "value_error":
         return str(context["error"])
     bounds = [f"{name} {context[bound]}" for bound, name in _BOUNDS.items() if bound in context]
     if bounds:
         return f"a value {' and '.join(bounds)}"
     return _TYPES.get(kind) or str(problem["msg"])
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """List what is allowed."""
+    return "one of " + ", ".join(map(repr, choices))
 
 
 def choices_of(annotation: Any) -> list[str]:

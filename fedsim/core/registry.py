@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
@@ -22,6 +24,7 @@ TRUSTED = "FEDSIM_CODE"
 
 _trusted: set[str] = set()
 _tasks: dict[Callable[..., Any], Any] = {}
+_sources: dict[str, str | None] = {}
 
 
 def task_module(task: str, part: str) -> ModuleType:
@@ -37,6 +40,11 @@ def is_code(name: str) -> bool:
 def trust(names: Iterable[str]) -> None:
     """Let this process load code that the user named; a run or a server never does that."""
     _trusted.update(name for name in names if is_code(name))
+
+
+def may_load(name: str) -> bool:
+    """Say whether the user named this code to this process."""
+    return name in _trusted or name in os.environ.get(TRUSTED, "").split(",")
 
 
 def users_task(name: str) -> Any:
@@ -96,14 +104,13 @@ def _built_in(field: str, room: str, name: str) -> Callable[..., Any]:
 
 
 def _users(field: str, name: str) -> Callable[..., Any]:
-    if name not in _trusted and name not in os.environ.get(TRUSTED, "").split(","):
+    if not may_load(name):
         raise InputError(
             f"{field} = {shorten(name)} is code, which is loaded only where the user names it; "
             f"{TRUSTED}={name} in the environment says that your own of that name is meant"
         )
-    place, _, attribute = name.rpartition(":")
     try:
-        found = getattr(user_module(place), attribute)
+        found = load(name)
     except Exception as error:
         why = f"a callable that can be imported: {type(error).__name__}: {error}"
         raise ConfigError(field, name, why) from None
@@ -113,16 +120,55 @@ def _users(field: str, name: str) -> Callable[..., Any]:
     return made
 
 
-def user_module(place: str) -> ModuleType:
-    """Import code that the user has named: ``package.module`` or ``FILE.py``."""
+def load(name: str) -> Any:
+    """Import code that the user has named: ``module:NAME`` or ``FILE.py:NAME``.
+
+    It does not ask whether the user did. The source is hashed as it is loaded, for `sources`.
+    """
+    place, _, attribute = name.rpartition(":")
+    module = _module(place)
+    found = getattr(module, attribute)
+    if name not in _sources:
+        _sources[name] = _source_sha256(found, module)
+    return found
+
+
+def sources(names: Iterable[str]) -> dict[str, str]:
+    """Give the sha256 of the source file of code that the user has named; loads what is not yet.
+
+    The file is the one that defines the name, as it was when this process loaded it. Code without
+    a file that can be read is left out.
+    """
+    found = {}
+    for name in names:
+        load(name)
+        if (sha256 := _sources[name]) is not None:
+            found[name] = sha256
+    return found
+
+
+def _source_sha256(found: Any, module: ModuleType) -> str | None:
+    try:
+        file = inspect.getsourcefile(found)
+    except TypeError:
+        # Neither a class nor a function, like a partial: made by the module, then.
+        file = None
+    try:
+        return hashlib.sha256(Path(file or module.__file__ or "").read_bytes()).hexdigest()
+    except (OSError, AttributeError):
+        return None
+
+
+def _module(place: str) -> ModuleType:
     if not place.endswith(".py"):
         if (here := str(Path.cwd())) not in sys.path:
             # As it is for `python -m fedsim`, so for the command.
             sys.path.append(here)
         return importlib.import_module(place)
-    name = f"fedsim_user_{Path(place).stem}"
-    path = Path(place).resolve()
-    if (known := sys.modules.get(name)) is not None and known.__file__ == str(path):
+    path = Path(place).expanduser().resolve()
+    # Two files may have the same name, and pydantic and inspect look modules up by theirs.
+    name = f"fedsim_user_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    if (known := sys.modules.get(name)) is not None:
         return known
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

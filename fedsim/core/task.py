@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,6 +244,29 @@ def task_of(config: RunConfig, *, data_root: str | None = None, download: bool =
         names = ", ".join(map(repr, registry.TASKS))
         raise ConfigError("task", config.task, f"one of {names}, or your own as module:NAME")
     return cast(Task, registry.task_module(config.task, "task").make(config, download))
+
+
+class TaskKey(NamedTuple):
+    """What a task of ours says of a key of the configuration that it takes.
+
+    Parameters
+    ----------
+    help : str
+        What the key is, in a phrase.
+    choices : tuple of str
+        What it may be; empty where that is no list.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+def keys_of_tasks() -> Mapping[str, TaskKey]:
+    """Give the keys that tasks of ours take, by their names."""
+    keys: dict[str, TaskKey] = {}
+    for task in registry.TASKS:
+        keys.update(registry.task_module(task, "task").KEYS)
+    return keys
 
 
 def initial_model(config: RunConfig) -> nn.Module:

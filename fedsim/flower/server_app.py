@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
+from fedsim.core import registry
 from fedsim.core.behavior import check_clients
 from fedsim.core.config import RunConfig
 from fedsim.core.determinism import use_deterministic
@@ -121,8 +122,17 @@ MAY_CHANGE = (
 """Keys that a run may be resumed with another value of: none of them decides what a round is."""
 
 
-def check_resume(run: Run, plan: RunPlan) -> Recovery:
+def check_resume(run: Run, plan: RunPlan, *, allow_changed_code: bool = False) -> Recovery:
     """Refuse to continue a run that is complete, or with anything that would change its rounds.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    plan : RunPlan
+        What is to be gone on with.
+    allow_changed_code : bool
+        Go on although the source of the user's own code has changed.
 
     Returns
     -------
@@ -150,6 +160,8 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
         raise InputError(f"{run.path} is being written by another process; wait until that ends")
     recovery = find_recovery(run.path)
     last = recovery.round
+    if not allow_changed_code:
+        _check_code(run, plan.config, last)
     # One that was killed before it could say that it is finished has that left to do.
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
@@ -162,6 +174,18 @@ def check_resume(run: Run, plan: RunPlan) -> Recovery:
     if plan.config.mirror:
         _mirror().check_same(plan.config.mirror, run.path)
     return recovery
+
+
+def _check_code(run: Run, config: RunConfig, last: int) -> None:
+    """Refuse code of the user's whose source is not the one that made the run's last round."""
+    recorded = run.code_of(last)
+    for name, found in registry.sources(config.all_code).items():
+        if (told := recorded.get(name, found)) != found:
+            raise InputError(
+                f"{name} has changed since {run.path} was recorded: its source has sha256 "
+                f"{found[:16]}..., not {told[:16]}...; bring that source back, or "
+                "`--allow-changed-code` of `fedsim resume` goes on with the changed one"
+            )
 
 
 def _check_room_left(run: Run, plan: RunPlan, last: int) -> None:
@@ -253,6 +277,7 @@ def execute(
             recovery,
             versions(),
             device_of(plan),
+            registry.sources(plan.config.all_code),
         )
     else:
         writer = RunWriter.create(output, manifest_of(plan), plan.partition)
@@ -337,4 +362,5 @@ def manifest_of(plan: RunPlan) -> dict[str, Any]:
             "sizes": plan.sizes,
             **({"nodes": plan.nodes} if plan.nodes else {}),
         },
+        **({"code": registry.sources(named)} if (named := plan.config.all_code) else {}),
     }

@@ -399,6 +399,25 @@ class Run:
                 found = entry["versions"], entry.get("device") or found[1]
         return found
 
+    def code_of(self, round_number: int) -> dict[str, str]:
+        """Give the sha256 of the source of the user's own code that made a round, by its name.
+
+        Code whose hash was not recorded is left out.
+        """
+        found = dict(self.manifest.get("code", {}))
+        for entry in self.manifest.get("resumed", []):
+            if entry["after"] < round_number:
+                found.update(entry.get("code", {}))
+        return found
+
+    def code_at_hand(self) -> dict[str, str]:
+        """Give what `code_of` gives, of the source that the user named to this process."""
+        named = {name: name for name in self.config.code if registry.may_load(name)}
+        if self._users is not None:
+            named[self.config.strategy.name] = self._users
+        found = registry.sources(named.values())
+        return {name: found[own] for name, own in named.items() if own in found}
+
     @cached_property
     def algorithm(self) -> Algorithm | None:
         """The strategy; None where it is a class of the user's that was not named."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedsim.core.aggregation import delta_of
 from fedsim.core.arithmetic import evaluation_arithmetic, training_arithmetic
+from fedsim.core.capture import is_at_hand
 from fedsim.core.determinism import deterministic_block, torch_threads
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, InputError
@@ -293,7 +294,7 @@ class Recomputation:
         """Train a client's round as it was trained, and compare all that it left, to the bit."""
         config, start = self._config, _arrays(self._run.round(client.round - 1).state)
         norms, wrong = FirstStepNorms(), _Differences(client, whole)
-        retraced = [(c, c.retrace(client, whole)) for c in config.captures]
+        retraced = [(c, c.retrace(client, whole)) for c in config.captures_at_hand]
         compared = [retrace for _, retrace in retraced if retrace is not None]
         recorded = [c for c, retrace in retraced if retrace is None]
         if client.telemetry.get("not_captured"):
@@ -347,7 +348,7 @@ class Recomputation:
                 at=client.place,
             )
         self._findings.settle(ROWS, LOSSES, at=client.place)
-        if whole.issuperset(client.telemetry["files"]):
+        if whole.issuperset(client.telemetry["files"]) and is_at_hand(config.capture):
             # Of shards some of which were removed, none is compared.
             self._findings.settle(RECOMPUTED, SOURCES, at=client.place)
         self._findings.settle(REPLAY, BUFFERS, at=client.place)
@@ -487,8 +488,10 @@ class _Differences:
         """Compare the rows of all steps."""
         if STEPS not in self._whole:
             return
+        # A capture that is not at hand may have added to them.
+        complete = is_at_hand(self._client.run.config.capture)
         for made, told in zip(rows, self._client.steps, strict=True):
-            for key in sorted(made.keys() | told.keys()):
+            for key in sorted(made.keys() | (told.keys() if complete else set())):
                 if made.get(key) != told.get(key):
                     self.note(f"steps.jsonl: {key} of step {told['step']} is another")
                     return

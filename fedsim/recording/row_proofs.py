@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from fedsim.core.capture import is_at_hand, not_at_hand
 from fedsim.core.errors import InputError
 from fedsim.core.plan import deal_partition
 from fedsim.core.task import FederatedData, describe, initial_model, task_of
@@ -98,6 +99,7 @@ def prove_manifest(
                          "rounds")  # fmt: skip
         if "error" in manifest or "diverged" in manifest:
             wrong.append("run.json: finished, with an error")
+    wrong += _wrong_code(run, findings)
     wrong += _wrong_rounds(run, findings)
     wrong += _wrong_partition(run, dataset, findings)
     for violation in wrong:
@@ -111,6 +113,31 @@ def prove_manifest(
         findings.leave(ROWS, NOT_OF_THE_DATA + why_without)
     if run.entry("partition").get("nodes"):
         findings.leave(ROWS, NODES_DATA)
+
+
+def _wrong_code(run: Run, findings: Findings) -> list[str]:
+    """Compare the source of the user's own code with the hash of what made the rounds."""
+    known, at_hand = run.config.all_code, run.code_at_hand()
+    parts = [run.manifest, *run.manifest.get("resumed", [])]
+    told = {name for part in parts for name in part.get("code", {})}
+    for name in known:
+        for number in (row["round"] for row in run.round_rows):
+            recorded, found = run.code_of(number).get(name), at_hand.get(name)
+            if recorded is None:
+                reason = f"code: run.json has no hash of the source of {name}"
+            elif found is None:
+                reason = f"code: the source of {name} was not named here, or cannot be read"
+            elif found != recorded:
+                reason = (
+                    f"code: {name} has changed: its source has sha256 {found[:16]}..., and "
+                    f"{recorded[:16]}... made the run. Where it computes otherwise, checks that "
+                    "run it fail"
+                )
+            else:
+                continue
+            findings.leave(ROWS, reason, at=(number, None))
+    return [f"run.json: code has {name}, which its configuration does not" for name in
+            sorted(told.difference(known))]  # fmt: skip
 
 
 def _wrong_rounds(run: Run, findings: Findings) -> list[str]:
@@ -189,9 +216,6 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     sizes = itertools.cycle(settings.batches_per_epoch(samples))
     keeps = not row.get("not_captured") and row.get("place") != "none"
     # A node that may not record at all says so by leaving nothing.
-    kept = len(config.policy.kept_steps(steps)) if keeps and row["files"] else 0
-    if not config.policy.layers_of(run.shapes):
-        kept = 0
     expected: dict[str, Any] = {
         "num_samples": samples,
         "local_epochs": settings.local_epochs,
@@ -199,10 +223,18 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
         "batch_size": settings.batch_size,
         "learning_rate": settings.optimizer.learning_rate,
         "num_steps": steps,
-        "num_steps_captured": kept,
     }
-    if (size := config.policy.bytes_of(kept, run.shapes)) is not None:
-        expected["bytes_captured"] = size
+    if is_at_hand(config.capture):
+        policy = config.policy
+        kept = len(policy.kept_steps(steps)) if keeps and row["files"] else 0
+        if not policy.layers_of(run.shapes):
+            kept = 0
+        expected["num_steps_captured"] = kept
+        if (size := policy.bytes_of(kept, run.shapes)) is not None:
+            expected["bytes_captured"] = size
+    else:
+        findings.leave(ROWS, f"num_steps_captured, bytes_captured: {not_at_hand(config.capture)}",
+                       at=client.place)  # fmt: skip
     try:
         expected["behavior"] = client.behavior.explain()
     except InputError as error:
@@ -285,5 +317,5 @@ def prove_step_rows(run: Run, client: Client, findings: Findings) -> None:
         leave_unknown("steps.jsonl", rows.StepRow, row, findings)
     if odd_figure := _without_cause(run, client):
         findings.violate(ROWS, f"{client.steps_path}: {odd_figure}")
-    for capture in run.config.captures:
+    for capture in run.config.captures_at_hand:
         capture.check_steps(client, findings)

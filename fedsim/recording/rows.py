@@ -89,6 +89,7 @@ class _Resumed(_Row):
     after: Annotated[int, Field(ge=-1, le=10**9)]
     versions: _Versions
     device: _Device | None = None
+    code: dict[str, _Sha256] = {}
 
 
 class Manifest(_Row):
@@ -105,6 +106,7 @@ class Manifest(_Row):
     model: _Model | None = None
     dataset: _Dataset | None = None
     partition: _Partition | None = None
+    code: dict[str, _Sha256] = {}
     resumed: list[_Resumed] = []
 
 

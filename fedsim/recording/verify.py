@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fedsim.core.allowance import usable_cpus
+from fedsim.core.capture import is_at_hand, not_at_hand
 from fedsim.core.determinism import torch_threads
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import open_regular
@@ -26,11 +27,13 @@ from fedsim.recording.findings import (
     AGGREGATE,
     EVALUATION,
     FILES,
+    GRADIENTS,
     INITIAL,
     LOSSES,
     PARTICIPANTS,
     PARTITION,
     RECOMPUTED,
+    REPLAY,
     ROWS,
     SCORES,
     SOURCES,
@@ -319,7 +322,9 @@ class _Verifier:
         self.findings.roll.update((n, frozenset(run.round(n).clients)) for n in numbers)
         self._to_do = sum(self._listed[name].size for name in self._listed)
         # Following what was captured is work like reading it.
-        self._to_do += sum(capture.work(c) for c in chosen for capture in run.config.captures)
+        self._to_do += sum(
+            capture.work(c) for c in chosen for capture in run.config.captures_at_hand
+        )
         self._check_official(run)
         dataset = self._dataset_of(run, data_root, again)
         if self._whole(PARTITION, ["partition.safetensors"]):
@@ -498,7 +503,7 @@ class _Verifier:
             self.findings.leave(ROWS, LOSSES, at=client.place, steps=num_steps)
             if captured := client.telemetry["num_steps_captured"]:
                 self.findings.leave(RECOMPUTED, SOURCES, at=client.place, steps=captured)
-            for capture in run.config.captures:
+            for capture in run.config.captures_at_hand:
                 capture.leave(client, self.findings)
             if self._whole(ROWS, ["partition.safetensors"]):
                 with self.findings.guarded(ROWS, "clients.jsonl"):
@@ -528,8 +533,18 @@ class _Verifier:
                 whole=self._whole,
                 read=self._read_whole,
             )
-            for capture in run.config.captures:
+            for capture in run.config.captures_at_hand:
                 capture.check(evidence)
+            if not is_at_hand(run.config.capture):
+                self._leave_capture(run, client)
+
+    def _leave_capture(self, run: Run, client: Client) -> None:
+        """Name the files of a capture that only its own class can prove."""
+        why = not_at_hand(run.config.capture)
+        names = [n for n in client.telemetry["files"] if not is_of_client(n)]
+        self.findings.leave(REPLAY, why, at=client.place)
+        if names:
+            self.findings.leave(GRADIENTS, f"{', '.join(names)}: {why}", at=client.place)
 
     def _unlisted(self, client: Client) -> set[str]:
         """Name what readers would take for the client's own, and the client did not tell of."""

@@ -186,6 +186,7 @@ class RunWriter:
         recovery: Recovery,
         versions: Mapping[str, str],
         device: Mapping[str, Any],
+        code: Mapping[str, str] | None = None,
     ) -> RunWriter:
         """Continue a run directory after a whole round.
 
@@ -205,6 +206,9 @@ class RunWriter:
             The libraries to go on with, by name; added to ``resumed`` in ``run.json``.
         device : mapping
             What they compute on, as ``device`` in ``run.json``; added there too.
+        code : mapping, optional
+            Hashes of the user's own code, as ``code`` in ``run.json``; added there where there is
+            any.
 
         Raises
         ------
@@ -217,7 +221,12 @@ class RunWriter:
         manifest.setdefault("id", new_run_id())
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
-            {"after": recovery.round, "versions": dict(versions), "device": dict(device)},
+            {
+                "after": recovery.round,
+                "versions": dict(versions),
+                "device": dict(device),
+                **({"code": dict(code)} if code else {}),
+            },
         ]
         writer = cls(
             root, {**manifest, "status": "running", "config": dict(config), "resumed": resumed}

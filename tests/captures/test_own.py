@@ -16,9 +16,10 @@ from fedsim.core.capture import Observer, SeenStep, Sink
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
+from fedsim.recording.findings import SOURCES
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
-from tests.recording.test_forgeries import in_tensors, repair
+from tests.recording.test_forgeries import in_lines, in_tensors, repair
 from tests.recording.test_verify import record, violations_of
 
 PEAKS = f"{Path(__file__).parents[2]}/examples/extend/capture.py:Peaks"
@@ -102,7 +103,31 @@ def test_code_that_only_a_run_names_is_not_loaded(plan: RunPlan, tmp_path: Path)
     root = record(plan, tmp_path / "run", capture=MEANS, **FEW)
     capture._own.clear()
     registry._trusted.clear()
-    for ask in (lambda: load_run(root).round(1).client(2).means(0), lambda: verify(root)):
-        with pytest.raises(InputError, match=f"{registry.TRUSTED}={MEANS} in the environment"):
-            ask()
+    with pytest.raises(InputError, match=f"{registry.TRUSTED}={MEANS} in the environment"):
+        load_run(root).round(1).client(2).means(0)
     assert load_run(root).round(1).row["round"] == 1
+
+
+def test_without_the_code_all_but_its_own_files_is_proven(plan: RunPlan, tmp_path: Path) -> None:
+    root = record(plan, tmp_path / "run", capture=MEANS, **FEW)
+    named = verify(root, recompute=None)
+    capture._own.clear()
+    registry._trusted.clear()
+    found = verify(root, recompute=None)
+    assert found.violations == []
+    proven = {name: check.proven for name, check in named.checks.items()}
+    assert {name: check.proven for name, check in found.checks.items()} == proven
+    why = (
+        f"capture = {MEANS!r} is code that was not named to this process; "
+        f"{registry.TRUSTED}={MEANS} in the environment names it"
+    )
+    assert found.checks["gradients"].reasons == [f"means.safetensors: {why}"]
+    assert found.checks["replay"].reasons[-1] == why
+    assert f"num_steps_captured, bytes_captured: {why}" in found.checks["rows"].reasons
+    assert SOURCES in found.checks["recomputed"].reasons
+    # Its bytes are still those that were written, and the rest is still told.
+    first = min(load_run(root).round(1).clients)
+    path = f"rounds/0001/clients/{first:04d}/steps.jsonl"
+    in_lines(path, lambda steps: steps[0].update(loss=steps[0]["loss"] + 1e-3))(root)
+    repair(root)
+    assert "recomputed" in violations_of(verify(root, recompute=None))

@@ -589,8 +589,10 @@ def test_every_number_of_every_row_is_proven_or_named(
 
 
 ELSEWHERE = {
-    # Of runs that failed or were continued, named whatever they are.
+    # Of runs that failed or were continued: always named.
     *("error", "diverged", "resumed"),
+    # Of runs with code of the user's own, in `tests/test_extend.py`.
+    "code",
     # Not honest, with float16 or a proximal term, on other hosts, in shared files, elsewhere.
     "behavior",
     *("num_updates", "proximal_mu", "place", "not_captured", "shard", "arithmetic"),

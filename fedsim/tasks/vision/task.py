@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
-from fedsim.core.task import Columns, Sum, Tensors
+from fedsim.core.fields import one_of
+from fedsim.core.task import Columns, Sum, TaskKey, Tensors
 from fedsim.tasks.vision import models
 from fedsim.tasks.vision.datasets import (
     Dataset,
@@ -20,6 +21,17 @@ from fedsim.tasks.vision.datasets import (
     store_dataset,
 )
 from fedsim.tasks.vision.images import augment, normalise
+
+KEYS = {
+    "dataset": TaskKey(
+        "images in classes",
+        ("digits", "cifar10", "cifar100", "synthetic[:SAMPLES[:CLASSES]]"),
+    ),
+    "data-root": TaskKey("folder of the CIFAR archives (default: FEDSIM_DATA_ROOT or the cache)"),
+    "model": TaskKey("resnet18 is torchvision's, resnet18-cifar has a 3x3 stem", models.ARCHS),
+    "norm": TaskKey("normalisation layers", models.NORMS),
+}
+"""The keys of the configuration that are about this task alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +116,9 @@ def make(config: RunConfig, download: bool) -> Vision:
         spec = parse_name(config.dataset)
     except ValueError as error:
         raise ConfigError("dataset", config.dataset, str(error)) from None
-    for key, value, choices in (
-        ("model", config.model, models.ARCHS),
-        ("norm", config.norm, models.NORMS),
-    ):
-        if value not in choices:
-            raise ConfigError(key, value, "one of " + ", ".join(map(repr, choices)))
+    for key, value in (("model", config.model), ("norm", config.norm)):
+        if value not in KEYS[key].choices:
+            raise ConfigError(key, value, one_of(KEYS[key].choices))
     if config.compile and config.model == "cnn":
         # torch compiles nothing of a plain sequence of layers, and does not say so.
         raise ConfigError("compile", True, "false with model = 'cnn', or another model")
