@@ -107,13 +107,13 @@ def test_only_the_tests_of_a_plugin_import_it(path: Path) -> None:
 
 def points(**values: str) -> object:
     found = [EntryPoint(name, value, plugins.GROUP) for name, value in values.items()]
-    return lambda *, group: found
+    return lambda: [SimpleNamespace(entry_points=found)]
 
 
 def test_what_is_provided_is_found_by_feature_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = SimpleNamespace(PROVIDES={"sum": "math:fsum", "late": "no.such.module:thing"})
     monkeypatch.setitem(sys.modules, "an_own_plugin", ours)
-    monkeypatch.setattr(plugins, "entry_points", points(z="no_such_plugin", own="an_own_plugin"))
+    monkeypatch.setattr(plugins, "distributions", points(z="no_such_plugin", own="an_own_plugin"))
     assert plugins.provider("sum", "a sum")([1, 2]) == 3.0
     told = "mirror needs a plugin that provides 'mirror', and none is installed; installing "
     with pytest.raises(InputError, match=told):
@@ -121,3 +121,20 @@ def test_what_is_provided_is_found_by_feature_alone(monkeypatch: pytest.MonkeyPa
     told = r"the plugin own cannot be loaded \(ModuleNotFoundError: No module named 'no'\); "
     with pytest.raises(InputError, match=told):
         plugins.provider("late", "what is late")
+
+
+def test_what_an_older_installation_left_in_the_working_folder_hides_no_plugin(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / "fedsim.egg-info"
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: fedsim\nVersion: 0.0.9\n")
+    (left / "entry_points.txt").write_text("[fedsim.plugins]\nreport = fedsim.report\n")
+    program = "from importlib.metadata import version; print(version('fedsim'))\n"
+    program += "from fedsim.core.plugins import provided; print(*sum(provided('commands'), []))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    version, commands = done.stdout.splitlines()
+    assert version == "0.0.9"
+    assert "report" in commands

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from fedsim.core.errors import InputError
@@ -31,7 +31,7 @@ def provided(feature: str) -> Iterator[Any]:
     InputError
         Naming the plugin that cannot be loaded.
     """
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    for point in _points():
         try:
             place = point.load().PROVIDES.get(feature)
             if place is not None:
@@ -44,6 +44,18 @@ def provided(feature: str) -> Iterator[Any]:
                 f"the plugin {point.name} cannot be loaded ({type(error).__name__}: {error}); "
                 "repair or uninstall it"
             ) from error
+
+
+def _points() -> list[EntryPoint]:
+    # `entry_points` looks at one distribution of each name: what an older installation left in the
+    # working folder would hide the plugins.
+    found = {
+        (point.name, point.value): point
+        for distribution in distributions()
+        for point in distribution.entry_points
+        if point.group == GROUP
+    }
+    return [found[key] for key in sorted(found)]
 
 
 def provider(feature: str, wanted: str) -> Any:
