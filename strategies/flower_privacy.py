@@ -11,9 +11,9 @@ from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdap
 class _TowardsTheQuantile(DifferentialPrivacyAdaptiveBase):
     """Moves the clipping norm as Andrew et al. 2021, section 2.1: ``C * exp(-rate * (b - q))``.
 
-    There, ``b`` is the share of updates that are *not* above ``C``. Flower 1.41 puts the share of
-    those that were clipped in its place, and its norm runs away from the quantile: to 0 where all
-    are clipped, and without end where none is.
+    There, ``b`` is the share of updates that are *not* above ``C``. Flower (1.41 and 1.42) puts the
+    share of those that were clipped in its place, and its norm runs away from the quantile: to 0
+    where all are clipped, and without end where none is.
     """
 
     def _geometric_update(self, clipped_fraction: float) -> None:

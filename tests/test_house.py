@@ -250,6 +250,50 @@ def test_texts_are_read_and_written_in_an_encoding_that_is_named(module):
     assert unnamed == []
 
 
+# The one file for Flower and Ray, and the process's own, for torch.
+MAY_PATCH = {"fedsim.flower.patches", "fedsim.core.startup"}
+# Settings of torch's, as its manual has them.
+SETTINGS = ("torch.backends.", "torch.utils.deterministic.")
+
+
+def patched(tree):
+    """List what a tree assigns to that other modules define, and objects that it cannot tell."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                aliases[alias.asname or alias.name.split(".")[0]] = alias.name
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if name := dotted(node, aliases):
+                yield name
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            yield dotted(node.args[0], aliases) or ast.unparse(node.args[0])
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_PATCH))
+def test_what_other_libraries_define_is_assigned_to_in_one_file_alone(module):
+    found = {name for name in patched(parse(MODULES[module])) if not name.startswith(SETTINGS)}
+    assert found - {"sys"} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import ray\nray.worker.print = None", "ray.worker.print"),
+        ("from flwr.a import b as c\ndef f():\n    c.d = 1", "flwr.a.b.d"),
+        ("from flwr import a\nsetattr(a, 'b', 1)", "flwr.a"),
+        ("def f(state):\n    setattr(state, 'b', 1)", "state"),
+        ("import ray\ndel ray.init", "ray.init"),
+    ],
+)
+def test_the_search_finds_what_is_patched(source, name):
+    assert list(patched(ast.parse(source))) == [name]
+
+
 RECORDS_OF_A_MESSAGE = {"array_records", "config_records", "metric_records"}
 
 

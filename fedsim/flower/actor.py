@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 
 
@@ -48,19 +49,29 @@ class Duty:
 
 @ray.remote
 class ClientAppWorker(VirtualClientEngineActor):
-    """A process that trains one client after the other."""
+    """A process that trains one client after the other.
+
+    Parameters
+    ----------
+    app : ClientApp
+        What the clients run.
+    """
+
+    def __init__(self, app: ClientApp) -> None:
+        self._app = app
 
     def start(self, duty: Duty) -> bool:
         """Take up a duty; gives what its `begin` gives."""
         self._duty = duty
         return duty.begin()
 
-    def run(
-        self, client_app_fn: Any, message: Message, cid: str, context: Context
-    ) -> tuple[str, Message, Context]:
+    def run(  # type: ignore[override]
+        self, message: Message, cid: str, context: Context
+    ) -> Message:
         """Train a client."""
         self._duty.prepare(message)
-        return super().run(client_app_fn, message, cid, context)
+        _, reply, _ = super().run(lambda: self._app, message, cid, context)
+        return reply
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the duty here."""

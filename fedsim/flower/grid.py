@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -16,6 +17,14 @@ from fedsim.core.errors import RunFailedError, RunInterruptedError
 
 _SHORTEST_POLL = 0.005
 _LONGEST_POLL = 0.1
+
+
+@runtime_checkable
+class TellsReplies(Protocol):
+    """A grid that need not be asked again and again whether there is a reply."""
+
+    def wait_for_reply(self, seconds: float) -> None:
+        """Wait until there is another reply, or for some time."""
 
 
 def stream_replies(
@@ -51,6 +60,7 @@ def stream_replies(
     RunFailedError
         When no reply came in time.
     """
+    wait = grid.wait_for_reply if isinstance(grid, TellsReplies) else stop.wait
     waiting: dict[str, int] = {}
     arrived: dict[int, Message] = {}
     sent = 0
@@ -77,7 +87,8 @@ def stream_replies(
                     arrived[waiting.pop(message_id)] = reply
                     pause, last = _SHORTEST_POLL, time.monotonic()
             if position not in arrived:
-                if stop.wait(pause):
+                wait(pause)
+                if stop.is_set():
                     raise RunInterruptedError("interrupted")
                 if patience is not None and time.monotonic() - last > patience:
                     raise RunFailedError(f"no client has answered for {patience:.0f} s")

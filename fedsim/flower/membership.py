@@ -40,8 +40,8 @@ class _Member:
 class KnowsPartitions(Protocol):
     """A grid that knows which node holds which partition, and whose nodes neither come nor go."""
 
-    def nodes_by_partition(self, stop: threading.Event) -> Mapping[int, int]:
-        """Wait until there are nodes; give them by the partition that each holds."""
+    def nodes_by_partition(self) -> Mapping[int, int]:
+        """Give the node of each client."""
 
 
 def membership_of(
@@ -86,7 +86,7 @@ class KnownMembership:
         RunInterruptedError
             Once the stop event is set.
         """
-        self._nodes = self._known.nodes_by_partition(self._stop)
+        self._nodes = self._known.nodes_by_partition()
         if missing := sorted(set(range(self._clients)) - set(self._nodes)):
             raise RunFailedError(_unheld(missing, self._clients))
         query = Message(wire.query_content(), self._nodes[0], MessageType.QUERY)

@@ -1,4 +1,4 @@
-"""Starting Flower's Ray engine, here or on a cluster, and ending it for certain."""
+"""Starting Ray with Flower's actors, here or on a cluster, and ending it for certain."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,29 +26,24 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import psutil
 import ray
 import torch
-from flwr.app import Context
-from flwr.server.superlink.fleet.vce import vce_api
-from flwr.server.superlink.fleet.vce.backend import raybackend
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
-from ray._private import worker as ray_worker
 
 from fedsim.core import registry
 from fedsim.core.allocator import keep_freed_memory
 from fedsim.core.allowance import usable_cpus, usable_memory
 from fedsim.core.config import RunConfig
 from fedsim.core.device import resolve_device
-from fedsim.core.errors import ConfigError, FedsimError, RunFailedError
+from fedsim.core.errors import ConfigError, FedsimError, RunFailedError, RunInterruptedError
 from fedsim.core.plan import RunPlan
 from fedsim.core.plugins import provider
 from fedsim.flower.actor import Duty
 from fedsim.flower.client_app import app as client_app
-from fedsim.flower.delivery import Deliveries, EngineGrid
+from fedsim.flower.engine import RayGrid
+from fedsim.flower.patches import reclaim_sigterm, server_identity, silent_workers
 from fedsim.flower.preflight import check_machine
 from fedsim.flower.rounds import RunObserver
 from fedsim.flower.scratch import Scratch
 from fedsim.flower.server_app import execute
-from fedsim.flower.workers import SupervisedPool
+from fedsim.flower.workers import Workers
 from fedsim.recording.recovery import Recovery
 from fedsim.recording.writer import mark_failed
 
@@ -245,40 +240,44 @@ def simulate(
     FedsimError
         What ended the run early.
     """
-    _quieten(verbose)
     keep_freed_memory()
-    # Flower has no hook for its pool: its engine finds this class under the name it imported.
-    setattr(raybackend, "BasicActorPool", SupervisedPool)  # noqa: B010
-    hand_out_to(pool.workers)
-    SupervisedPool.client_timeout = plan.config.client_timeout
-    SupervisedPool.most = pool.workers
-    SupervisedPool.ready = threading.Event()
     if recovery is not None:
         plan = replace(plan, done=recovery.round)
-    # The engine takes ten seconds to start.
+    # The engine takes some seconds to start.
     observer.run_started(plan, pool.workers, output)
-    deliveries = Deliveries()
     opened = threading.Event()
+    resources = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(deliveries.installed())
+        stack.enter_context(server_identity())
+        if not verbose:
+            stack.enter_context(_quiet())
+        start: Callable[[], Any] = lambda: None  # noqa: E731
         broken: Callable[[], str | None]
         if plan.config.cluster is None:
             scratch = stack.enter_context(Scratch())
             stack.enter_context(_environment(node_environment(plan.config, output)))
-            backend = _backend(pool, str(scratch.short), verbose=verbose, ray_gpus=ray_gpus)
+            settings = _ray_settings(pool, str(scratch.short), verbose=verbose, ray_gpus=ray_gpus)
+            start = partial(ray.init, **settings)
             broken = _OwnProcesses().broken
-            SupervisedPool.duty = Duty()
+            duty = Duty()
         else:
             joined = _cluster().joined(plan, output, pool, verbose=verbose)
-            SupervisedPool.duty, broken = stack.enter_context(joined)
-            backend = {"client_resources": _resources_of(pool)}
-        engine = _Engine(plan.config.clients, backend, broken, verbose=verbose)
+            duty, broken = stack.enter_context(joined)
 
-        def serve(grid: Grid) -> None:
-            # An engine that does not start leaves no run directory behind.
-            SupervisedPool.await_first(stop, _START)
+        def engage() -> RayGrid:
+            start()
+            workers = Workers(
+                client_app,
+                resources,
+                most=pool.workers,
+                client_timeout=plan.config.client_timeout,
+                duty=duty,
+            )
+            return RayGrid(workers, plan.config.clients)
+
+        def serve(grid: RayGrid) -> None:
             execute(
-                EngineGrid(grid, deliveries),
+                grid,
                 plan,
                 output,
                 observer=observer,
@@ -290,7 +289,7 @@ def simulate(
                 stop_after_round=stop_after_round,
             )
 
-        failure = engine.run(serve, stop)
+        failure = _Engine(engage, broken).run(serve, stop)
     if isinstance(failure, EngineError) and opened.is_set():
         # In place of what followed from it.
         mark_failed(output, str(failure))
@@ -298,18 +297,6 @@ def simulate(
         raise failure
     if failure is not None:
         raise RunFailedError(f"{type(failure).__name__}: {failure}") from failure
-
-
-def hand_out_to(workers: int) -> None:
-    """Let Flower's engine work on as many clients at once; by itself it takes min(32, cores + 4).
-
-    Parameters
-    ----------
-    workers : int
-        Threads that wait for a worker each.
-    """
-    # No hook here either.
-    setattr(vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, workers))  # noqa: B010
 
 
 def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
@@ -321,6 +308,8 @@ def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
         "FEDSIM_RECORDINGS": str(output.resolve().parent),
         "FEDSIM_CAPTURE": "true",
         registry.TRUSTED: ",".join(config.code),
+        # What this process can import, those that it starts can; an empty entry is this folder.
+        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
     }
     if config.data_root is not None:
         environment["FEDSIM_DATA_ROOT"] = str(Path(config.data_root).resolve())
@@ -346,78 +335,69 @@ class EngineError(RunFailedError):
 
 
 class _Engine:
-    """Flower's simulation engine in a thread of its own, so that its death is nobody else's."""
+    """Ray and its workers in a thread of their own, so that their death is nobody else's.
 
-    def __init__(
-        self,
-        clients: int,
-        backend: dict[str, Any],
-        broken: Callable[[], str | None],
-        *,
-        verbose: bool,
-    ) -> None:
-        self._clients = clients
-        self._backend = backend
+    Parameters
+    ----------
+    engage : callable
+        Starts the engine and gives its grid.
+    broken : callable
+        Says what has died that Ray cannot do without; None as long as nothing has.
+    """
+
+    def __init__(self, engage: Callable[[], RayGrid], broken: Callable[[], str | None]) -> None:
+        self._engage = engage
         self._broken = broken
-        self._verbose = verbose
-        self._server_ended = threading.Event()
+        self._is_engaged = threading.Event()
+        self._has_workers = threading.Event()
+        self._ended = threading.Event()
         self._outcome: BaseException | None = None
-        self._error: BaseException | None = None
 
-    def run(self, server: Callable[[Grid], None], stop: threading.Event) -> BaseException | None:
+    def run(self, server: Callable[[RayGrid], None], stop: threading.Event) -> BaseException | None:
         """Run a server's part to its end and give the error that it ended with."""
-        thread = threading.Thread(target=self._simulate, args=[server], daemon=True)
+        thread = threading.Thread(target=self._serve, args=[server, stop], daemon=True)
         thread.start()
-        cause: EngineError | None = None
-        while thread.is_alive() and cause is None and not self._server_ended.wait(_POLL):
-            cause = self._dead()
-        # One that has not started by now may never do so; the janitor ends it.
-        has_started = SupervisedPool.ready.is_set()
-        if (
-            self._server_ended.is_set()
-            and has_started
-            and not isinstance(self._outcome, EngineError)
-        ):
+        has_reclaimed = threading.current_thread() is not threading.main_thread()
+        while not self._ended.wait(_POLL):
+            if self._is_engaged.is_set() and not has_reclaimed:
+                reclaim_sigterm()
+                has_reclaimed = True
+            if cause := self._dead():
+                # The server's thread still waits for clients.
+                stop.set()
+                self._ended.wait(_PATIENCE)
+                return cause
+            if stop.is_set() and not self._has_workers.is_set():
+                # An engine that has not started by now may never do so; the janitor ends it.
+                return RunInterruptedError("interrupted")
+        if not isinstance(self._outcome, EngineError):
             thread.join(_TEARDOWN)
-        if self._error is not None and not self._server_ended.is_set():
-            cause = EngineError(f"Flower's Ray engine could not run: {_root_of(self._error)}")
-        if cause is None and not self._server_ended.is_set():
-            cause = EngineError("Flower's Ray engine ended before the run did")
-        if cause is not None:
-            # The server's thread still waits for clients.
-            stop.set()
-            self._server_ended.wait(_PATIENCE)
         if not thread.is_alive():
             ray.shutdown()
-        return cause or self._outcome
+        return self._outcome
 
-    def _simulate(self, server: Callable[[Grid], None]) -> None:
+    def _serve(self, server: Callable[[RayGrid], None], stop: threading.Event) -> None:
         # Threads and processes started from here never see it: a batch system sends it to all.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        server_app = ServerApp()
-
-        @server_app.main()
-        def main(grid: Grid, context: Context) -> None:
-            try:
-                server(grid)
-            except BaseException as error:
-                self._outcome = dead = self._dead() or error
-                # Workers may be minutes from the end of clients that nobody waits for now.
-                if dead is error:
-                    SupervisedPool.kill_latest()
-            finally:
-                self._server_ended.set()
-
+        grid: RayGrid | None = None
         try:
-            run_simulation(
-                server_app=server_app,
-                client_app=client_app,
-                num_supernodes=self._clients,
-                backend_config=self._backend,
-                verbose_logging=self._verbose,
-            )
+            try:
+                grid = self._engage()
+                self._is_engaged.set()
+            except Exception as error:
+                raise EngineError(f"Flower's Ray engine could not run: {error}") from error
+            # An engine that does not start leaves no run directory behind.
+            grid.await_worker(stop, _START)
+            self._has_workers.set()
+            server(grid)
         except BaseException as error:
-            self._error = error
+            self._outcome = self._dead() or error
+        self._ended.set()
+        if grid is not None and not isinstance(self._outcome, EngineError):
+            # Workers may be minutes from the end of clients that nobody waits for now.
+            grid.close()
+            # Ray ends sooner in the thread that began it.
+            ray.shutdown()
 
     def _dead(self) -> EngineError | None:
         """Say what has died that Ray cannot do without."""
@@ -452,30 +432,21 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _root_of(error: BaseException) -> BaseException:
-    # Flower wraps what went wrong in "An error was encountered", twice.
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _backend(
+def _ray_settings(
     pool: WorkerPool, scratch: str, *, verbose: bool, ray_gpus: int | None
 ) -> dict[str, Any]:
     if ray_gpus is None:
         ray_gpus = torch.cuda.device_count() if pool.gpus else 0
     return {
-        "client_resources": _resources_of(pool),
-        "init_args": {
-            # A cluster of our own: Ray otherwise joins any that it finds.
-            "address": "local",
-            "num_cpus": pool.workers * pool.cpus,
-            "num_gpus": ray_gpus,
-            **_memory_for_ray(),
-            "_temp_dir": scratch,
-            "log_to_driver": verbose,
-            "logging_level": "INFO" if verbose else "ERROR",
-        },
+        # A cluster of our own: Ray otherwise joins any that it finds.
+        "address": "local",
+        "num_cpus": pool.workers * pool.cpus,
+        "num_gpus": ray_gpus,
+        **_memory_for_ray(),
+        "_temp_dir": scratch,
+        "include_dashboard": False,
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
     }
 
 
@@ -490,13 +461,14 @@ def _memory_for_ray() -> dict[str, int]:
     return {"object_store_memory": store, "_memory": memory - store}
 
 
-def _resources_of(pool: WorkerPool) -> dict[str, float]:
-    return {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
-
-
-def _quieten(verbose: bool) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("flwr")
+    before = logger.level
     # Flower logs every error that it also reports in a reply; the observer tells those.
-    logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.CRITICAL + 1)
-    if not verbose:
-        # Ray announces retries and deaths of workers on stdout, whatever it is told to log.
-        setattr(ray_worker, "print_to_stdstream", lambda *_, **__: None)  # noqa: B010
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with silent_workers():
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,4 +1,4 @@
-"""Flower's pool of Ray workers, watched: late ones are replaced, dead ones explained."""
+"""The workers of a run, watched: late ones are replaced, dead ones explained."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import re
 import threading
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
-from flwr.app import MessageType
-from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+from flwr.app import Context, Message, MessageType
+from flwr.clientapp import ClientApp
+from flwr.simulation.ray_transport.ray_actor import pool_size_from_resources
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -31,8 +32,8 @@ _LOST = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError)
 """What Ray raises where a worker is gone, or its node with what the worker had returned."""
 
 
-class SupervisedPool(BasicActorPool):
-    """Flower's pool of workers, but for what happens to workers that hang, die or are to end.
+class Workers:
+    """Ray actors that run clients: those that hang or die are replaced, and it is said why.
 
     Flower waits for ever for a worker that hangs, keeps one that died in its pool, where it
     swallows the clients to come, and asks workers to leave by a method call, which Ray takes for a
@@ -40,101 +41,106 @@ class SupervisedPool(BasicActorPool):
 
     A worker takes clients once it has started. One that is lost is asked for anew; where the
     cluster has no room for it, since a whole node was lost, the others do its work until there is.
+
+    Parameters
+    ----------
+    app : ClientApp
+        What the clients run.
+    resources : dict of str to float
+        ``num_cpus`` and ``num_gpus`` of each worker.
+    most : int
+        Workers to start, where there is room for as many.
+    client_timeout : float or None
+        Seconds that a client may take once a worker is free for it; for ever if None.
+    duty : Duty
+        What workers do before their first client, and around each.
+
+    Attributes
+    ----------
+    count : int
+        Workers that were asked for.
+
+    Raises
+    ------
+    ValueError
+        When there is no room for a single one.
     """
 
-    client_timeout: ClassVar[float | None] = None
-    """Seconds that a client may take once a worker is free for it; for ever if None."""
-    most: ClassVar[int] = 1
-    """Workers to start, where there is room for as many."""
-    duty: ClassVar[Duty] = Duty()
-    """What workers do before their first client, and around each."""
-    ready: ClassVar[threading.Event] = threading.Event()
-    """Set once a worker has started, or none can be."""
-    _latest: ClassVar[SupervisedPool | None] = None
-
     def __init__(
-        self, actor_type: Any, client_resources: dict[str, Any], actor_kwargs: dict[str, Any]
+        self,
+        app: ClientApp,
+        resources: dict[str, int | float],
+        *,
+        most: int,
+        client_timeout: float | None,
+        duty: Duty,
     ) -> None:
-        super().__init__(ClientAppWorker, client_resources, actor_kwargs)
-        worker_type: Any = ClientAppWorker
-        self.create_actor_fn = lambda: worker_type.options(
-            **client_resources, scheduling_strategy="SPREAD"
-        ).remote()
-        self.actors_capacity = min(self.actors_capacity, self.most)
+        self._app = app
+        self._resources = resources
+        self._client_timeout = client_timeout
+        self._duty = duty
+        self._idle: list[Any] = []
         self._everyone: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._away: set[Any] = set()
-        self._calls: dict[Any, tuple[Any, tuple[Any, Any, str, Any]]] = {}
         self._changed = threading.Condition()
         self._failed_starts = 0
         self._refusal = ""
         self._ended = False
+        self._ready = threading.Event()
         self._recruiter = threading.Thread(target=self._recruit, daemon=True)
-        SupervisedPool._latest = self
-
-    def add_actors_to_pool(self, num_actors: int) -> None:
-        """Ask for workers; each takes clients once it has started."""
+        self.count = min(pool_size_from_resources(resources), most)
         with self._changed:
-            for _ in range(num_actors):
+            for _ in range(self.count):
                 self._ask()
-        self.num_actors += num_actors
         self._recruiter.start()
 
-    def submit(self, actor_fn: Any, job: tuple[Any, Any, str, Any]) -> Any:
-        """Hand a message to a worker once one is free, and remember it."""
-        worker = self._take()
-        future = actor_fn(worker, *job)
-        with self._changed:
-            self._future_to_actor[future] = worker
-            self._calls[future] = (actor_fn, job)
-        return future
-
-    def fetch_result_and_return_actor_to_pool(self, future: Any) -> Any:
-        """Wait for a worker's answer, and replace the worker where none comes.
+    def run(self, message: Message, client: int, context: Context) -> Message:
+        """Let a worker answer a message once one is free, and replace it where it does not.
 
         Raises
         ------
         RunFailedError
             When the client took too long, or its worker died again and again.
+        RayTaskError
+            What the client raised.
         """
-        call, (app, message, partition, context) = self._calls.pop(future)
         trains = message.metadata.message_type.startswith(MessageType.TRAIN)
-        limit = self.client_timeout if trains else None
-        answer = future
+        limit = self._client_timeout if trains else None
         deaths = 0
         while True:
+            worker = self._take()
+            answer = worker.run.remote(message, str(client), context)
             if not ray.wait([answer], timeout=limit)[0]:
-                self._replace(future)
-                place = f"; it was at {line}" if (line := place_of(int(partition))) else ""
+                self._replace(worker)
+                place = f"; it was at {line}" if (line := place_of(client)) else ""
                 raise RunFailedError(f"took longer than client-timeout = {limit:g} s{place}")
             try:
-                _, reply, after = ray.get(answer)
-                worker = self._future_to_actor[future]
+                reply: Message = ray.get(answer)
                 if worker in self._away:
-                    self.duty.bring_back(worker, message)
+                    self._duty.bring_back(worker, message)
             except _LOST as error:
                 deaths += 1
-                self._replace(future)
+                self._replace(worker)
                 if deaths > RETRIES:
                     raise RunFailedError(_cause_of_death(error)) from None
-                fresh = self._future_to_actor[future] = self._take()
-                answer = call(fresh, app, message, partition, context)
-            else:
-                self.add_actor_back_to_pool(future)
-                return reply, after
+                continue
+            except BaseException:
+                self._give_back(worker)
+                raise
+            self._give_back(worker)
+            return reply
 
-    def add_actor_back_to_pool(self, future: Any) -> None:
-        """Let the worker that had a message take the next, unless it was replaced."""
+    def _give_back(self, worker: Any) -> None:
         with self._changed:
-            if worker := self._future_to_actor.pop(future, None):
-                self.pool.append(worker)
-                self._changed.notify()
+            self._idle.append(worker)
+            self._changed.notify()
 
     def _take(self) -> Any:
         """Give a free worker as soon as there is one."""
         none_since = None
         with self._changed:
-            while not self.pool:
+            while not self._idle:
                 if self._ended:
                     raise RunFailedError("the run has ended")
                 if not self._everyone:
@@ -146,12 +152,14 @@ class SupervisedPool(BasicActorPool):
                 elif time.monotonic() - none_since > _PATIENCE:
                     raise RunFailedError(f"no worker could be started for {_PATIENCE:.0f} s")
                 self._changed.wait(1)
-            return self.pool.pop()
+            return self._idle.pop()
 
     def _ask(self) -> None:
-        worker: Any = self.create_actor_fn()  # type: ignore[no-untyped-call]
+        kind: Any = ClientAppWorker
+        options = kind.options(**self._resources, scheduling_strategy="SPREAD")
+        worker = options.remote(self._app)
         self._everyone.append(worker)
-        self._starting[worker.start.remote(self.duty)] = worker
+        self._starting[worker.start.remote(self._duty)] = worker
         self._changed.notify_all()
 
     def _recruit(self) -> None:
@@ -181,8 +189,8 @@ class SupervisedPool(BasicActorPool):
                 self._failed_starts = 0
                 if is_away:
                     self._away.add(worker)
-                self.pool.append(worker)
-                self.ready.set()
+                self._idle.append(worker)
+                self._ready.set()
             else:
                 self._drop(worker)
                 self._failed_starts += 1
@@ -190,14 +198,14 @@ class SupervisedPool(BasicActorPool):
                 if self._failed_starts <= RETRIES:
                     self._ask()
                 if not self._everyone:
-                    self.ready.set()
+                    self._ready.set()
             self._changed.notify_all()
 
-    def _replace(self, future: Any) -> None:
+    def _replace(self, worker: Any) -> None:
         with self._changed:
             if self._ended:
                 raise RunFailedError("the run has ended")
-            self._drop(self._future_to_actor.pop(future))
+            self._drop(worker)
             self._failed_starts = 0
             self._ask()
 
@@ -208,7 +216,7 @@ class SupervisedPool(BasicActorPool):
         with contextlib.suppress(RayError):
             ray.kill(worker, no_restart=True)
 
-    def terminate_all_actors(self) -> None:
+    def end(self) -> None:
         """Kill the workers."""
         with self._changed:
             self._ended = True
@@ -216,15 +224,13 @@ class SupervisedPool(BasicActorPool):
                 ray.kill(worker, no_restart=True)
             self._everyone.clear()
             self._starting.clear()
-            self.pool.clear()
+            self._idle.clear()
             self._changed.notify_all()
         # Asked by a thread after it is gone, Ray would start an engine of its own.
-        if self._recruiter.ident is not None:
-            self._recruiter.join()
+        self._recruiter.join()
 
-    @classmethod
-    def await_first(cls, stop: threading.Event, patience: float) -> None:
-        """Wait until a worker of the pool made last has started.
+    def await_first(self, stop: threading.Event, patience: float) -> None:
+        """Wait until a worker has started.
 
         Raises
         ------
@@ -234,19 +240,13 @@ class SupervisedPool(BasicActorPool):
             When none can be started.
         """
         limit = time.monotonic() + patience
-        while not cls.ready.wait(_POLL):
+        while not self._ready.wait(_POLL):
             if stop.is_set():
                 raise RunInterruptedError("interrupted")
             if time.monotonic() > limit:
                 raise RunFailedError(f"no worker could be started for {patience:.0f} s")
-        if cls._latest is not None and not cls._latest._everyone:
-            raise RunFailedError(f"no worker could be started: {cls._latest._refusal}")
-
-    @classmethod
-    def kill_latest(cls) -> None:
-        """Kill the workers of the pool made last, if there is one."""
-        if cls._latest is not None:
-            cls._latest.terminate_all_actors()
+        if not self._everyone:
+            raise RunFailedError(f"no worker could be started: {self._refusal}")
 
 
 def _reason_of(error: Exception) -> str:

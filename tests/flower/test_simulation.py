@@ -19,7 +19,7 @@ from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
 from fedsim.core.rng import draw_participants
 from fedsim.flower import simulation
-from fedsim.flower.simulation import WorkerPool, _backend, size_pool
+from fedsim.flower.simulation import WorkerPool, _ray_settings, size_pool
 from fedsim.recording.reader import load_run
 from fedsim.recording.verify import verify
 from tests.patience import PATIENCE
@@ -403,8 +403,8 @@ def test_a_limit_of_memory_bounds_the_workers(gib, workers):
 
 def test_ray_is_told_of_no_more_memory_than_may_be_used(monkeypatch):
     monkeypatch.setattr(simulation, "usable_memory", lambda: 2 * 10**9)
-    told = _backend(WorkerPool(workers=1, cpus=1, gpus=0), "x", verbose=False, ray_gpus=0)
-    shares = [told["init_args"][name] for name in ("object_store_memory", "_memory")]
+    told = _ray_settings(WorkerPool(workers=1, cpus=1, gpus=0), "x", verbose=False, ray_gpus=0)
+    shares = [told[name] for name in ("object_store_memory", "_memory")]
     assert shares == [600_000_000, 1_400_000_000]
 
 

@@ -1,6 +1,5 @@
 """Runs on Ray clusters: two nodes, of which one shares no disk with the server and is lost."""
 
-import contextlib
 import json
 import os
 import re
@@ -8,21 +7,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from flwr.server.superlink.fleet.vce import vce_api
-from flwr.server.superlink.fleet.vce.metrics import VceMetrics
 
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import ConfigError
-from fedsim.flower.simulation import WorkerPool, hand_out_to
+from fedsim.flower.simulation import WorkerPool
 from fedsim.plugins.cluster import machines
 from fedsim.plugins.cluster.cluster import Node, connected, size_pool, slots_of
 from fedsim.recording.reader import load_run
@@ -269,84 +263,3 @@ def test_a_mark_is_known_by_its_content_and_leaves_nothing(tmp_path):
         assert not machines.Mark(mark.path, "another", mark.user).is_writable_here()
     assert not mark.is_writable_here()
     assert list(tmp_path.iterdir()) == []
-
-
-class CrowdedBackend:
-    """A backend of Flower's whose clients end once as many are there as it has workers."""
-
-    def __init__(self, workers, patience):
-        self.num_workers = workers
-        self.stop = threading.Event()
-        self.most = 0
-        self._inside = 0
-        self._lock = threading.Lock()
-        self._barrier = threading.Barrier(workers)
-        self._patience = patience
-
-    def build(self, app_fn):
-        pass
-
-    def process_message(self, message, context):
-        with self._lock:
-            self._inside += 1
-            self.most = max(self.most, self._inside)
-        with contextlib.suppress(threading.BrokenBarrierError):
-            self._barrier.wait(self._patience)
-        self.stop.set()
-        with self._lock:
-            self._inside -= 1
-        return SimpleNamespace(metadata=SimpleNamespace()), None
-
-    def terminate(self):
-        pass
-
-
-class FullLink:
-    """A state of Flower's link with one message for every node."""
-
-    def __init__(self, nodes):
-        self._waiting = {
-            n: SimpleNamespace(metadata=SimpleNamespace(dst_node_id=n, run_id=1)) for n in nodes
-        }
-
-    def state(self):
-        return self
-
-    def get_message_ins(self, node_id, limit):
-        return [self._waiting.pop(node_id)] if node_id in self._waiting else []
-
-    def store_message_res(self, reply):
-        pass
-
-
-class NoContexts:
-    def retrieve_context(self, run_id):
-        return None
-
-    def update_context(self, run_id, context):
-        pass
-
-
-def most_at_once(workers, patience):
-    """Clients that Flower's engine has under way together, of as many as there are workers."""
-    nodes = {number: number for number in range(workers)}
-    backend = CrowdedBackend(workers, patience)
-    vce_api.run_api(
-        lambda: None,
-        lambda: backend,
-        nodes,
-        FullLink(nodes),
-        dict.fromkeys(nodes, NoContexts()),
-        backend.stop,
-        VceMetrics(),
-    )
-    return backend.most
-
-
-def test_flowers_engine_works_on_as_many_clients_at_once_as_there_are_workers(monkeypatch):
-    monkeypatch.setattr(vce_api, "ThreadPoolExecutor", ThreadPoolExecutor)
-    # As many threads as its pool starts on this machine.
-    with ThreadPoolExecutor() as its_own:
-        assert most_at_once(40, 3) == its_own._max_workers
-    hand_out_to(40)
-    assert most_at_once(40, 60) == 40
