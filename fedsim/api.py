@@ -145,7 +145,7 @@ def run_plan(
         After an interrupt, with the command that goes on.
     """
     from fedsim.flower.simulation import simulate
-    from fedsim.trackers import Observers, TrackingObserver, make_tracker
+    from fedsim.tracking import TrackingObserver, make_tracker, observers
 
     trackers = [TrackingObserver(name, make_tracker(name), warn) for name in tracker]
     with contextlib.ExitStack() as stack:
@@ -156,7 +156,7 @@ def run_plan(
                 plan,
                 output,
                 pool,
-                observer=Observers([observer, *trackers]),
+                observer=observers(observer, *trackers),
                 stop=stop,
                 verbose=verbose,
                 recovery=recovery,

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from fedsim.core.errors import FedsimError, InputError
+from fedsim.core.plugins import lacked_by
 
 SUCCESS, FAILURE, BAD_INPUT = 0, 1, 2
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -128,6 +129,13 @@ class Command(_Printing):
         if self._waits and not asks_help and "torch" not in sys.modules:
             tell("loading    torch, Flower and Ray")
         return super().make_context(info_name, args, parent, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; of a plugin, say which extra brings what is not installed."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise lacked_by(self.callback.__module__, error) or error from None
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Give the keys after the command's own parameters."""
@@ -264,7 +272,8 @@ tracked = click.option(
     "--tracker",
     multiple=True,
     metavar="NAME",
-    help="tell the run to tensorboard, mlflow, wandb or trackio too (repeatable)",
+    help="tell the run to tensorboard, mlflow, wandb or trackio too, or to your own as "
+    "module:NAME (repeatable)",
 )
 verbose = click.option("--verbose", is_flag=True, help="show what Flower and Ray log")
 config_file = click.argument(
@@ -288,7 +297,7 @@ def keys_of(texts: Mapping[str, str | None]) -> dict[str, Any]:
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse a tracker that is unknown or not installed, before anything is loaded for a run."""
     if names:
-        from fedsim.trackers import check_tracker
+        from fedsim.tracking import check_tracker
 
         for name in names:
             check_tracker(name)

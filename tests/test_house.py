@@ -15,6 +15,8 @@ from fedsim.core.plugins import GROUP
 from tests.installed import PLUGINS
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 # From the bottom; a module knows its own room and those below.
 ROOMS = [
     ["fedsim.core"],
@@ -27,6 +29,7 @@ ROOMS = [
     [
         *("fedsim.api", "fedsim.apart", "fedsim.app", "fedsim.cell", "fedsim.cli"),
         *("fedsim.command", "fedsim.interrupts", "fedsim.terminal", "fedsim.trackers"),
+        "fedsim.tracking",
         *("fedsim.__main__", "run_simulation"),
     ],
     ["fedsim.plugins"],
@@ -113,8 +116,7 @@ def test_a_plugin_knows_no_other_plugin_and_is_declared(plugin):
     imported = {name for m in own for name in imported_by(m, parse(MODULES[m]))}
     theirs = {n for n in imported if n.startswith("fedsim.plugins") and not n.startswith(room)}
     assert theirs == set()
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert declared["entry-points"][GROUP][plugin] == room
+    assert PROJECT["entry-points"][GROUP][plugin] == room
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -138,17 +140,23 @@ OF_FLOWER = {"ray"}
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_what_a_module_imports_is_declared(module):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    needs = [
-        *project["dependencies"],
-        *(n for name in extras if name != "dev" for n in extras[name]),
-    ]
+    needs = PROJECT["dependencies"]
+    if module.startswith(("fedsim.plugins.", "fedsim.trackers.")):
+        # Of a plugin or a tracker, in the extra of its name too.
+        needs = needs + EXTRAS.get(module.split(".")[2], [])
     declared = {re.split(r"[\[<>=]", need)[0] for need in needs} | OF_FLOWER
     imported = {name.split(".")[0] for name in imported_by(module, parse(MODULES[module]))}
     theirs = imported - {*sys.stdlib_module_names, *OURS}
     named = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in theirs}
     assert sorted(named - declared) == []
+
+
+def test_what_plugins_need_is_brought_together_and_to_developers():
+    (every,) = EXTRAS["all"]
+    brought = set(re.fullmatch(r"fedsim\[(.*)\]", every)[1].split(","))
+    trackers = {m.split(".")[2] for m in MODULES if m.startswith("fedsim.trackers.")}
+    assert brought == set(EXTRAS) - trackers - {"all", "dev"}
+    assert EXTRAS["dev"][0].startswith("fedsim[all,")
 
 
 def test_the_package_itself_imports_its_face_alone_and_only_when_asked():

@@ -15,7 +15,7 @@ import pytest
 
 from fedsim.core import plugins
 from fedsim.core.errors import InputError
-from tests.installed import PLUGINS, ROOT
+from tests.installed import PLUGINS, ROOT, needs
 
 COMMANDS = {
     "cluster": set(),
@@ -79,6 +79,25 @@ def test_without_a_plugin_the_others_are_there(plugin: str, tmp_path: Path) -> N
         done = python(folder, "fedsim", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert done.stderr.startswith(f"fedsim: {asked} needs a plugin that provides ")
+
+
+@needs("report")
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "from fedsim.cli import run; sys.exit(run(['report', 'none']))",
+        "from fedsim.core.plugins import provider; provider('plots', 'run.plot')",
+    ],
+)
+def test_a_plugin_whose_needs_are_not_installed_names_its_extra(asks: str) -> None:
+    # For Python, a package that is None is not there.
+    program = f"import sys; sys.modules['plotly'] = None; {asks}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == (2 if "cli" in asks else 1)
+    assert done.stderr.splitlines()[-1].partition(": ")[2] == (
+        "the plugin report needs plotly, which is not installed; the extra 'report' brings it "
+        "(in a clone: `pip install --editable '.[report]'`)"
+    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import cli, trackers
+from fedsim import cli, tracking
 from fedsim.core.config import RunConfig
 from fedsim.core.errors import InputError
 from fedsim.core.plan import RunPlan
@@ -17,13 +17,12 @@ from fedsim.flower.client_app import app
 from fedsim.flower.server_app import execute
 from fedsim.recording.reader import load_run
 from fedsim.recording.recovery import find_recovery
-from fedsim.trackers import (
-    NAMES,
-    Observers,
+from fedsim.tracking import (
     TrackingObserver,
     check_tracker,
     client_values,
     make_tracker,
+    observers,
     round_values,
     run_id_of,
 )
@@ -80,13 +79,13 @@ class Raising(Listed):
             raise self._error
 
 
-def go(path: Path, observers: list[Any], rounds: int = 2, *, resume: bool = False) -> None:
+def go(path: Path, told: list[Any], rounds: int = 2, *, resume: bool = False) -> None:
     plan = RunPlan.prepare(RunConfig.from_mapping({**VALUES, "rounds": rounds}))
     execute(
         LocalGrid(app, 3, recordings=path.parent),
         plan,
         path,
-        observer=Observers(observers),
+        observer=observers(*told),
         workers=2,
         stop=threading.Event(),
         recovery=find_recovery(path) if resume else None,
@@ -177,7 +176,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path):
 
 
 def test_a_tracker_that_does_not_keep_up_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
+    monkeypatch.setattr(tracking, "_MOST_WAITING", 3)
     forever = threading.Event()
 
     class Hanging(Listed):
@@ -238,13 +237,40 @@ def test_a_tracker_that_does_not_exist_is_refused():
     with pytest.raises(InputError) as refused:
         check_tracker("aim")
     assert str(refused.value) == (
-        "tracker = 'aim' cannot be used; expected one of 'tensorboard', 'mlflow', 'wandb', "
-        "'trackio'"
+        "tracker = 'aim' cannot be used; expected one of 'mlflow', 'tensorboard', 'trackio', "
+        "'wandb', or your own as module:NAME"
     )
 
 
+OWN = """
+class Own:
+    def start(self, path, config, step):
+        self.file = (path.parent / "told").open("w")
+        print(config["seed"], step, file=self.file)
+
+    def log(self, values, step):
+        print(step, *sorted(values), file=self.file)
+
+    def finish(self, succeeded):
+        self.file.close()
+"""
+
+
+def test_a_tracker_of_the_users_own_is_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    warnings, _ = track(tmp_path / "run", make_tracker("own.py:Own"))
+    assert warnings == []
+    told = Path("told").read_text().splitlines()
+    assert told[0] == "42 0"
+    assert {line.split()[0] for line in told[1:]} == {"0", "1", "2"}
+    assert cli.run(["run", "--tracker", "own.py:Other"]) == 2
+    refused = "fedsim: tracker = 'own.py:Other' cannot be used; expected a callable that can be "
+    assert capsys.readouterr().err.startswith(refused)
+
+
 @needs("compare")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mlflow", "tensorboard", "trackio", "wandb"])
 @pytest.mark.parametrize("command", ["run", "compare"])
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     name, command, capsys, tmp_path, monkeypatch

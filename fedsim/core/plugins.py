@@ -14,6 +14,7 @@ to where that is, as ``package.module`` or ``package.module:object``, imported w
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
@@ -40,7 +41,7 @@ def provided(feature: str) -> Iterator[Any]:
             # Its folder was removed.
             if isinstance(error, ModuleNotFoundError) and error.name == point.module:
                 continue
-            raise InputError(
+            raise lacked_by(point.module, error) or InputError(
                 f"the plugin {point.name} cannot be loaded ({type(error).__name__}: {error}); "
                 "repair or uninstall it"
             ) from error
@@ -56,6 +57,26 @@ def _points() -> list[EntryPoint]:
         if point.group == GROUP
     }
     return [found[key] for key in sorted(found)]
+
+
+def lacked_by(module: str, error: Exception) -> InputError | None:
+    """Tell which extra brings what a plugin of fedsim's own could not import.
+
+    Parameters
+    ----------
+    module : str
+        A module of the plugin.
+    error : Exception
+        What was raised; None is given where that is anything else.
+    """
+    plugin = re.match(r"fedsim\.plugins\.(\w+)", module)
+    package = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0]
+    if plugin is None or not package or package == "fedsim":
+        return None
+    return InputError(
+        f"the plugin {plugin[1]} needs {package}, which is not installed; the extra "
+        f"{plugin[1]!r} brings it (in a clone: `pip install --editable '.[{plugin[1]}]'`)"
+    )
 
 
 def provider(feature: str, wanted: str) -> Any:

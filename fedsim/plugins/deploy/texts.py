@@ -175,5 +175,5 @@ WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY fedsim fedsim
 COPY strategies strategies
-RUN pip install --no-cache-dir --constraint constraints.txt .
+RUN pip install --no-cache-dir --constraint constraints.txt '.[deploy,remote]'
 """

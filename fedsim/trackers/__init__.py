@@ -1,0 +1,1 @@
+"""Trackers of experiments, one a file: `fedsim.tracking.Tracker`."""
