@@ -96,6 +96,11 @@ def parse_checksums(lines: Iterable[bytes], place: str) -> Iterator[ChecksumLine
         yield ChecksumLine(number, files, frozenset(row.elsewhere), frozenset(row.removed))
 
 
+def files_of(lines: Iterable[ChecksumLine]) -> dict[str, Checksum]:
+    """Give the files of some lines, each as the last of them has it."""
+    return {name: checksum for line in lines for name, checksum in line.files.items()}
+
+
 def files_away(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
     """Name the files that a run directory lacks and may lack.
 

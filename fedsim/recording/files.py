@@ -85,6 +85,19 @@ class Checksum:
         """
         return Digest.of_file(path, size).checksum()
 
+    def matches(self, path: Path, *, grows: bool = False) -> bool:
+        """Say whether this is the checksum of a file; of its beginning, where the file grows.
+
+        Raises
+        ------
+        OSError
+            When the file cannot be read.
+        """
+        # Reading a hole of any size takes hours.
+        size = path.lstat().st_size
+        fits = size >= self.size if grows else size == self.size
+        return fits and Checksum.of_file(path, self.size) == self
+
 
 _READ_BYTES = 4 * 2**20
 

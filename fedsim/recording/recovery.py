@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError
 from fedsim.core.inputs import MOST_JSON_BYTES, open_regular, parse_json
 from fedsim.recording import rows
-from fedsim.recording.checksums import ChecksumLine, read_checksums
+from fedsim.recording.checksums import ChecksumLine, files_of, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum, text_lines
 from fedsim.recording.layout import RunLayout, newest_controls
 from fedsim.recording.reader import Run
@@ -159,7 +162,7 @@ def _check_files(layout: RunLayout, line: ChecksumLine) -> None:
 
 def _check_controls(layout: RunLayout, lines: Sequence[ChecksumLine], last: ChecksumLine) -> None:
     """Check what clients that took no part in the last round will begin their next one with."""
-    listed = {name: checksum for line in lines for name, checksum in line.files.items()}
+    listed = files_of(lines)
     for name in newest_controls(listed).values():
         if name not in last.files:
             _check_file(layout.inside(name), name, listed[name])
@@ -167,9 +170,7 @@ def _check_controls(layout: RunLayout, lines: Sequence[ChecksumLine], last: Chec
 
 def _check_file(path: Path, name: str, expected: Checksum, *, grows: bool = False) -> None:
     try:
-        size = path.lstat().st_size
-        wrong = size < expected.size or (size > expected.size and not grows)
-        if wrong or Checksum.of_file(path, expected.size) != expected:
+        if not expected.matches(path, grows=grows):
             raise InputError(f"{name} is not what was written")
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
@@ -189,11 +190,23 @@ def _check_rows(layout: RunLayout, size: int) -> int:
         raise InputError(f"{layout.rounds} holds a line that is not JSON") from None
     except OSError as error:
         raise InputError(f"{layout.rounds} cannot be read: {error.strerror}") from None
-    path = layout.state(last)
-    state = {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
-    if state_sha256(state) != state_hash:
-        raise InputError(f"{path} is not the state that round {last} ended with")
+    read_state(layout, last, state_hash)
     return last
+
+
+def read_state(layout: RunLayout, number: int, sha256: str) -> dict[str, NDArray[np.generic]]:
+    """Read the global state after a round, mapped from the disk.
+
+    Raises
+    ------
+    InputError
+        When it is not the one that the round's row tells of.
+    """
+    path = layout.state(number)
+    state = {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
+    if state_sha256(state) != sha256:
+        raise InputError(f"{path} is not the state that round {number} ended with")
+    return state
 
 
 def _rows_within(path: Path, size: int) -> Iterator[Any]:

@@ -19,7 +19,13 @@ from fedsim.core.inputs import open_regular
 from fedsim.core.task import FederatedData, task_of
 from fedsim.core.units import format_bytes
 from fedsim.recording import proofs, row_proofs, strategy_proofs
-from fedsim.recording.checksums import ChecksumLine, files_away, files_removed, read_checksums
+from fedsim.recording.checksums import (
+    ChecksumLine,
+    files_away,
+    files_of,
+    files_removed,
+    read_checksums,
+)
 from fedsim.recording.disk import WholeReader
 from fedsim.recording.evidence import DamagedFileError, Evidence
 from fedsim.recording.files import Checksum
@@ -232,8 +238,7 @@ class _Verifier:
             if finished and not _ends_with_a_line(checksums):
                 self.findings.violate(FILES, "checksums.jsonl ends within a line")
         lines = self._without_unfinished_round(lines, finished)
-        for line in lines:
-            self._listed.update(line.files)
+        self._listed.update(files_of(lines))
         self._away = files_away(self._path, lines)
         self._removed = self._away & files_removed(lines)
         if self._away:
@@ -283,11 +288,8 @@ class _Verifier:
         if not allowed:
             problem = f"{name} is not listed in checksums.jsonl"
         try:
-            size = path.lstat().st_size
             for checksum in reversed(allowed):
-                if not size_may_differ and size != checksum.size:
-                    continue
-                if Checksum.of_file(path, checksum.size) == checksum:
+                if checksum.matches(path, grows=size_may_differ):
                     self.findings.prove(FILES)
                     self.findings.bytes_read += checksum.size
                     return True

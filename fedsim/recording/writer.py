@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core.aggregation import state_sha256
 from fedsim.core.errors import InputError, RunFailedError
 from fedsim.core.inputs import open_regular
-from fedsim.recording.checksums import checksum_line, read_checksums
+from fedsim.recording.checksums import checksum_line, files_of, read_checksums
 from fedsim.recording.files import (
     Checksum,
     Digest,
@@ -41,7 +40,7 @@ from fedsim.recording.layout import (
 )
 from fedsim.recording.places import new_run_id
 from fedsim.recording.reader import load_run
-from fedsim.recording.recovery import Recovery, check_places
+from fedsim.recording.recovery import Recovery, check_places, read_state
 from fedsim.recording.shared import SharedFiles
 from fedsim.recording.tensor_files import TensorFile
 
@@ -254,11 +253,6 @@ class RunWriter:
         """By which hosts that share no disk know the run."""
         return str(self._manifest["id"])
 
-    @property
-    def last_round(self) -> int:
-        """The last whole round."""
-        return max(int(row["round"]) for row in read_lines(self.layout.rounds))
-
     def state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
         """Read a global state back.
 
@@ -267,12 +261,9 @@ class RunWriter:
         InputError
             When it is not the one that the round's row tells of.
         """
-        path = self.layout.state(round_number)
-        state = {name: tensor.numpy().copy() for name, tensor in TensorFile(path).items()}
         hashes = {row["round"]: row["state_sha256"] for row in read_lines(self.layout.rounds)}
-        if state_sha256(state) != hashes[round_number]:
-            raise InputError(f"{path} is not the state that round {round_number} ended with")
-        return state
+        state = read_state(self.layout, round_number, hashes[round_number])
+        return {name: array.copy() for name, array in state.items()}
 
     def strategy_state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
         """Read back what the strategy kept after a round; empty where it kept nothing.
@@ -283,10 +274,10 @@ class RunWriter:
             When the file is not there, or not what was written.
         """
         path = self.layout.strategy(round_number)
-        checksum = self._listed().get(self._name(path))
+        checksum = files_of(read_checksums(self.layout.checksums)).get(self._name(path))
         if checksum is None:
             return {}
-        if not path.is_file() or Checksum.of_file(path) != checksum:
+        if not path.is_file() or not checksum.matches(path):
             raise InputError(f"{path} is not what the strategy kept after round {round_number}")
         return {name: tensor.numpy().copy() for name, tensor in TensorFile(path).items()}
 
@@ -386,21 +377,15 @@ class RunWriter:
             return {}
         name, checksum = self._controls[partition]
         path = self.layout.inside(name)
-        if not path.is_file() or Checksum.of_file(path) != checksum:
+        if not path.is_file() or not checksum.matches(path):
             raise RunFailedError(f"{path} was changed by another program")
         return {name: tensor.numpy() for name, tensor in TensorFile(path).items()}
 
     @cached_property
     def _controls(self) -> dict[int, tuple[str, Checksum]]:
         """Say which file holds a client's newest control variate, and what it must hash to."""
-        listed = self._listed()
+        listed = files_of(read_checksums(self.layout.checksums))
         return {p: (name, listed[name]) for p, name in newest_controls(listed).items()}
-
-    def _listed(self) -> dict[str, Checksum]:
-        listed: dict[str, Checksum] = {}
-        for line in read_checksums(self.layout.checksums):
-            listed.update(line.files)
-        return listed
 
     def add_aggregate(self, round_number: int, aggregate: State) -> None:
         """Keep the sample-weighted mean delta of a round."""

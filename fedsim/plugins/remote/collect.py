@@ -13,7 +13,7 @@ import psutil
 from fedsim.core.errors import InputError
 from fedsim.core.units import format_bytes
 from fedsim.plugins.remote.folder import Folder, OtherFileError, RemoteError, reason_of
-from fedsim.recording.checksums import files_away, read_checksums
+from fedsim.recording.checksums import files_away, files_of, read_checksums
 from fedsim.recording.files import TEMPORARY, Checksum
 from fedsim.recording.reader import Run
 from fedsim.recording.writer import is_being_written
@@ -68,9 +68,7 @@ def collect(run: Run, sources: Sequence[str], progress: Progress | None = None) 
     if is_being_written(run.path):
         raise InputError(f"{run.path} is being written; expected a run that has ended")
     lines = list(read_checksums(run.layout.checksums))
-    listed: dict[str, Checksum] = {}
-    for line in lines:
-        listed.update(line.files)
+    listed = files_of(lines)
     wanted = {name: listed[name] for name in sorted(files_away(run.path, lines))}
     if not wanted:
         return Collected()

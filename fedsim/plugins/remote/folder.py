@@ -120,7 +120,7 @@ class Folder:
                 else:
                     with self._opened(name) as source, unfinished.open("wb") as file:
                         shutil.copyfileobj(source, file)
-                if not holds(unfinished, checksum):
+                if not checksum.matches(unfinished):
                     raise OtherFileError(f"{self.url}/{name} is not what was written")
 
     def put(self, name: str, content: bytes | Path) -> None:
@@ -184,18 +184,6 @@ class Folder:
         # Each store has exceptions of its own.
         except Exception as error:
             raise RemoteError(f"{self.url}/{name} cannot be {done}: {reason_of(error)}") from error
-
-
-def holds(path: Path, checksum: Checksum) -> bool:
-    """Say whether a file of this machine is what a checksum says.
-
-    Raises
-    ------
-    OSError
-        When it cannot be read.
-    """
-    # A hole of any size is read for hours.
-    return path.lstat().st_size == checksum.size and Checksum.of_file(path) == checksum
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -18,8 +18,14 @@ from typing import Any
 
 from fedsim.core.errors import ConfigError, FedsimError, InputError, RunFailedError
 from fedsim.core.inputs import parse_json
-from fedsim.plugins.remote.folder import Folder, OtherFileError, RemoteError, holds
-from fedsim.recording.checksums import ChecksumLine, checksum_line, files_away, parse_checksums
+from fedsim.plugins.remote.folder import Folder, OtherFileError, RemoteError
+from fedsim.recording.checksums import (
+    ChecksumLine,
+    checksum_line,
+    files_away,
+    files_of,
+    parse_checksums,
+)
 from fedsim.recording.files import Checksum, temporary
 from fedsim.recording.layout import RunLayout
 from fedsim.recording.reader import load_run
@@ -238,7 +244,7 @@ def push(
             continue
         path = layout.inside(name)
         try:
-            whole = holds(path, content)
+            whole = content.matches(path)
         except OSError as error:
             raise RunFailedError(f"{path} cannot be read: {error.strerror}") from None
         if not whole:
@@ -300,10 +306,7 @@ def _brought_since(root: Path, remote: Folder, lines: Sequence[ChecksumLine]) ->
 
 def _files_of(lines: Iterable[ChecksumLine]) -> Files:
     """Give the files of some lines, without the lists, which are copied on their own."""
-    listed: Files = {}
-    for line in lines:
-        listed.update(line.files)
-    return {n: c for n, c in listed.items() if n not in (MANIFEST, ROUNDS, CLIENTS)}
+    return {n: c for n, c in files_of(lines).items() if n not in (MANIFEST, ROUNDS, CLIENTS)}
 
 
 def fetch(url: str, folder: Path, progress: Progress | None = None) -> int:
@@ -377,7 +380,7 @@ def _consistent_lists(remote: Folder) -> _Lists:
 
 def _get(remote: Folder, name: str, path: Path, checksum: Checksum, *, may_lack: bool) -> None:
     with contextlib.suppress(OSError):
-        if holds(path, checksum):
+        if checksum.matches(path):
             return
     # No more than was promised, however much there is.
     size = remote.size(name)
