@@ -48,6 +48,11 @@ class TensorFile(Mapping[str, Tensor]):
     ------
     InputError
         When the file is missing or not a safetensors file.
+
+    Notes
+    -----
+    The library's ``safe_open`` takes a path alone, and `verify` replays the very bytes that it has
+    just hashed. It also follows links, waits for pipes, and takes shapes that torch does not.
     """
 
     def __init__(self, path: Path, content: memoryview | None = None) -> None:
