@@ -209,7 +209,7 @@ def _by_obstore(url: str, lacking: str) -> tuple[Any, str]:
         from obstore.fsspec import FsspecStore
     except ImportError:
         raise InputError(
-            f"{url} needs a package that is not here ({lacking}); `pip install obstore` brings one"
+            f"{url} needs a package that is not here ({lacking}); the extra 'remote' brings one"
         ) from None
     # Its types list every service; here the URL says which.
     make_store: Any = FsspecStore

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import threading
 
 import pytest
@@ -447,3 +448,12 @@ def test_a_round_whose_line_lacks_a_list_is_refused(copied, tmp_path):
         push(copied, Folder(str(tmp_path / "copy")))
     with pytest.raises(InputError, match=said):
         fetch(str(copied), tmp_path / "back")
+
+
+def test_a_store_without_its_package_names_the_extra(recorded, monkeypatch, capsys):
+    for package in ("s3fs", "obstore.fsspec"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert cli.run(["push", str(recorded.path), "s3://bucket/run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fedsim: s3://bucket/run needs a package that is not here (")
+    assert err.endswith("; the extra 'remote' brings one\n")
