@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own, and torch on one thread where a file asks for it."""
+"""What all tests share: a cache of their own, torch on one thread, small runs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Keep torch's threads out of the way of processes that the tests start."""
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two threads for steps of milliseconds wait for each other where cores are busy."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +75,12 @@ def global_generators():
 # --- small runs, for what reads runs
 
 SMALL = {
-    "dataset": "digits",
+    "dataset": "synthetic:480:10",
     "model": "cnn",
     "clients": 6,
     "clients-per-round": 3,
     "rounds": 3,
-    "batch-size": 32,
+    "batch-size": 8,
     "capture": "first:3",
     "device": "cpu",
 }
@@ -123,19 +120,14 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
             if partition in failing or (stop_after and number > stop_after):
                 raise ValueError("enough")
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            execute(
-                LocalGrid(app, plan.config.clients, before=before, recordings=path.parent),
-                plan,
-                path,
-                observer=observer or Memory(),
-                workers=2,
-                stop=threading.Event(),
-            )
-        finally:
-            torch.set_num_threads(threads)
+        execute(
+            LocalGrid(app, plan.config.clients, before=before, recordings=path.parent),
+            plan,
+            path,
+            observer=observer or Memory(),
+            workers=2,
+            stop=threading.Event(),
+        )
         return path
 
     return make

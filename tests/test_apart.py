@@ -100,8 +100,13 @@ def simulate(name, **values):
     keys = {key.replace("_", "-"): value for key, value in values.items()}
     return fedsim.simulate(VALUES | {"output": str(HERE / name)} | keys)
 
-def succeeds():
-    assert simulate("own", strategy="lab:Mine").status == "finished"
+def succeeds_in_a_thread():
+    outcome = []
+    own = lambda: outcome.append(simulate("own", strategy="lab:Mine").status)
+    thread = threading.Thread(target=own)
+    thread.start()
+    thread.join()
+    assert outcome == ["finished"]
 
 def is_refused():
     # By this process, and by that of the run.
@@ -141,13 +146,6 @@ def is_interrupted():
         raise AssertionError
     thread.join()
 
-def in_a_thread():
-    outcome = []
-    thread = threading.Thread(target=lambda: outcome.append(simulate("thread").status))
-    thread.start()
-    thread.join()
-    assert outcome == ["finished"]
-
 @ray.remote
 class Counter:
     def __init__(self):
@@ -165,7 +163,7 @@ if __name__ == "__main__":
     random.seed(5), np.random.seed(5), torch.manual_seed(5), torch.set_num_threads(2)
     ray.init(address="local", num_cpus=1, log_to_driver=False)
     counter, kept, told = Counter.remote(), ray.put({"mine": 1}), []
-    for call in (succeeds, is_refused, fails, is_interrupted, in_a_thread):
+    for call in (succeeds_in_a_thread, is_refused, fails, is_interrupted):
         unchanged(call.__name__, call)
     print("told", *told)
 """
@@ -211,7 +209,7 @@ def test_the_callers_process_is_as_it_was_whatever_becomes_of_the_run(folder: Pa
     process = caller(folder, CALLER)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out + err
-    assert out.splitlines()[-1] == "told succeeds is_refused fails is_interrupted in_a_thread"
+    assert out.splitlines()[-1] == "told succeeds_in_a_thread is_refused fails is_interrupted"
     # What `fedsim run` prints, and what the user's own class does, there.
     assert out.splitlines().count("my own line") == 1
     assert "round 1/1  loss" in out

@@ -101,26 +101,6 @@ def test_the_example_goes_from_a_run_to_a_figure_in_fifteen_lines() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_the_example_runs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "drift.py", "drift.html"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.startswith("preparing  digits, the partition and the model\ndata ")
-    assert "round 3/3" in done.stdout
-    assert "cosine to the movement" in (tmp_path / "drift.html").read_text()
-    (run,) = (tmp_path / "runs").iterdir()
-    assert fedsim.load_run(run).status == "finished"
-
-
-@pytest.mark.matrix
-@pytest.mark.slow
 def test_runs_one_after_another_in_one_program_and_an_interrupt(tmp_path: Path) -> None:
     """As a notebook does it: no process of its own for each run."""
     program = f"""

@@ -442,7 +442,11 @@ def test_a_plan_is_shown_as_far_as_the_output_can(environment, name, tmp_path):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("run --model cnn --clients 2 --clients-per-round 2 --rounds 1 --output {run}é", b"Zoe??e"),
+        pytest.param(
+            "run --model cnn --clients 2 --clients-per-round 2 --rounds 1 --output {run}é",
+            b"Zoe??e",
+            marks=pytest.mark.matrix,
+        ),
         ("inspect {run}", b" Zoe??  "),
         ("verify {run}", b"proven"),
         ("report {run} --output {run}.html", b"written: Zoe??.html"),

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fedsim.core.config import RunConfig
+from fedsim.recording.reader import load_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,13 +61,16 @@ def test_the_guide_names_files_that_are_there():
 
 
 @pytest.mark.slow
-def test_the_example_of_drift_can_be_called_again(tmp_path):
+def test_the_example_of_drift_can_be_called_where_one_was(tmp_path):
+    (tmp_path / "runs" / "before").mkdir(parents=True)
+    page = tmp_path / "drift.html"
+    page.write_text("a page of before")
     script = ROOT / "examples" / "drift.py"
-    for count in (1, 2):
-        done = subprocess.run(
-            [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.endswith("written: drift.html\n")
-        assert "Client drift" in (tmp_path / "drift.html").read_text(encoding="utf-8")
-        assert len(list((tmp_path / "runs").iterdir())) == count
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("preparing  digits, the partition and the model\ndata ")
+    assert "round 3/3" in done.stdout
+    assert done.stdout.endswith("written: drift.html\n")
+    assert "Client drift" in page.read_text(encoding="utf-8")
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "before")
+    assert load_run(run).status == "finished"

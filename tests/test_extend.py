@@ -25,7 +25,7 @@ from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.recording.test_forgeries import repair
 
-pytestmark = pytest.mark.usefixtures("one_thread", "nothing_trusted")
+pytestmark = pytest.mark.usefixtures("nothing_trusted")
 SMALL = {"clients": 5, "clients-per-round": 4, "batch-size": 64, "device": "cpu"}
 
 

@@ -26,6 +26,7 @@ def lines_of_the_guide() -> list[str]:
 
 
 @needs("report")
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_notebook_of_the_guides_lines_is_a_page_with_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,8 +30,6 @@ from tests.installed import needs
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VALUES = {
     "dataset": "synthetic:60:3",
     "model": "cnn",

@@ -11,8 +11,6 @@ from fedsim.captures.sketch import Sketcher
 from fedsim.core.rng import Purpose, generator
 from fedsim.core.support import pack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Planes of 15 entries each (four taps), one of 40 and one of 3, smaller than any sketch here.
 SHAPES = {"kernel": (3, 5, 2, 2), "weight": (10, 4), "bias": (3,)}
 POSITIONS = {name: position for position, name in enumerate(SHAPES)}

@@ -9,8 +9,6 @@ import torch
 from fedsim.captures.statistics import GradientStatistics
 from fedsim.core.support import count_nonzero, join_taps, live_taps, pack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = {"kernel": (4, 3, 3, 3), "weight": (5, 7), "bias": (5,), "scale": ()}
 ENTRIES = 108 + 35 + 5 + 1
 

@@ -15,8 +15,6 @@ from fedsim.core.training import state_arrays
 from fedsim.tasks.vision.models import build_model
 from tests.vision import vision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def build():
     return build_model("cnn", classes=10, norm="batch", seed=42)

@@ -194,7 +194,6 @@ def test_making_a_dataset_leaves_the_global_generators_alone(
     assert global_generators() == before
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_training_and_evaluating_leave_the_global_generators_alone(digits, global_generators):
     model = build_model("cnn", classes=10, norm="batch", seed=42)
     optimizer = OptimizerSettings(name="sgd", learning_rate=0.1, momentum=0.9)

@@ -20,8 +20,6 @@ from fedsim.core.support import (
 )
 from fedsim.tasks.vision.models import LiveTapConv2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 

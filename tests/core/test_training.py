@@ -31,8 +31,6 @@ from fedsim.core.training import (
 from fedsim.tasks.vision.models import LiveTapConv2d, build_model
 from tests.vision import DIGITS, vision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 SGD = OptimizerSettings(name="sgd", learning_rate=0.05, momentum=0.9, weight_decay=5e-4)
 NESTEROV = replace(SGD, nesterov=True)

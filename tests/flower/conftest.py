@@ -11,11 +11,12 @@ from tests.local_grid import LocalGrid
 from tests.observers import Memory
 
 SMALL = {
-    "dataset": "digits",
+    "dataset": "synthetic:240:10",
     "model": "cnn",
     "clients": 6,
     "clients-per-round": 3,
     "rounds": 2,
+    "batch-size": 16,
     "capture": "all",
     "device": "cpu",
 }

@@ -35,7 +35,10 @@ def test_a_client_that_diverges_stops_the_run_with_its_layer_and_step(run_locall
 def test_survivors_of_a_diverging_client_go_on(run_locally):
     partition = FIRST[1]
     run = run_locally(
-        client={str(partition): {"learning-rate": 1e30}}, max_failures=1, rounds=1, capture="none"
+        client={str(partition): {"learning-rate": 1e30, "batch-size": 4}},
+        max_failures=1,
+        rounds=1,
+        capture="none",
     )
     assert run.round(1).row["failed"] == [partition]
     assert math.isfinite(run.round(1).row["global_loss"])

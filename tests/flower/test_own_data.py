@@ -31,7 +31,13 @@ NAMES = [f"digit {n}" for n in range(10)]
 @pytest.fixture
 def nodes(tmp_path):
     """Three nodes with the first digits, and the plan of a run on them."""
-    values = {**SMALL, "partition": "nodes", "clients": 3, "clients-per-round": 2}
+    values = {
+        **SMALL,
+        "dataset": "digits",
+        "partition": "nodes",
+        "clients": 3,
+        "clients-per-round": 2,
+    }
     plan = RunPlan.prepare(RunConfig.from_mapping(values))
     start = 0
     for partition, size in enumerate(SIZES):

@@ -1,7 +1,5 @@
 """Strategies of the user's, recorded by the whole round loop and proven by their own checks."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from fedsim import cli
 from fedsim.core.errors import ConfigError, InputError
 from fedsim.recording.files import write_tensors
 from fedsim.recording.reader import load_run
@@ -107,10 +106,7 @@ def test_what_is_kept_of_clients_and_sent_to_them_is_followed_where_the_class_is
     assert checks["replay"].violations != []
 
 
-def test_the_command_takes_the_class(run):
-    command = [sys.executable, "-m", "fedsim", "verify", run.path, "--evaluate", "0"]
-    done = subprocess.run(
-        [*command, "--strategy", EXAMPLE], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    (kept,) = (line for line in done.stdout.splitlines() if line.startswith("kept"))
+def test_the_command_takes_the_class(run, capsys):
+    assert cli.run(["verify", str(run.path), "--evaluate", "0", "--strategy", EXAMPLE]) == 0
+    (kept,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("kept"))
     assert "3 rounds" in kept

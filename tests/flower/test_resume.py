@@ -35,12 +35,12 @@ from tests.patience import PATIENCE
 
 ROUNDS = 4
 VALUES = {
-    "dataset": "synthetic:240:4",
+    "dataset": "synthetic:96:4",
     "model": "cnn",
     "clients": 4,
     "clients-per-round": 3,
     "rounds": ROUNDS,
-    "batch-size": 16,
+    "batch-size": 8,
     "capture": "all",
     "device": "cpu",
 }

@@ -169,12 +169,12 @@ def test_weights_are_distinct_samples_however_many_epochs_a_client_runs(run_loca
 
 
 def test_settings_of_single_clients_reach_only_them(run_locally):
-    tables = {"2": {"batch-size": 16, "local-steps": 3, "learning-rate": 0.5}}
+    tables = {"2": {"batch-size": 8, "local-steps": 3, "learning-rate": 0.5}}
     run = run_locally(rounds=1, clients_per_round=6, client=tables)
     rows = {row["partition"]: row for row in run.client_rows}
-    assert (rows[2]["batch_sizes"], rows[2]["learning_rate"]) == ([16, 16, 16], 0.5)
+    assert (rows[2]["batch_sizes"], rows[2]["learning_rate"]) == ([8, 8, 8], 0.5)
     assert {rows[p]["learning_rate"] for p in (0, 1, 3, 4, 5)} == {0.01}
-    assert {rows[p]["batch_size"] for p in (0, 1, 3, 4, 5)} == {32}
+    assert {rows[p]["batch_size"] for p in (0, 1, 3, 4, 5)} == {16}
 
 
 def test_a_last_batch_of_one_sample_joins_the_one_before_and_is_recorded(run_locally):

@@ -116,7 +116,7 @@ def test_a_run_tells_its_story_and_nothing_else(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.matrix)])
 def test_the_number_of_workers_does_not_change_a_bit(reference, folder, workers):
     flags = [*SMALL, "--output", "run", "--workers", str(workers)]
     code, _, err = finish(start(flags, folder))

@@ -27,10 +27,12 @@ from tests.patience import PATIENCE
 from tests.ports import free_ports
 
 SMALL = {
+    "dataset": "synthetic:240:10",
     "model": "cnn",
     "clients": 6,
     "clients-per-round": 4,
-    "rounds": 12,
+    "batch-size": 16,
+    "rounds": 8,
     "capture": "all",
     "device": "cpu",
 }
@@ -81,6 +83,7 @@ def hashes(path):
     return [row["state_sha256"] for row in load_run(path).round_rows]
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_nodes_that_differ_are_refused_before_anything_is_written(home, ray_cluster):
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -102,6 +105,7 @@ def test_nodes_that_differ_are_refused_before_anything_is_written(home, ray_clus
     assert sorted((home / "runs").iterdir()) == before
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_data_is_sent_once_to_nodes_that_lack_it(home, ray_cluster, monkeypatch):
     address, _, is_hidden = ray_cluster

@@ -37,8 +37,6 @@ from tests.local_grid import LocalGrid
 from tests.observers import Memory
 from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[3]
 SMALL = {
     "dataset": "synthetic:60:3",

@@ -132,7 +132,7 @@ def _arguments(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"), 4)
+    made = Lab(tmp_path_factory.mktemp("lab"), 2)
     try:
         yield made
     finally:

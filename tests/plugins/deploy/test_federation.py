@@ -26,11 +26,14 @@ from tests.ports import free_ports
 pytestmark = pytest.mark.slow
 
 VALUES = {
-    "dataset": "digits",
+    # Each message starts a process, which takes a processor four seconds.
+    "dataset": "synthetic:60:3",
     "model": "cnn",
-    "clients": 4,
-    "clients_per_round": 4,
-    "rounds": 3,
+    "clients": 2,
+    "clients_per_round": 2,
+    "min_samples": 8,
+    "batch_size": 8,
+    "rounds": 2,
     "capture": "all",
     "device": "cpu",
     "node_timeout": 600,
@@ -56,10 +59,10 @@ def restart(lab, number):
 
 def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     """With one node that first claims another's partition, and the server app killed."""
-    node = lab.places.node(3) / "node.toml"
+    node = lab.places.node(1) / "node.toml"
     honest = node.read_text()
-    node.write_text(honest.replace("partition-id = 3", "partition-id = 2"))
-    restart(lab, 3)
+    node.write_text(honest.replace("partition-id = 1", "partition-id = 0"))
+    restart(lab, 1)
 
     path = tmp_path / "run"
     run = lab.run(output=str(path), **VALUES)
@@ -67,29 +70,28 @@ def test_a_real_federation_ends_where_the_simulation_does(lab, tmp_path):
     for line in run.stdout:
         told += line
         if "refused a node" in line:
-            assert line.strip().endswith("claims partition 2 and is registered for partition 3")
+            assert line.strip().endswith("claims partition 0 and is registered for partition 1")
             # Late, and now under the partition that it was registered for.
             node.write_text(honest)
-            restart(lab, 3)
-        if "round 1/3" in line:
-            lab.server_app().kill()
+            restart(lab, 1)
             break
     assert "refused a node" in told, told + lab.logs()
-    kept = rounds(path) - 1
-    assert 1 <= kept < 3, told + lab.logs()
+    until(lambda: rounds(path) == 2, lab.logs)
+    lab.server_app().kill()
+    assert rounds(path) == 2
     run.kill()
     run.wait()
     assert load_run(path).status == "running"
 
     resumed = lab.run(resume=str(path))
     told, _ = resumed.communicate(timeout=PATIENCE)
-    assert f"continuing after round {kept}" in told, told + lab.logs()
+    assert "continuing after round 1" in told, told + lab.logs()
     assert load_run(path).status == "finished", told + lab.logs()
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in VALUES.items()]
     lab.fedsim("run", "--output", tmp_path / "simulated", *flags)
     assert hashes(path) == hashes(tmp_path / "simulated")
     assert verify(path).violations == []
-    recordings = [lab.places.node(number) / "recordings" for number in range(4)]
+    recordings = [lab.places.node(number) / "recordings" for number in range(2)]
     lab.fedsim("collect", path, *recordings)
     findings, expected = verify(path), verify(tmp_path / "simulated")
     assert findings.violations == []
@@ -223,7 +225,7 @@ def test_whoever_does_not_belong_is_refused_in_one_line(lab, tmp_path, refused, 
 @pytest.mark.matrix
 def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     path = tmp_path / "run"
-    values = {**VALUES, "capture": "none", "rounds": 2, "max_failures": 1}
+    values = {**VALUES, "capture": "none", "max_failures": 1}
     trained, came = (lab.log("supernode-1").count(t) for t in ("Receiving: train", "SuperNode ID"))
     run = lab.run(output=str(path), **values)
     until(lambda: lab.log("supernode-1").count("Receiving: train") > trained, lab.logs)
@@ -238,20 +240,20 @@ def test_a_killed_node_is_a_failure_and_serves_again(lab, tmp_path):
     told, _ = lab.run(resume=str(path), rounds=3).communicate(timeout=PATIENCE)
     assert load_run(path).status == "finished", told + lab.logs()
     rows = list(read_lines(path / "rounds.jsonl"))
-    assert (sorted(rows[3]["participants"]), rows[3]["failed"]) == ([0, 1, 2, 3], [])
+    assert (sorted(rows[3]["participants"]), rows[3]["failed"]) == ([0, 1], [])
     assert verify(path).violations == []
 
 
 @pytest.mark.matrix
 def test_a_key_that_was_replaced_is_let_in_no_more(lab):
-    came = lab.log("supernode-2").count("SuperNode ID")
-    *_, command = lab.fedsim("deploy", "renew", lab.places.root, "--node", 2).splitlines()
+    came = lab.log("supernode-0").count("SuperNode ID")
+    *_, command = lab.fedsim("deploy", "renew", lab.places.root, "--node", 0).splitlines()
     # The node still signs with the key that it read when it was started, and ends; the one that is
     # started in its place has the new one, which is not registered.
-    until(lambda: "partition 2 is here already, or its key is not" in lab.log("gateway"), lab.logs)
+    until(lambda: "partition 0 is here already, or its key is not" in lab.log("gateway"), lab.logs)
     words = command.partition("   ")[0].split()
     assert words[0] == f"FLWR_HOME={lab.places.user}"
     taken = subprocess.run(words[1:], env=lab.environment, capture_output=True)
     assert taken.returncode == 0, taken
     lab.fedsim("deploy", "register", lab.places.root)
-    until(lambda: lab.log("supernode-2").count("SuperNode ID") > came, lab.logs)
+    until(lambda: lab.log("supernode-0").count("SuperNode ID") > came, lab.logs)

@@ -1,3 +1,3 @@
-from tests.recording.conftest import cache, copied, one_thread, plan, recorded
+from tests.recording.conftest import copied, plan, recorded
 
-__all__ = ["cache", "copied", "one_thread", "plan", "recorded"]
+__all__ = ["copied", "plan", "recorded"]

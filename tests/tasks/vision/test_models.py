@@ -12,8 +12,6 @@ from fedsim.tasks.vision.models import LiveTapConv2d, build_model, needs_two_sam
 from fedsim.tasks.vision.resnet import ResNet18
 from tests.vision import vision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ["resnet18", "resnet18-cifar", "cnn"]
 MODELS = [(name, norm) for name in NAMES for norm in ("batch", "group")]
 
