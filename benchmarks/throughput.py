@@ -7,9 +7,9 @@ Five ways to train ResNet18 on 3x32x32 images, batch 32, SGD with momentum and w
   state.
 - ``sequential``: the loop that a user writes first: DataLoader, torchvision's transforms,
   torch.optim.SGD, one process with all threads.
-- ``sequential, bare``: the same without any data pipeline and with the fused optimiser.
+- ``sequential, bare``: the same without any data pipeline and with the fused optimizer.
 - ``limit``: bare processes of one thread, as many as fedsim has workers, that only train
-  torchvision's model with the fused optimiser.
+  torchvision's model with the fused optimizer.
 - ``limit, own model``: the same with fedsim's ResNet18, whose arithmetic skips what is always
   zero, and its allocator settings: what a simulation without any cost of its own would reach.
 

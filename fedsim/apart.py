@@ -1,4 +1,4 @@
-"""The run of `fedsim.simulate`, in a process of its own: what it tells, and who listens.
+"""The run of `fedsim.simulate`, in a process of its own: what it reports, and the reader of that.
 
 Ray, Flower and torch set signal handlers, environment variables, thread counts, loggers and
 generators of the process that they run in, and Flower ends the Ray that it finds there. The
@@ -31,7 +31,7 @@ from fedsim.terminal import Summary, TerminalObserver, summary_of
 
 _CHUNK = 2**16
 _LAST = 4096
-"""Bytes of what the process printed that are looked at where it ended without a word."""
+"""Last bytes of the output that are searched for a reason when the process ended without one."""
 
 
 def simulate_apart(
@@ -53,7 +53,7 @@ def simulate_apart(
     warn : callable
         Told in a sentence when a tracker fails.
     terminal : TerminalObserver, optional
-        Who is told of the run.
+        Trackers that are told of the run.
     verbose : bool
         Let Flower and Ray log.
 
@@ -97,7 +97,7 @@ def _pipe(stream: Any) -> BinaryIO:
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End a process, if it has not ended, whatever happens here."""
+    """End a process that is still running when the block is left, also by an error."""
     try:
         yield
     finally:
@@ -236,12 +236,12 @@ def _error_of(event: Mapping[str, Any]) -> FedsimError:
 
 
 class EventWriter:
-    """Tells of a run in lines of JSON; a `RunObserver`.
+    """Reports a run in lines of JSON; a `RunObserver`.
 
     Parameters
     ----------
     descriptor : int
-        Where to write. Once nobody reads, nothing is told.
+        Where to write. Once nobody reads, nothing is reported.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -294,7 +294,7 @@ class EventWriter:
 
 
 def serve(request: bytes, descriptor: int, stop: threading.Event) -> NoReturn:
-    """Run what was asked for, tell of it, and end this process.
+    """Run what was asked for, report it, and end this process.
 
     Parameters
     ----------
@@ -326,7 +326,7 @@ def serve(request: bytes, descriptor: int, stop: threading.Event) -> NoReturn:
         events.tell("ended", path=str(path))
     else:
         events.tell_failure(failure)
-    # Flower leaves threads that wait for ever when its engine fails.
+    # Flower leaves threads that never end when its engine fails.
     os._exit(0)
 
 

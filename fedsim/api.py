@@ -73,8 +73,8 @@ def simulate(
     verbose : bool
         Let Flower and Ray log.
     tracker : sequence of str
-        Who is told of the run too: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``, ``"trackio"``. One
-        that fails is left with a `RuntimeWarning`.
+        Trackers that the run is reported to: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``,
+        ``"trackio"``. One that fails is dropped with a `RuntimeWarning`.
 
     Returns
     -------

@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
 
     An error fails the run in Flower too.
     """
-    # The terminal is ours; Flower's strategies tell of every round, and warn of what we do.
+    # The terminal is ours; Flower's strategies print every round, and warn of what we do.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if resumed := context.run_config.get("resume"):
         plan, output, recovery = _resumed(Path(str(resumed)), context)

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             code = FAILURE
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    # Flower leaves threads that wait for ever when its engine fails: end the process for certain.
+    # Flower leaves threads that never end when its engine fails: so end the process here.
     os._exit(code)
 
 
@@ -227,10 +227,10 @@ def _resume(
 ) -> None:
     """Continue a run after its last whole round, with the configuration that it was recorded with.
 
-    --rounds may be raised, and what decides no bit of a round (workers, ray-address, data-root,
-    max-failures, capture-budget, mirror) may change; any other change is refused. What a run alone
-    does not decide is given again: --strategy where it is a class of your own, --mirror (`none`: no
-    copy any more), and --ray-address (otherwise: this machine).
+    --rounds may be raised, and keys that change no bit of a round (workers, ray-address, data-root,
+    max-failures, capture-budget, mirror) may change; any other change is refused. What a run may
+    not decide by itself is given again: keys that name your own code, like --strategy, --mirror
+    (`none`: stop copying), and --ray-address (otherwise: this machine).
     """
     from fedsim.core.config import RunConfig, take_recorded
     from fedsim.core.plan import RunPlan
@@ -252,7 +252,7 @@ def _resume(
     # Nothing is downloaded to where a run from elsewhere says that its data was.
     plan = RunPlan.prepare(config, download=keys["data_root"] is not None)
     recovery = check_resume(recorded, plan, allow_changed_code=allow_changed_code)
-    # The cluster comes last: whatever is wrong here is said before anything is asked of it.
+    # The cluster comes last: mistakes here are reported before anything is asked of it.
     pool = fit_pool(config)
     if recovery.damage:
         make_console(lasting=True).print(
@@ -393,7 +393,9 @@ def _agreed(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise InputError("nobody is there to be asked before something is removed; --yes says so")
+        raise InputError(
+            "removing asks first, and there is no terminal to ask at; --yes removes without asking"
+        )
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 

@@ -51,7 +51,7 @@ _MOST_LINES = 50
 
 
 class _Facts(Table):
-    """Two columns without lines; cells are printed as they are, whatever they look like."""
+    """Two columns without lines; cells are printed as they are, even if they look like markup."""
 
     def __init__(self) -> None:
         super().__init__(show_header=False, box=None, pad_edge=False)
@@ -66,7 +66,7 @@ def printable(text: str) -> str:
 
 
 class _StandardOutput(Console):
-    """A console that ends nothing where nobody reads it any more, or not all can be shown."""
+    """A console that ends no work when its reader is gone or its encoding lacks a character."""
 
     def __init__(self, *, lasting: bool, is_ours: bool, **options: Any) -> None:
         super().__init__(**options)
@@ -107,8 +107,8 @@ def make_console(*, lasting: bool = False, is_ours: bool = True) -> Console:
     Parameters
     ----------
     lasting : bool
-        Whether what is told of matters more than the telling: then whatever goes wrong with the
-        output, a full disk too, is not told. Otherwise it is a `RunFailedError`, but for a reader
+        Whether the work matters more than its report: then errors of the output, a full disk
+        too, are not told. Otherwise it is a `RunFailedError`, but for a reader
         who has gone away.
     is_ours : bool
         Whether standard output is this program's own, and not a caller's.
@@ -181,7 +181,7 @@ class TerminalObserver:
         summary.print(self._console)
         rows = path / "rounds.jsonl"
         for row in read_lines(rows) if rows.exists() else ():
-            # Of the run that is gone on with.
+            # Of the run that is resumed.
             self._know(row)
         self._rounds = config.rounds
         self._clients_of = config.num_participants
@@ -278,7 +278,7 @@ class TerminalObserver:
                 self._best = row
 
     def close(self) -> None:
-        """Remove the progress bar; call it whatever ends the run."""
+        """Remove the progress bar; call it however the run ends."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -24,7 +24,7 @@ class FedNovaSettings(StrategySettings):
 
 
 class FedNova(Algorithm):
-    """FedNova (Wang et al. 2020): equal influence for samples, whatever the local steps.
+    """FedNova (Wang et al. 2020): equal influence for samples, for any number of local steps.
 
     In plain averaging a client that makes more local steps pulls the model to its own optimum.
     Here each delta is divided by its client's work, and the mean multiplied by the mean work.

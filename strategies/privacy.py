@@ -114,7 +114,7 @@ def clipping_norms_after(
     deviation = sampled / 20 if noise_multiplier > 0 else 0.0
     norms = []
     for clipped in range(told + 1):
-        # As `global_seed` seeds it, anew each time: the noise is the first that is drawn.
+        # As `global_seed` seeds it, afresh each time: the noise is the first that is drawn.
         draw = np.random.RandomState(
             int(generator(seed, Purpose.NOISE, round_number).integers(2**32))
         )

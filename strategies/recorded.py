@@ -43,7 +43,7 @@ class Recorded(Strategy):
     """Runs one of Flower's strategies on the trainable parameters, and records it.
 
     The strategy inside sees a model without buffers, and its arithmetic is untouched. Buffers
-    are averaged here, as `DeltaFedAvg` does it: an optimiser's step on BatchNorm's
+    are averaged here, as `DeltaFedAvg` does it: an optimizer's step on BatchNorm's
     ``running_var`` would make it negative, and the loss NaN. Parameters that come out in another
     dtype (FedAdam's are float64) are rounded once to their own, so the global state has the same
     names, order, shapes and dtypes in every round.

@@ -184,7 +184,7 @@ def test_help_has_groups_choices_and_defaults_as_a_flag_takes_them(capsys):
         "--dataset {digits,cifar10,cifar100,synthetic[:SAMPLES[:CLASSES]]} images in classes",
         "--model {resnet18,resnet18-cifar,cnn} resnet18 is torchvision's, resnet18-cifar has",
         "--norm {batch,group} normalisation layers (default: batch)",
-        "--optimizer {sgd,adam} local optimiser (default: sgd)",
+        "--optimizer {sgd,adam} local optimizer (default: sgd)",
         "--device {auto,cpu,cuda,mps} where training",
         "--nesterov [{true,false}] Nesterov momentum (default: false)",
         "kernel taps that never get a gradient: lossless) or dense (default: support)",

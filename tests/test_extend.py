@@ -157,7 +157,7 @@ def test_changed_code_is_refused_at_resume_and_told_by_verify(tmp_path: Path) ->
     found = verify(root)
     assert (
         f"code: {name} has changed: its source has sha256 {after[:16]}..., and {before[:16]}... "
-        "made the run. Where it computes otherwise, checks that run it fail (rounds 0, 1)"
+        "made these rounds; checks that run it fail where it computes differently (rounds 0, 1)"
     ) in found.checks["rows"].unproven
     assert found.checks["rows"].violations == []
     assert found.checks["steps"].violations != []
@@ -234,7 +234,7 @@ def test_what_is_not_there_is_refused(values: dict[str, Any], told: str) -> None
     ("values", "told"),
     [
         ({"task": "builtins:print"}, "task = 'builtins:print' cannot be used; "
-         "expected what gives a task, with spec"),
+         "expected a callable that returns a task with spec"),
         ({"learning-rate-schedule": "nowhere:rate"}, "learning-rate-schedule = 'nowhere:rate' "
          "cannot be used; expected a callable that can be imported: ModuleNotFoundError"),
         ({"behavior": {"honest": {"clients": [0], "power": 3}}}, "behavior.honest = {'power': 3} "

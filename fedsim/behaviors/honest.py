@@ -19,7 +19,7 @@ class Honest:
         return honest
 
     def explain(self, about: ClientContext) -> str | None:
-        """Say nothing: there is nothing to tell."""
+        """Say nothing: an honest client needs no explanation."""
         return None
 
 

@@ -59,7 +59,7 @@ _STORED = {
     "bfloat16": ("BF16", torch.bfloat16, np.int16),
     "float16": ("F16", torch.float16, np.float16),
 }
-# A number has one name: "0000001" would be the step of "000001" once more.
+# A number has one name: "0000001" would be the step of "000001" again.
 _STEP = re.compile(r"[0-9]{6}|[1-9][0-9]{6,11}")
 _SHARD = re.compile(r"gradients-[0-9]{5,9}\.safetensors")
 
@@ -266,7 +266,7 @@ class Gradients(Capture):
         names = self.layers_of(client.run.shapes)
         expected = {gradient_key(step, name) for step in steps for name in names}
         if odd := sorted(expected.symmetric_difference(client.shards)):
-            problem = f"{evidence.folder}: gradient {odd[0]} is missing or one too many"
+            problem = f"{evidence.folder}: gradient {odd[0]} is missing or unexpected"
             evidence.findings.violate(GRADIENTS, problem)
         return not odd
 
@@ -286,12 +286,12 @@ class Gradients(Capture):
                 evidence.findings.leave(check, f"{damaged} is damaged")
 
     def retrace(self, client: Client, whole: frozenset[str]) -> _Retrace:
-        """Compare gradients where they are; there may be no room for them once more."""
+        """Compare gradients where they are; there may be no room for a second copy."""
         return _Retrace(client, whole)
 
 
 def is_replayable(client: Client) -> bool:
-    """Say whether a client is replayable; not where a header is damaged, which others tell."""
+    """Say whether a client is replayable; not with a damaged header, which other checks report."""
     try:
         return bool(client.is_replayable)
     except InputError:
@@ -473,7 +473,7 @@ class Shard:
         for key in keys:
             step, _, parameter = key.partition("/")
             if not _STEP.fullmatch(step) or parameter not in self._shapes:
-                raise InputError(f"{self.path}: {key} is no gradient of a step of this model")
+                raise InputError(f"{self.path}: {key} is not a gradient of a step of this model")
         return keys
 
     @property
@@ -813,7 +813,7 @@ class _TapByTap:
         self._step = step
 
     def pieces(self, name: str) -> Mapping[int, Tensor]:
-        """Give the taps that are in the file, or the whole of what is no kernel."""
+        """Give the taps that are in the file, or the whole of another parameter."""
         shard = self._client.shard(self._step, name)
         packed, taps = shard.packed(self._step, name), shard.taps(name)
         if taps is not None:
@@ -938,7 +938,7 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
     measures.finish()
     led = {name: t for course in courses for name, t in course.replay.parameters.items()}
     if dishonest is not None:
-        # No gradient tells of buffers: what is sent of parameters must not depend on them.
+        # No gradient tells of buffers: the parameters that are sent must not depend on them.
         before = {name: tensor.numpy() for name, tensor in start.items()}
         honest = {**before, **{name: tensor.numpy() for name, tensor in led.items()}}
         sent = behavior.update(before, honest)
@@ -949,7 +949,7 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
             if torch.equal(moved.view(torch.int32), delta[name].contiguous().view(torch.int32)):
                 continue
             allowed = REPLAY_TOLERANCE * _norm(delta[name])
-            # Each update is rounded to what a float32 beside the parameter can tell.
+            # Each update is rounded to what a float32 of the size of the parameter resolves.
             allowed += (
                 client.telemetry["num_steps"] * 2**-24 * _norm(course.replay.parameters[name])
             )
@@ -991,9 +991,10 @@ def prove_replay(client: Client, shards: Iterable[Shard], findings: Findings) ->
 class _Course:
     """Parameters on their way through the recorded gradients of a client.
 
-    What was rounded when it was stored leads beside the delta, how far depends on the optimizer and
-    on how its steps add up. So they go again with every entry moved by a unit of its last place, up
-    or down by chance, which is twice as far as rounding can have moved it.
+    Gradients that were rounded when they were stored do not lead to the delta exactly; how far off
+    depends on the optimizer and on how its steps add up. So the replay is made again with every
+    entry moved by a unit of its last place, up or down by chance, which is twice as far as rounding
+    can have moved it.
 
     Parameters
     ----------
@@ -1074,12 +1075,12 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def _why_not_exact(run: Run, number: int) -> str:
-    """Say why a replay here need not land on the very bits of a round; empty where it must."""
+    """Say why a replay here need not land on the exact bits of a round; empty where it must."""
     versions, device = run.made_by(number)
     if run.config.capture_dtype != "float32":
         return f"gradients are stored as {run.config.capture_dtype}"
     if versions["torch"] != version("torch"):
-        return f"the run has torch {versions['torch']}, here is {version('torch')}"
+        return f"the run used torch {versions['torch']}, and this is {version('torch')}"
     if device["type"] != "cpu":
         return f"the run trained on {device['type']}"
     return other_instructions(device)
@@ -1120,7 +1121,7 @@ def prove_objective(
         figures += [("proximal", distance * mu / 2, distance)] if mu else []
         for key, value, square in figures:
             told = row.get(key)
-            # Training squares in float32, where what is large here may be no number at all.
+            # Training squares in float32, where a number that is large here may overflow.
             if told is None and key in row and not square < _LARGEST:
                 continue
             if told is None or not abs(told - value) <= 1e-4 * abs(value) + 1e-30:
@@ -1145,5 +1146,5 @@ class _Retrace:
             stored = self._client.shard(step.index, name).packed(step.index, name)
             made = step.gradients[name].cpu().to(stored.dtype).float().contiguous()
             if not torch.equal(made.view(torch.int32), kept.contiguous().view(torch.int32)):
-                self.difference = f"the gradient of {name} in step {step.index} is another"
+                self.difference = f"the gradient of {name} in step {step.index} differs"
                 return

@@ -41,7 +41,7 @@ class Statistics(Capture):
 
     @property
     def keeps_files(self) -> bool:
-        """Never: they stand in the lines of ``steps.jsonl``."""
+        """Never: they are in the lines of ``steps.jsonl``."""
         return False
 
     def step_bytes(self, sizes: Sizes) -> int:
@@ -58,7 +58,7 @@ class Statistics(Capture):
 
     def check_steps(self, client: Client, findings: Findings) -> None:
         """Check that steps have figures or not, and the first the norms of ``clients.jsonl``."""
-        # Where it is not in the configuration: of a version that had no such choice.
+        # Missing in the configurations of versions that had no such choice.
         chosen = "gradient-statistics" in client.run.entry("config")
         odd = next((r for r in client.steps if ("gradient_norm" in r) != self.on), None)
         if chosen and odd is not None:
@@ -83,7 +83,7 @@ class Statistics(Capture):
                 return
 
     def measures(self, client: Client, findings: Findings) -> Remeasured:
-        """Measure captured gradients once more."""
+        """Measure captured gradients again."""
         return Remeasured(client, findings)
 
 
@@ -182,7 +182,7 @@ class GradientStatistics:
             with_previous, with_sum = (float(column.sum()) for column in table[:, 1:].T)
             to_previous = _cosine(with_previous, norm, self._previous_norm)
             to_mean = _cosine(with_sum, norm, self.sum_norm)
-            # Exact arithmetic over what was measured: the sum need not be read once more.
+            # Exact arithmetic over what was measured: the sum need not be read again.
             self._sum_square += 2 * with_sum + norm**2
         self._previous_norm = norm
         entries = sum(math.prod(shape) for shape in shapes.values())

@@ -61,7 +61,7 @@ def local_range(delta: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[A
     """Find the local arrays that have a delta, which is their difference after rounding.
 
     Subtraction is monotone, so they are the float32 numbers from one to another in each entry.
-    Mostly it is one: a delta tells less than the array only where it is the larger of the two.
+    Usually there is one: a delta holds less than the array only where it is the larger of the two.
 
     Parameters
     ----------

@@ -37,7 +37,7 @@ Privacy = Literal[
 
 
 class StrategySettings(StrictModel):
-    """What the ``[strategy]`` table may set, whatever the strategy.
+    """What the ``[strategy]`` table may set for every strategy.
 
     The name alone, ``strategy = "NAME"``, is short for a table with it.
 
@@ -195,7 +195,7 @@ class Update:
     keep : callable
         Takes what `keep` is given.
     sent : dict of str to ndarray of float32, optional
-        The local parameters, where they are at hand.
+        The local parameters, where they are available.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class RecordedRound(Round, Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a round.
+    """The outcome of a round.
 
     Parameters
     ----------
@@ -374,7 +374,7 @@ class Algorithm:
 
     @property
     def proximal_mu(self) -> float:
-        """Factor of the proximal term that every client minimises beside its loss; 0 for none."""
+        """Factor of the proximal term that clients minimise with their loss; 0 for none."""
         return 0.0
 
     def correction(self, kept: State, of_client: State) -> State | None:
@@ -418,7 +418,7 @@ class Algorithm:
     def check(self, this_round: RecordedRound) -> Iterator[Claim]:
         """Say what must be on record after a round, by what was before it and by the deltas.
 
-        By default the round is folded once more, and all must be equal to the last bit. What no
+        By default the round is folded again, and all must be equal to the last bit. What no
         claim is made of is named as not proven.
         """
         try:

@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed blocks of up to 32 MB instead of returning them to the kernel.
 
     Every backward pass allocates fresh gradients, 45 MB for ResNet18. By default glibc maps
-    each large one anew and unmaps it when it is freed, so the kernel hands out and clears
+    each large one afresh and unmaps it when it is freed, so the kernel hands out and clears
     11,000 pages a step: 7 % of a step on one core. The process keeps its peak memory instead.
 
     Returns

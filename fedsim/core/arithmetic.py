@@ -2,7 +2,7 @@
 
 Two machines with the same versions may still round differently: libraries choose kernels by the
 processor, the number of threads and the device. Names of processors do not settle it, so the
-arithmetic itself is asked: a fixed calculation through the very model of a run, of which every bit
+arithmetic itself is asked: a fixed calculation through the model of a run, of which every bit
 is hashed. Where two machines agree on it, results are expected to be equal to the bit.
 """
 
@@ -92,7 +92,7 @@ def evaluation_arithmetic(task: Task, model: nn.Module, *, device: torch.device)
 
 
 def _in(output: object) -> Iterable[Tensor]:
-    """List the tensors of what a model gives: a tensor, or lists and tables of them."""
+    """List the tensors that a model returns: a tensor, or lists and tables of them."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):

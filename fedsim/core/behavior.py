@@ -30,7 +30,7 @@ class ClientContext:
     seed : int
         The run's.
     client, round : int
-        Which round of which client.
+        The round and the client.
     """
 
     seed: int

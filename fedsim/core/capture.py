@@ -232,7 +232,7 @@ class Capture(ABC):
         """Estimate the bytes of one kept step."""
 
     def most_step_bytes(self, sizes: Sizes) -> int:
-        """Bound the bytes of one kept step from above, whatever the gradients are."""
+        """Bound the bytes of one kept step from above, for any gradients."""
         return self.step_bytes(sizes)
 
     def bytes_of(self, steps: int, parameters: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -320,7 +320,7 @@ class Capture(ABC):
     def retrace(self, client: Any, whole: frozenset[str]) -> Retrace | None:
         """Compare a repeated training with the record while it runs.
 
-        None, as by default, to record once more and compare the files.
+        None, as by default, to record again and compare the files.
         """
         return None
 
@@ -396,7 +396,7 @@ def _load_own(text: str) -> type[Capture]:
     if text not in _own:
         found = registry.factory("capture", "captures", text)
         if not (isinstance(found, type) and issubclass(found, Capture)):
-            raise ConfigError("capture", text, "a class made from fedsim.core.capture.Capture")
+            raise ConfigError("capture", text, "a subclass of fedsim.core.capture.Capture")
         _own[text] = found
     return _own[text]
 
@@ -442,7 +442,7 @@ def parse_form(text: str) -> tuple[type[Capture], str, int]:
     Raises
     ------
     ValueError
-        With all forms, when `text` is none of them.
+        With all forms, when `text` is not one of them.
     InputError
         When it is code that the user did not name to this process, or no capture.
     """

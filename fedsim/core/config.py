@@ -124,7 +124,7 @@ def _without_secret(value: str) -> str:
     links = re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::))", value)
     if "?" in value or any(":" in link.partition("://")[2].rpartition("@")[0] for link in links):
         raise ValueError(
-            "a URL or path without a password or '?': secrets belong into the environment"
+            "a URL or path without a password or '?': secrets belong in the environment"
         )
     return value
 
@@ -199,7 +199,7 @@ class RunConfig(StrictModel):
         "vision",
         description="what clients learn: vision (images in classes), or your own as module:NAME",
     )
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimiser")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimizer")
     learning_rate: Annotated[Rates, BeforeValidator(_listed)] = Field(
         0.01, description="local learning rate"
     )
@@ -210,7 +210,7 @@ class RunConfig(StrictModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: Annotated[float, Field(ge=0), AfterValidator(finite), Field(le=1e30)] = Field(
-        5e-4, description="L2 penalty of the local optimiser"
+        5e-4, description="L2 penalty of the local optimizer"
     )
     batch_size: Annotated[Counts, BeforeValidator(_listed)] = Field(
         32, description="samples in a local step"
@@ -287,13 +287,13 @@ class RunConfig(StrictModel):
         0, description="clients of one round that may fail without stopping the run"
     )
     client_timeout: Rate | None = Field(
-        None, description="seconds that a client may take in a round (default: for ever)"
+        None, description="seconds that a client may take in a round (default: no limit)"
     )
     node_timeout: Rate = Field(
         60.0, description="seconds to wait for the Flower nodes that hold the clients"
     )
     allow_divergence: bool = Field(
-        False, description="go on when the model is not finite any more, and record that"
+        False, description="go on when the model is no longer finite, and record that"
     )
     output: Folder | None = Field(
         None, description="run directory (default: a dated one under runs/)"
@@ -378,7 +378,7 @@ class RunConfig(StrictModel):
         named = [("learning-rate-schedule", "schedules", self.learning_rate_schedule)]
         named += [(f"behavior.{name}", "behaviors", name) for name in self.behavior]
         for field, room, name in named:
-            # To read a configuration is not to run its code.
+            # Reading a configuration does not run its code.
             if not registry.is_code(name):
                 registry.factory(field, room, name)
         of: dict[int, str] = {}
@@ -557,7 +557,7 @@ class RunConfig(StrictModel):
         return TrainingSettings(
             batch_size=table.batch_size or batch_size,
             local_epochs=table.local_epochs or local_epochs,
-            # A table that asks for epochs means epochs, whatever the run says of steps.
+            # A table that asks for epochs means epochs, even where the run sets steps.
             local_steps=table.local_steps or (None if table.local_epochs else local_steps),
             merge_single=task_of(self).merge_single,
             optimizer=OptimizerSettings(
@@ -617,9 +617,9 @@ def read_config_file(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     ----------
     path : Path
         A ``.toml`` file, or a ``run.json`` (whose ``output`` and ``mirror`` are left out: they
-        exist already; and ``ray-address``, which decides nothing of a run).
+        exist already; and ``ray-address``, which affects no result).
     given : collection of str
-        Keys that the user sets beside the file.
+        Keys that the user sets in addition to the file.
 
     Raises
     ------
@@ -684,8 +684,9 @@ def take_recorded(
     _check_names_no_code(recorded, given, run)
     if (mirror := recorded.get("mirror")) and "mirror" not in given:
         raise InputError(
-            f"mirror = {shorten(mirror)} of {run} is a place that a run alone does not decide; "
-            f"`--mirror {shlex.quote(mirror)}` goes on copying there, `--mirror {UNSET}` does not"
+            f"mirror = {shorten(mirror)} of {run} is a destination that a run alone may not "
+            f"choose; `--mirror {shlex.quote(mirror)}` goes on copying there, `--mirror {UNSET}` "
+            "does not"
         )
     kept = {k: v for k, v in recorded.items() if v is not None and k != "ray-address"}
     return {**kept, **given}
@@ -718,7 +719,7 @@ def check_outside(run: Path) -> None:
     if Path.cwd().is_relative_to(run.resolve()):
         raise InputError(
             f"the current folder lies in the run directory {run.resolve()}, from which no code "
-            "may be taken; call it from another folder"
+            "may be loaded; run it from another folder"
         )
 
 
@@ -740,7 +741,7 @@ def _check_names_no_code(values: Mapping[str, Any], given: Collection[str], run:
     flag = shlex.quote(flag_text(name if short else strategy))
     raise InputError(
         f"strategy = {shorten(name)} of {run} is code, which is never taken from a run; "
-        f"`--strategy {flag}` says that your own class of that name is meant"
+        f"`--strategy {flag}` says that you mean your own class of that name"
     )
 
 
@@ -780,7 +781,7 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    # Of a text, a number and a truth value JSON writes what TOML reads.
+    # JSON writes texts, numbers and truth values as TOML reads them.
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -804,10 +805,10 @@ def parse_text(field: str, text: str) -> Any:
     annotation = known.annotation
     if annotation in (str, str | None, Folder | None, Mirror | None) or "\n" in text:
         return text
-    # Not TOMLDecodeError alone: Python reads no number of thousands of digits.
+    # Not TOMLDecodeError alone: Python refuses numbers of thousands of digits.
     with contextlib.suppress(ValueError):
         return _parse_toml(f"value = {text}")["value"]
-    # TOML knows no ".5"; people do.
+    # TOML does not read ".5"; people write it.
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):
             return number

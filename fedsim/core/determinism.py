@@ -25,10 +25,10 @@ def use_deterministic(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS reads it when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # torch tells its compiler, whose import takes a processor more than a second.
+    # torch tells its compiler, whose import takes more than a second.
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
-    # Filling fresh memory finds reads of what was never written; it decides no result and costs.
+    # Filling fresh memory finds reads of memory never written; it changes no result and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     # Its choice by stopwatch differs from run to run.

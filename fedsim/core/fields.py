@@ -21,8 +21,8 @@ def finite(value: float) -> float:
 
 
 def nameable(value: str) -> str:
-    """Refuse what no file can be called."""
-    # What is no UTF-8 comes as surrogates, which no terminal and no other program can print.
+    """Refuse what cannot be the name of a file."""
+    # Bytes that are not UTF-8 come as surrogates, which no terminal and no other program can print.
     if "\0" in value or value.encode(errors="ignore").decode() != value:
         raise ValueError("a path in UTF-8 without a zero byte")
     return value
@@ -38,7 +38,7 @@ Rates = Annotated[Rate | Annotated[tuple[Rate, ...], Field(min_length=1)], Field
 
 
 class StrictModel(BaseModel):
-    """Keys with ``-`` for ``_``, each of its very type, and no others."""
+    """Keys with ``-`` for ``_``, each of its exact type, and no others."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -86,7 +86,7 @@ def allowed_instead(problem: Mapping[str, Any], annotation: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "too_short":
         return "a list of one or more"
-    # Of several texts none is chosen by what is no Unicode at all.
+    # Text that is not Unicode is none of the choices.
     if kind in ("literal_error", "string_unicode") and (choices := choices_of(annotation)):
         return one_of(choices)
     if kind == "value_error":

@@ -1,4 +1,4 @@
-"""Reading what others wrote: regular files only, and no more of them than was bargained for."""
+"""Reading what others wrote: regular files only, up to a limit in size."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def open_regular(path: Path, flags: int = 0, *, follow: bool = False) -> int:
         if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "it is a symbolic link") from None
         if error.errno == errno.ENXIO:
-            raise OSError(errno.ENXIO, "it is no regular file") from None
+            raise OSError(errno.ENXIO, "it is not a regular file") from None
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return descriptor
 
 

@@ -1,4 +1,4 @@
-"""A node's own data, as the server is told of it; without torch, so that a node answers at once."""
+"""A node's own data, as reported to the server; without torch, so that nodes answer at once."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class PartitionScheme:
         Raises
         ------
         ValueError
-            With the allowed forms, when `text` is none of them.
+            With the allowed forms, when `text` is not one of them.
         """
         if text in ("dirichlet", "iid", "nodes"):
             return cls(name=text)  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def partition_sha256(partition: Mapping[int, Indices] | Sequence[Indices]) -> st
 def fold_order(participants: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """Order a round's clients: largest partition first, ties by id.
 
-    Deltas are summed in this order whatever order replies arrive in, so the sum is the same to
+    Deltas are summed in this order, not in that in which replies arrive, so the sum is the same to
     the bit. Starting the longest work first also packs the workers best.
     """
     return sorted(participants, key=lambda p: (-sizes[p], p))

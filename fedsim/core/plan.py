@@ -1,4 +1,4 @@
-"""Everything of a run that is known before it starts."""
+"""Everything about a run that is known before it starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedsim.core.training import Arrays, Batch, load_batches, state_arrays
 from fedsim.core.units import format_bytes
 
 _ENTRY_BYTES = 512
-"""Bytes at most of what is said of one tensor: in a header, an index, a line about its step."""
+"""Most bytes of what is written about one tensor: in a header, an index, a line about its step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class RunPlan:
             partition = deal_partition(config, dataset)
         model = initial_model(config)
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        # A class of the user's takes what it likes, and is loaded only where that was said.
+        # A class of the user's may capture other things, and is loaded only where that was allowed.
         policy = None if is_own(config.capture) else config.policy
         if policy is not None and policy.keeps_files and not policy.layers_of(parameters):
             raise ConfigError(
@@ -110,7 +110,7 @@ class RunPlan:
         )
 
     def of_nodes(self, samples: Sequence[int], nodes: Sequence[dict[str, Any]]) -> Self:
-        """Take what nodes with data of their own have told, by partition id."""
+        """Take what nodes with data of their own have reported, by partition id."""
         partition = [np.arange(count, dtype=np.int64) for count in samples]
         return replace(self, partition=partition, nodes=list(nodes))
 
@@ -179,9 +179,10 @@ class RunPlan:
         return len(self.config.policy.kept_steps(self.steps_of(partition))) + 2
 
     def most_bytes_of(self, partition: int) -> int:
-        """Bound the bytes of these files from above, whatever the gradients are.
+        """Bound the bytes of these files from above, for any gradients.
 
-        No more than about twice what the densest gradients take: who lists more did not write it.
+        No more than about twice what the densest gradients take: a client that lists more did not
+        write it.
         """
         policy, steps = self.config.policy, self.steps_of(partition)
         training = self.config.training_of(partition)
@@ -333,7 +334,7 @@ def batches_of_round(
     indices : ndarray of int64
         The client's positions in the training split.
     round_number, partition : int
-        Which round of which client.
+        The round and the client.
     device : torch.device
         Where batches are made.
     """

@@ -29,8 +29,8 @@ def start_module(
     **options
         Of `subprocess.Popen`.
     """
-    # What this process found by `sys.path` is found again, and in the same order: without -P the
-    # working directory would come first, whatever lies there. An empty entry means that directory.
+    # The new process has the `sys.path` of this one, in the same order: without -P, the modules of
+    # the working directory would come first. An empty entry means that directory.
     path = os.pathsep.join(entry or str(os.getcwd()) for entry in sys.path)  # noqa: PTH109
     return subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-P", "-m", module, *arguments],

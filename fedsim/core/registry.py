@@ -1,4 +1,4 @@
-"""What fedsim has several of, each in a file of its own, and code of the user's, by their names."""
+"""Tasks, schedules and behaviors of fedsim, and code of the user's own, found by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def users_task(name: str) -> Any:
         try:
             _tasks[make] = make()
         except Exception as error:
-            why = f"a callable that gives a task: {type(error).__name__}: {error}"
+            why = f"a callable that returns a task: {type(error).__name__}: {error}"
             raise ConfigError("task", name, why) from None
     return _tasks[make]
 
@@ -107,7 +107,7 @@ def _users(field: str, name: str) -> Callable[..., Any]:
     if not may_load(name):
         raise InputError(
             f"{field} = {shorten(name)} is code, which is loaded only where the user names it; "
-            f"{TRUSTED}={name} in the environment says that your own of that name is meant"
+            f"{TRUSTED}={name} in the environment says that you mean your own code of that name"
         )
     try:
         found = load(name)

@@ -72,8 +72,8 @@ def torch_seed(seed: int) -> Iterator[None]:
 def global_seed(seed: int, purpose: Purpose, round_number: int) -> Iterator[None]:
     """Seed numpy's and Python's global generators for a round, and put them back afterwards.
 
-    Strategies draw from these and take no others: Flower's differential privacy its noise, its
-    sampling the order of clients, a user's own whatever it likes.
+    Strategies draw from these and from no others: Flower's differential privacy draws its noise,
+    its sampling the order of clients, and a user's own strategy anything it needs.
     """
     draw = generator(seed, purpose, round_number)
     ours, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002

@@ -47,7 +47,7 @@ def rates_of(config: RunConfig, client: int, round_number: int, num_samples: int
     config : RunConfig
         Names the schedule.
     client, round_number : int
-        Which round of which client.
+        The round and the client.
     num_samples : int
         Training samples of the client.
 

@@ -8,12 +8,12 @@ import torch
 
 
 def leave_compiler_out() -> None:
-    """Let this process make and step optimisers without torch's compiler.
+    """Let this process make and step optimizers without torch's compiler.
 
-    torch imports its compiler (900 modules, 1.3 s of a processor) when the first optimiser is made
-    and when it makes its first step, only to have the compiler leave these calls alone. A process
-    that compiles no optimiser can make the same calls as they are: nothing that is computed
-    changes. A version of torch that does this in another way is left as it is.
+    torch imports its compiler (900 modules, 1.3 s of processor time) when the first optimizer is
+    made and when it makes its first step, only to have the compiler leave these calls alone.
+    A process that compiles no optimizer can make the same calls as they are: nothing that is
+    computed changes. A version of torch that does this in another way is left as it is.
     """
     for name in ("add_param_group", "zero_grad"):
         method = getattr(torch.optim.Optimizer, name)

@@ -21,7 +21,7 @@ Taps = tuple[int, ...]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    # A zero that carries a sign is no zero here: it would not come back. Nor is a NaN.
+    # Minus zero does not count as zero here: it would not come back. Nor does NaN.
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 

@@ -170,7 +170,7 @@ class Task(Protocol):
         ...
 
     def batch(self, examples: Columns, draw: np.random.Generator | None) -> Tensors:
-        """Make of some samples what `loss` and `metrics` take, on the device where they are.
+        """Make the batch that `loss` and `metrics` take, on the device of the samples.
 
         Parameters
         ----------
@@ -238,7 +238,9 @@ def task_of(config: RunConfig, *, data_root: str | None = None, download: bool =
     if registry.is_code(config.task):
         found = registry.users_task(config.task)
         if missing := [name for name in _MEMBERS if not hasattr(found, name)]:
-            raise ConfigError("task", config.task, f"what gives a task, with {missing[0]}")
+            raise ConfigError(
+                "task", config.task, f"a callable that returns a task with {missing[0]}"
+            )
         return cast(Task, found)
     if config.task not in registry.TASKS:
         names = ", ".join(map(repr, registry.TASKS))

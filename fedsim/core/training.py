@@ -21,7 +21,7 @@ Autocast = Literal["none", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """A local optimiser.
+    """A local optimizer.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class OptimizerSettings:
     momentum, nesterov : float, bool
         Of SGD.
     weight_decay : float
-        L2 penalty, added to the gradient by the optimiser.
+        L2 penalty, added to the gradient by the optimizer.
     """
 
     name: Literal["sgd", "adam"]
@@ -102,12 +102,12 @@ class Batch:
 
 
 class Objective:
-    """What a client minimises: its data loss, and what strategies put beside it.
+    """What a client minimises: its data loss, and what strategies add to it.
 
     A proximal term is ``mu / 2 * |w - w_global|^2`` (Li et al. 2020, eq. 2); its gradient is
     ``mu * (w - w_global)``. A correction is added to the gradient as it is.
     Each operation is rounded by itself, one entry at a time, so that a replay has the same bits
-    whatever its threads and the layout of its tensors.
+    with any number of threads and any layout of its tensors.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ class Step:
         Parameter name to d(mean loss)/dp, in ``model.parameters()`` order, without weight
         decay. The tensors are the step's own: keeping them is safe, changing them is not.
     proximal : Tensor of float32, shape (), or None
-        Value of the proximal term that is minimised beside the loss, where there is one.
+        Value of the proximal term that is minimised in addition to the loss, where there is one.
     objective_norm : Tensor of float32, shape (), or None
         Euclidean norm of the gradient of both together, without weight decay.
     """
@@ -272,7 +272,7 @@ def load_batches(
 def make_optimizer(
     parameters: Sequence[nn.Parameter], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """Make the local optimiser; replaying recorded gradients uses the same one."""
+    """Make the local optimizer; replaying recorded gradients uses the same one."""
     # The fused kernels pass over parameter, gradient and momentum once: 1.2 times the plain
     # loop on a CPU, where the update is a tenth of a step.
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -333,7 +333,7 @@ def local_train(
     batches : iterator of Batch
         The client's batches of the round.
     optimizer : OptimizerSettings
-        A fresh optimiser is made from it.
+        A fresh optimizer is made from it.
     on_step : callable, optional
         Called with each `Step` between the backward pass and the update.
     autocast : {"none", "bfloat16", "float16"}
@@ -354,7 +354,7 @@ def local_train(
     load_state(model, state)
     model.train()
     named = dict(model.named_parameters())
-    optimiser = make_optimizer(list(named.values()), optimizer)
+    torch_optimizer = make_optimizer(list(named.values()), optimizer)
     device = next(iter(named.values())).device
     whole: _Whole | None = None
     if proximal_mu or correction is not None:
@@ -379,11 +379,11 @@ def local_train(
         lap("load")
         rate = optimizer.learning_rate if rates is None else rates(index)
         # Dropping the gradients makes backward allocate fresh ones: an observer may keep them.
-        optimiser.zero_grad(set_to_none=True)
+        torch_optimizer.zero_grad(set_to_none=True)
         with precision:
             loss = task.loss(model, batch.tensors)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        scaler.unscale_(optimiser)
+        scaler.unscale_(torch_optimizer)
         losses.append(loss.detach())
         batch_sizes.append(len(batch.indices))
         gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
@@ -406,8 +406,8 @@ def local_train(
         # Not scaler.step: with fused SGD a first step that it skips leaves momentum in memory that
         # nothing was written to, and the next step goes on from there.
         if autocast != "float16" or _are_finite(p.grad for p in named.values()):
-            _set_rate(optimiser, rate)
-            optimiser.step()
+            _set_rate(torch_optimizer, rate)
+            torch_optimizer.step()
             num_updates += 1
         scaler.update()
         lap("train")
@@ -454,7 +454,7 @@ def _are_finite(gradients: Iterable[Tensor | None]) -> bool:
 
 
 class Replay:
-    """The local optimiser, run once more over gradients that are known.
+    """The local optimizer, run again over gradients that are known.
 
     Parameters
     ----------
@@ -491,7 +491,7 @@ class Replay:
     ) -> None:
         self._leaves = {n: nn.Parameter(start[n].clone()) for n in names}
         self._objective = Objective(start, proximal_mu, correction)
-        self._optimiser = make_optimizer(list(self._leaves.values()), optimizer)
+        self._optimizer = make_optimizer(list(self._leaves.values()), optimizer)
         self._may_skip = autocast == "float16"
         self.parameters = {name: leaf.data for name, leaf in self._leaves.items()}
         self.num_updates = 0
@@ -501,7 +501,7 @@ class Replay:
     def step(self, gradient: Mapping[str, Tensor]) -> None:
         """Make the update of one local step."""
         if self._rates is not None:
-            _set_rate(self._optimiser, self._rates(self._num_steps))
+            _set_rate(self._optimizer, self._rates(self._num_steps))
         self._num_steps += 1
         gradients = {
             name: self._objective.gradient(name, gradient[name].contiguous(), leaf.data)
@@ -511,7 +511,7 @@ class Replay:
             return
         for name, leaf in self._leaves.items():
             leaf.grad = gradients[name]
-        self._optimiser.step()
+        self._optimizer.step()
         self.num_updates += 1
 
 
@@ -521,5 +521,5 @@ def state_arrays(model: nn.Module) -> Arrays:
 
 
 def load_state(model: nn.Module, state: Mapping[str, NDArray[np.generic]]) -> None:
-    """Copy `state` into a model, requiring the very same names and shapes."""
+    """Copy `state` into a model, requiring exactly the same names and shapes."""
     model.load_state_dict({n: torch.from_numpy(np.asarray(a)) for n, a in state.items()})

@@ -14,7 +14,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
 
 
 def parse_count(text: str) -> int | None:
-    """Read a whole number of at most 18 ASCII digits; None where `text` is none."""
+    """Read a whole number of at most 18 ASCII digits; None where `text` is not one."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
     Raises
     ------
     ValueError
-        With the allowed form, when `text` is none.
+        With the allowed form, when `text` does not have it.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]*)\s*", text)
     count = int(Decimal(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0

@@ -65,7 +65,7 @@ class FedSimClient(NumPyClient):
         for name, record in asked.records.items():
             if (found := sum(len(array.data) for array in record.values())) > most:
                 raise InputError(
-                    f"the message brings {found:,} bytes of {shorten(name)}; expected what the "
+                    f"the message has {found:,} bytes of {shorten(name)}; expected what the "
                     f"model of the run has, at most {most:,} bytes"
                 )
 
@@ -211,7 +211,7 @@ class FedSimClient(NumPyClient):
         run_config = str(config.get(messages.RUN_CONFIG) or self._run_config)
         if len(run_config) > MOST_TOML_BYTES:
             raise InputError(
-                f"the message brings a configuration of {len(run_config):,} bytes; expected "
+                f"the message has a configuration of {len(run_config):,} bytes; expected "
                 f"at most {MOST_TOML_BYTES:,}"
             )
         return workplace_of(run_config, self._node.data_root, self._node.data)

@@ -96,14 +96,14 @@ def _told_by(reply: Message, partition: int) -> tuple[int, dict[str, Any]]:
     if (data := wire.data_told_by(reply)) is None:
         raise RunFailedError(
             f"partition = 'nodes' asks for data of each node's own, and that of partition "
-            f"{partition} tells of none"
+            f"{partition} has none"
         )
     count, sha256, classes = data
     if not (isinstance(count, int) and isinstance(classes, list) and 0 < count <= MOST):
-        raise RunFailedError(f"the node of partition {partition} tells no number of samples")
+        raise RunFailedError(f"the node of partition {partition} reports no number of samples")
     if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise RunFailedError(
-            f"the node of partition {partition} tells {wire.DATA_SHA256} = {shorten(sha256)}; "
+            f"the node of partition {partition} reports {wire.DATA_SHA256} = {shorten(sha256)}; "
             "expected a SHA-256 in 64 hexadecimal digits"
         )
     for name in classes:

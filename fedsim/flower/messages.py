@@ -74,7 +74,7 @@ def array_record(state: State) -> ArrayRecord:
 
 
 def _encoded(array: NDArray[np.generic]) -> Array:
-    """Do as Flower does: ``numpy.save``. It makes the header anew each time, and two copies."""
+    """Do as Flower does: ``numpy.save``. It makes the header each time, and two copies."""
     dtype, shape = array.dtype, array.shape
     data = b"".join((_header(dtype, shape), np.ascontiguousarray(array).data))
     return Array(dtype=dtype.name, shape=shape, stype=SType.NUMPY, data=data)
@@ -154,7 +154,7 @@ def train_message(
     message : Message
         The strategy's; all of its messages may share one content.
     settings : mapping
-        From `train_config`, beside those of the strategy.
+        From `train_config`, in addition to those of the strategy.
     correction : mapping of str to ndarray or None
         What the client is to add to its gradients.
     """
@@ -233,7 +233,7 @@ def run_of(message: Message) -> tuple[str, str] | None:
 def reply_content(
     arrays: ArrayRecord | None, num_examples: int, metrics: Mapping[str, Any]
 ) -> RecordDict:
-    """Encode a client's answer: numbers into the MetricRecord, telemetry beside it."""
+    """Encode a client's answer: numbers into the MetricRecord, telemetry with it."""
     numbers = {k: v for k, v in metrics.items() if k != TELEMETRY}
     content = RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: num_examples, **numbers})})
     if arrays is not None:
@@ -265,7 +265,7 @@ class Reply(Message):
     Attributes
     ----------
     telemetry : dict
-        What a fedsim client tells of its work; empty for other clients.
+        What a fedsim client reports of its work; empty for other clients.
 
     Raises
     ------

@@ -28,8 +28,9 @@ AbsoluteFolder = Annotated[str, AfterValidator(_absolute)]
 class NodeSettings(StrictModel):
     """The configuration of a Flower node (``flower-supernode --node-config``).
 
-    Flower's simulation gives every node its ``partition-id`` and ``num-partitions``; whoever
-    starts the processes of a simulation says where they may record by environment variables.
+    Flower's simulation gives every node its ``partition-id`` and ``num-partitions``; the
+    program that starts the processes of a simulation sets where they may record by environment
+    variables.
     A server has no say in any of it.
 
     Raises

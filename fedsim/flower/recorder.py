@@ -94,7 +94,7 @@ class ClientRecorder:
             self._steps(step)
 
     def measured(self) -> dict[str, Any]:
-        """Give what telemetry tells of the gradients and the files, once closed."""
+        """Give what telemetry reports of the gradients and the files, once closed."""
         steps, norms = self._steps, self._norms.per_layer
         return {
             "gradient_norm": math.hypot(*norms.values()),

@@ -81,7 +81,7 @@ def accept(
         _check_telemetry(row)
         _check_asked(row, config.training_of(partition), num_samples)
         if (config.autocast == "float16") != ("num_updates" in row):
-            raise ValueError("its telemetry has num_updates missing or one too many")
+            raise ValueError("its telemetry has num_updates missing or unexpected")
         _check_metrics(reply.metrics, config)
         sizes = {str(name): int(file["bytes"]) for name, file in row["files"].items()}
     except UnusableReplyError:
@@ -155,7 +155,7 @@ def _check_metrics(metrics: Mapping[str, Any], config: RunConfig) -> None:
     if config.clients_clip or (":" in config.strategy.name and KEY_NORM_BIT in metrics):
         expected.add(KEY_NORM_BIT)
     if odd := min(expected.symmetric_difference(metrics), default=None):
-        raise ValueError(f"its metrics have {shorten(odd)} missing or one too many")
+        raise ValueError(f"its metrics have {shorten(odd)} missing or unexpected")
     loss, exceeded = metrics[wire.LOSS], metrics.get(KEY_NORM_BIT, 0)
     if not isinstance(loss, float) or loss < 0:
         raise ValueError(f"its metrics have {wire.LOSS} = {shorten(loss)}")

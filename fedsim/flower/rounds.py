@@ -151,7 +151,7 @@ class RoundLoop:
     workers : int
         Clients that train at the same time; the window of messages is twice that.
     stop : threading.Event
-        Set by whoever wants the run to end.
+        Set to end the run.
     stop_after_round : threading.Event, optional
         Set to end it once the round under way is written.
     """
@@ -180,7 +180,7 @@ class RoundLoop:
         self._stop = stop
         self._stop_after_round = stop_after_round or threading.Event()
         self._device = resolve_device(self._config.device)
-        # Those that run.json tells of: they decide the last bits of an evaluation.
+        # Those in run.json: they decide the last bits of an evaluation.
         self._threads = torch.get_num_threads()
         self._model = initial_model(self._config).to(self._device)
 
@@ -242,7 +242,7 @@ class RoundLoop:
     def _replies(
         self, outcome: RoundOutcome, nodes: Mapping[int, int], state: State
     ) -> Iterator[wire.Reply]:
-        """Yield what the strategy is to fold, and keep in `outcome` what became of each client."""
+        """Yield what the strategy is to fold, and keep in `outcome` the result of each client."""
         for client, answer in self._answers(outcome, nodes, state):
             outcome.add(client, answer)
             if isinstance(answer, wire.Reply):

@@ -42,7 +42,7 @@ class Scratch:
     """A temporary folder that is removed, with every process started under it, at any end.
 
     Used as a context manager. Within, the environment variable `VARIABLE` names the folder, so
-    that whatever is started inherits it.
+    that processes started there inherit it.
 
     Attributes
     ----------

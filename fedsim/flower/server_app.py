@@ -119,7 +119,7 @@ MAY_CHANGE = (
     "output",
     "mirror",
 )
-"""Keys that a run may be resumed with another value of: none of them decides what a round is."""
+"""Keys whose values may change when a run is resumed: none of them affects a round."""
 
 
 def check_resume(run: Run, plan: RunPlan, *, allow_changed_code: bool = False) -> Recovery:
@@ -130,7 +130,7 @@ def check_resume(run: Run, plan: RunPlan, *, allow_changed_code: bool = False) -
     run : Run
         The run.
     plan : RunPlan
-        What is to be gone on with.
+        The plan to go on with.
     allow_changed_code : bool
         Go on although the source of the user's own code has changed.
 
@@ -152,7 +152,7 @@ def check_resume(run: Run, plan: RunPlan, *, allow_changed_code: bool = False) -
     check_clients(plan.config)
     plan.dataset.check_official()
     if plan.dataset.fingerprint != run.entry("dataset")["sha256"]:
-        raise ConfigError("dataset", plan.config.dataset, "the very data of the run: hashes differ")
+        raise ConfigError("dataset", plan.config.dataset, "the data of the run: hashes differ")
     if not plan.config.own_data and plan.partition_sha256 != run.entry("partition")["sha256"]:
         raise InputError(f"{run.path} has another partition than follows from its configuration")
     check_can_be_written(run.path)
@@ -165,7 +165,9 @@ def check_resume(run: Run, plan: RunPlan, *, allow_changed_code: bool = False) -
     # One that was killed before it could say that it is finished has that left to do.
     ended = run.status == "finished" or last > plan.config.rounds
     if last >= plan.config.rounds and ended:
-        raise ConfigError("rounds", plan.config.rounds, f"{last + 1} or more: the others are there")
+        raise ConfigError(
+            "rounds", plan.config.rounds, f"{last + 1} or more: the rounds before exist"
+        )
     if last == plan.config.rounds and not _is_evaluated(run, last):
         allowed = f"{last + 1} or more: round {last} was not evaluated (evaluate-every = "
         raise ConfigError("rounds", last, f"{allowed}{plan.config.evaluate_every})")
@@ -243,7 +245,7 @@ def execute(
     workers : int
         Clients that train at the same time.
     stop : threading.Event
-        Set by whoever wants the run to end.
+        Set to end the run.
     recovery : Recovery, optional
         Continue the run directory after that round instead.
     on_open : callable
@@ -317,8 +319,8 @@ def execute(
             # word that the run failed.
             with contextlib.suppress(Exception):
                 writer.drop_unfinished_round()
-            # Whatever ended the run is what the user must hear, not that this cannot be written, or
-            # what another program made of the files meanwhile.
+            # The user must hear what ended the run, not that this cannot be written, or what
+            # another program made of the files meanwhile.
             with contextlib.suppress(Exception):
                 writer.finish(
                     "failed",

@@ -1,4 +1,4 @@
-"""What a client tells of its round: the row that ``clients.jsonl`` keeps."""
+"""What a client reports of its round: the row that ``clients.jsonl`` keeps."""
 
 from __future__ import annotations
 

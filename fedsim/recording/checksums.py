@@ -57,7 +57,7 @@ class ChecksumLine:
     @property
     def may_lack(self) -> frozenset[str]:
         """The files that the run directory may lack without being damaged."""
-        # Of a run nothing else is ever removed, whatever a line says.
+        # Nothing else is ever removed from a run, even where a line says so.
         return self.elsewhere | frozenset(filter(is_removable, self.removed))
 
     @property
@@ -67,7 +67,7 @@ class ChecksumLine:
 
 
 def read_checksums(path: Path) -> Iterator[ChecksumLine]:
-    """Yield the lines, each checked against its own checksum; an unfinished last one is none.
+    """Yield the lines, each checked against its own checksum; an unfinished last one is skipped.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def files_away(root: Path, lines: Iterable[ChecksumLine]) -> set[str]:
         names |= line.may_lack & line.files.keys()
     away = set()
     for name in names:
-        # A name from a forged list may lead anywhere: whoever opens it says so.
+        # A name from a forged list may lead anywhere; opening the file reports it.
         with contextlib.suppress(InputError):
             if not os.path.lexists(layout.inside(name)):
                 away.add(name)

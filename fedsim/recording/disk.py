@@ -139,7 +139,7 @@ class WholeReader:
         size = path.stat().st_size
         direct = getattr(os, "O_DIRECT", 0) if size >= DIRECT_FROM else 0
         if size > len(self._pages):
-            # A new one: whoever still looks at the former keeps it alive.
+            # A new one: views of the former keep that alive.
             self._pages = mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK)
         try:
             descriptor = open_regular(path, direct)

@@ -34,7 +34,7 @@ class Evidence:
     folder : str
         The client's folder.
     own : list of str
-        The files in it that the client told of.
+        The files in it that the client listed.
     are_here : bool
         Whether all of them are in the run directory.
     why_away : str

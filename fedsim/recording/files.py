@@ -37,10 +37,10 @@ def _unfinished(path: Path) -> Path:
 def temporary(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` at a clean end.
 
-    Whatever kills the process, `path` holds a whole file or does not exist.
+    Even if the process is killed, `path` holds a whole file or does not exist.
     """
     unfinished = _unfinished(path)
-    # Whatever somebody put there, a link too, is not written through.
+    # A file or a link that somebody put there is replaced, not written through.
     unfinished.unlink(missing_ok=True)
     try:
         yield unfinished
@@ -299,7 +299,7 @@ def append_line(path: Path, line: bytes, *, at: int) -> None:
     OSError
         When the disk has no room for the whole row.
     """
-    # A file that somebody removed is not made anew, without its rows.
+    # A file that somebody removed is not made again, without its rows.
     if at and not path.exists():
         raise RunFailedError(f"{path} was removed by another program")
     with path.open("ab", buffering=0) as file:
@@ -329,7 +329,7 @@ def cut_unfinished_line(path: Path) -> int:
 
 
 def text_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file; a last one without its newline is none.
+    """Yield the lines of a file; a last one without its newline is skipped.
 
     Raises
     ------
@@ -366,7 +366,7 @@ def read_text(path: Path) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON Lines file; a last line without its newline is no row."""
+    """Yield the rows of a JSON Lines file; a last line without its newline is skipped."""
     for line in text_lines(path):
         yield parse_json(line)
 
@@ -398,7 +398,7 @@ class LineFile:
 
     def discard(self) -> None:
         """Remove what was written."""
-        # The last lines may not reach a full disk; they are not wanted any more.
+        # The last lines may not reach a full disk; they are no longer needed.
         with contextlib.suppress(OSError):
             self._file.close()
         self._unfinished.unlink(missing_ok=True)

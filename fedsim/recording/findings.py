@@ -15,7 +15,7 @@ INITIAL, STEPS, GRADIENTS = "initial state", "steps", "gradients"
 REPLAY, AGGREGATE, STATE, RECOMPUTED = "replay", "aggregate", "state", "recomputed"
 KEPT, ROWS, EVALUATION = "kept", "rows", "evaluation"
 
-# What is left open until something else settles it: by which words both know it.
+# What one check leaves open and another may settle: both use these words.
 BUFFERS = "buffers: their deltas follow from no gradient"
 """Under `REPLAY`, by client."""
 SOURCES = f"{kept_kinds()}: that they are of the data is seen only where the step is computed again"
@@ -37,7 +37,7 @@ _CHECKS = {
     INITIAL: ("states", "equal to the model drawn from the seed, bit for bit"),
     STEPS: ("steps", "batches equal to the draw from the seed; losses, sizes equal to telemetry"),
     GRADIENTS: ("steps", "norms equal to those measured when the gradients were made"),
-    REPLAY: ("steps", "the local optimiser over the gradients lands on the recorded delta"),
+    REPLAY: ("steps", "the local optimizer over the gradients lands on the recorded delta"),
     AGGREGATE: ("rounds", "equal to the weighted mean of the deltas, bit for bit"),
     STATE: ("rounds", "equal to the state before plus the update, bit for bit, and its hash"),
     KEPT: ("rounds", "what the strategy keeps follows from what it kept, and the deltas"),
@@ -135,7 +135,7 @@ class Findings:
     Parameters
     ----------
     roll : dict of int to frozenset of int
-        The clients that trained in each round: when all of them are meant, it is said so.
+        The clients that trained in each round: when all of them are meant, the text says "all".
     bytes_read : int
         Bytes of the files that were read.
 
@@ -190,7 +190,7 @@ class Findings:
         check : str
             The check that would have proven it.
         reason : str
-            What is left and why. The same reason is one line, whatever the number of places.
+            What is left and why. The same reason is one line, for any number of places.
         at : tuple of (int or None, int or None)
             Round and client; a round as a whole has no client, the run as a whole neither.
         steps : int, optional
@@ -225,7 +225,7 @@ class Findings:
 
     @contextmanager
     def in_one_order(self) -> Iterator[None]:
-        """Put what several threads tell meanwhile in an order that does not rest on their pace."""
+        """Sort what several threads report meanwhile, so that their pace does not show."""
         before = {n: (len(c.violations), len(c.left)) for n, c in self.checks.items()}
         yield
         for name, (violations, left) in before.items():
@@ -236,7 +236,7 @@ class Findings:
 
     @contextmanager
     def guarded(self, check: str, what: str) -> Iterator[None]:
-        """Turn whatever a damaged or forged file makes of a check into a violation."""
+        """Turn any error that a damaged or forged file causes in a check into a violation."""
         try:
             yield
         except InputError as error:

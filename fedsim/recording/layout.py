@@ -26,7 +26,7 @@ def format_of(most_clients: int) -> int:
 class RunLayout:
     """Paths inside a run directory, none of which leads through a symbolic link out of it.
 
-    Whatever opens or writes a file of a run has its place from here, or its name from `inside`.
+    All code that opens or writes a file of a run takes its path from here, or by `inside`.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class RunLayout:
                 # Not there, or out of reach: then nothing behind it can be opened either.
                 continue
             if is_link:
-                raise InputError(f"{folder} is a symbolic link, which a run directory has none of")
+                raise InputError(f"{folder} is a symbolic link; a run directory has none")
         return folder
 
 

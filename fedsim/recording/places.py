@@ -25,7 +25,7 @@ def new_run_id() -> str:
 
 
 def dated_name() -> str:
-    """Make a name for what nobody named: the local time, and 32 bits of chance.
+    """Make a default name: the local time, and 32 bits of chance.
 
     Runs that are started in the same second, on any host, have different ones.
     """
@@ -51,7 +51,7 @@ class Place:
 def place_of_run(recordings: Path, name: str, run_id: str) -> Place:
     """Find the place of a run below the folder that a host records into.
 
-    It is the run directory where that lies there, and a folder named by the id of the run
+    It is the run directory where that is in it, and a folder named by the id of the run
     otherwise.
 
     Parameters

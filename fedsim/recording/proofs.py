@@ -165,5 +165,5 @@ def other_instructions(device: Mapping[str, Any]) -> str:
     """Say how the processor here differs from that of a run; empty where it does not."""
     here = torch.backends.cpu.get_cpu_capability()
     if device["cpu_capability"] != here:
-        return f"the run used {device['cpu_capability']} instructions, here are {here}"
+        return f"the run used {device['cpu_capability']} instructions, and this machine has {here}"
     return ""

@@ -138,7 +138,7 @@ class Client:
 
     @property
     def proximal_mu(self) -> float:
-        """Factor of the proximal term that was minimised beside the loss; 0 without one."""
+        """Factor of the proximal term that was minimised in addition to the loss; 0 without one."""
         return float(self.telemetry.get("proximal_mu", 0.0))
 
     @cached_property
@@ -255,7 +255,7 @@ class Round:
 
     @cached_property
     def aggregate(self) -> Mapping[str, Tensor]:
-        """Sample-weighted mean delta of the round, whatever the strategy did with the deltas."""
+        """Sample-weighted mean delta of the round, with every strategy."""
         return self._run.state_file(self._run.layout.aggregate(self.number))
 
     @property
@@ -390,12 +390,12 @@ class Run:
         Raises
         ------
         InputError
-            When ``run.json`` does not tell.
+            When ``run.json`` does not say.
         """
         found = self.entry("versions"), self.entry("device")
         for entry in self.manifest.get("resumed", []):
             if entry["after"] < round_number:
-                # Earlier versions did not tell what they went on with.
+                # Earlier versions did not record what they went on with.
                 found = entry["versions"], entry.get("device") or found[1]
         return found
 
@@ -471,7 +471,7 @@ class Run:
         return {a["name"]: (DTYPES.get(a["dtype"], ""), tuple(a["shape"])) for a in arrays}
 
     def has_captured(self, row: Mapping[str, Any]) -> bool:
-        """Say whether what a client captured is in the run directory, whatever that is.
+        """Say whether everything that a client captured is in the run directory.
 
         Parameters
         ----------
@@ -525,7 +525,7 @@ class Run:
         Raises
         ------
         InputError
-            When it is no such file.
+            When it is not such a file.
         """
         return self._open_deltas(self.layout.shared_deltas(round_number, shard))
 
@@ -535,11 +535,11 @@ class Run:
         Raises
         ------
         InputError
-            When it is no such file.
+            When it is not such a file.
         """
         return self._read_steps(self.layout.shared_steps(round_number, shard))
 
-    # Whoever goes through the clients of a round comes back to the same file, and to few others.
+    # A loop over the clients of a round opens the same few files again and again.
     @cached_property
     def _open_deltas(self) -> Callable[[Path], dict[int, TensorPart]]:
         return functools.lru_cache(maxsize=_SHARED_OPEN)(_deltas_in)
@@ -572,7 +572,7 @@ class Run:
             )
         for indices in self.partition.values():
             if len(indices) and not 0 <= indices.min() <= indices.max() < held:
-                raise InputError(f"{self.layout.partition} has positions beyond 0 to {held - 1}")
+                raise InputError(f"{self.layout.partition} has positions outside 0 to {held - 1}")
         # No more than a fifth of the samples, by the name of the dataset.
         name, shape = list(self.shapes.items())[-1]
         if spec is not None and shape != (classes := classes_of(spec),):
@@ -588,7 +588,7 @@ class Run:
         Raises
         ------
         InputError
-            When it is no list of positions for each of the clients from 0 on.
+            When it is not a list of positions for each of the clients from 0 on.
         """
         path = self.layout.partition
         file = TensorFile(path)
@@ -596,7 +596,7 @@ class Run:
             raise InputError(f"{path} has other names than the clients from 0 on")
         for key, (dtype, shape) in file.described.items():
             if dtype != "I64" or len(shape) != 1:
-                raise InputError(f"{path}: {key} is no list of positions")
+                raise InputError(f"{path}: {key} is not a list of positions")
         return {number: file[str(number)].numpy() for number in range(len(file))}
 
     @cached_property
@@ -658,10 +658,10 @@ class Run:
         return rounds_frame(self.round_rows)
 
     def telemetry(self) -> pandas.DataFrame:
-        """Give what clients told as a data frame, one row for each client in each round.
+        """Give what clients reported as a data frame, one row for each client in each round.
 
-        Its columns are scalars. What a client told of each step, parameter and class is in `steps`,
-        `layer_norms` and `class_counts`.
+        Its columns are scalars. What a client reported of each step, parameter and class is in
+        `steps`, `layer_norms` and `class_counts`.
         """
         from fedsim.recording.frames import clients_frame
 

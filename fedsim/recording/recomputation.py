@@ -1,4 +1,4 @@
-"""Computing parts of a recorded run once more: evaluations, and local steps from their data."""
+"""Computing parts of a recorded run again: evaluations, and local steps from their data."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ from fedsim.recording.recorder import FirstStepNorms, StepRecorder
 from fedsim.recording.row_proofs import settle_replayed
 
 TOLERANCE = {"float32": 1e-3, "float16": 2**-9, "bfloat16": 2**-7}
-"""Relative error of what other arithmetic computes once more, by ``capture-dtype``."""
+"""Relative error of what other arithmetic computes again, by ``capture-dtype``."""
 LOSS_TOLERANCE = 1e-3
-"""Relative error of a loss that other arithmetic computes once more."""
+"""Relative error of a loss that other arithmetic computes again."""
 ACCURACY_TOLERANCE = 2e-3
-"""Share of the test samples, beside two, that other arithmetic may put into another class."""
+"""Share of the test samples, plus two samples, that other arithmetic may put into another class."""
 FORGED = 0.01
-"""Share of the steps of which is said how likely a forger of them would be caught."""
+"""Share of forged steps for which the chance of catching the forger is told."""
 
 
 def draw(total: int, count: int, seed: int) -> list[int]:
@@ -128,14 +128,14 @@ class Candidate:
 
 
 class Recomputation:
-    """Computes parts of a run once more, and tells where they are not as recorded.
+    """Computes parts of a run again, and reports where they are not as recorded.
 
     Parameters
     ----------
     run : Run
         The run.
     dataset : FederatedData
-        The very data of the run.
+        The data of the run.
     findings : Findings
         Told what was found.
     """
@@ -178,10 +178,10 @@ class Recomputation:
             ("global_accuracy", told_accuracy, found.accuracy, slack),
         ):
             if not _is_close(told, made, allowed, relative=what == "global_loss"):
-                within = "" if same else f", more than {allowed:.1e} beside it"
+                within = "" if same else f", off by more than {allowed:.1e}"
                 self._findings.violate(
                     EVALUATION,
-                    f"rounds.jsonl: {what} of round {number} is {told}; evaluated once more it is "
+                    f"rounds.jsonl: {what} of round {number} is {told}; evaluated again it is "
                     f"{made}{within}",
                 )
                 return
@@ -220,7 +220,7 @@ class Recomputation:
             recorded = sum(step == position for position, step in enumerate(captured))
         exact = self._config.capture_dtype == "float32"
         if not exact:
-            # Rounded gradients lead beside the parameters of all steps but the first.
+            # Rounded gradients do not lead to the exact parameters of any step but the first.
             recorded = min(recorded, 1)
         return Candidate(client, recorded, same, exact, whole)
 
@@ -231,7 +231,7 @@ class Recomputation:
         else:
             what = "no step was captured with all layers and all steps before it"
         if self._config.compile:
-            return f"{what}, and compile = true makes other arithmetic everywhere"
+            return f"{what}, and compile = true rounds in another way on each machine"
         if "arithmetic" not in client.telemetry:
             return f"{what}, and the run does not say which arithmetic made it"
         if self._may_vary(self._run.made_by(client.round)[1]):
@@ -375,7 +375,9 @@ class Recomputation:
             told = client.steps[step]["loss"]
             allowed = 0.0 if same else LOSS_TOLERANCE
             if not _is_close(told, _finite(loss), allowed, relative=True):
-                self._wrong(client, f"the loss of step {step} is {told}; computed once more {loss}")
+                self._wrong(
+                    client, f"the loss of step {step} is {told}; computed again it is {loss}"
+                )
                 return
             off = _distance(made, recorded, getattr(torch, dtype), same=same)
             size = math.sqrt(sum(float(g.double().square().sum()) for g in recorded.values()))
@@ -458,12 +460,12 @@ class Recomputation:
 
     def _why_not_same(self, client: Client) -> str:
         if self._config.compile:
-            return "compile = true makes other arithmetic everywhere"
+            return "compile = true rounds in another way on each machine"
         if self._may_vary(self._run.made_by(client.round)[1]):
             return "deterministic = false does not repeat to the bit on a GPU"
         if "arithmetic" not in client.telemetry:
             return "the run does not say which arithmetic made it"
-        return "other arithmetic than here made the run"
+        return "the run was made with other arithmetic than this machine has"
 
     def _may_vary(self, device: Mapping[str, Any]) -> bool:
         return device["type"] != "cpu" and not self._config.deterministic
@@ -493,11 +495,11 @@ class _Differences:
         for made, told in zip(rows, self._client.steps, strict=True):
             for key in sorted(made.keys() | (told.keys() if complete else set())):
                 if made.get(key) != told.get(key):
-                    self.note(f"steps.jsonl: {key} of step {told['step']} is another")
+                    self.note(f"steps.jsonl: {key} of step {told['step']} differs")
                     return
 
     def compare_telemetry(self, result: LocalResult, norms: FirstStepNorms) -> None:
-        """Compare what the client's row tells of its training."""
+        """Compare what the client's row says of its training."""
         made: dict[str, Any] = {
             "loss_history": [_finite(loss) for loss in result.losses],
             "local_loss": _finite(result.mean_loss),
@@ -509,15 +511,15 @@ class _Differences:
             made["num_updates"] = result.num_updates
         for key, value in made.items():
             if self._client.telemetry[key] != value:
-                self.note(f"clients.jsonl: {key} is another")
+                self.note(f"clients.jsonl: {key} differs")
                 return
 
     def compare_files(self, recorder: StepRecorder) -> None:
-        """Compare the files that captures recorded once more."""
+        """Compare the files that captures recorded again."""
         for name, made in recorder.files.items():
             told = self._client.telemetry["files"].get(name)
             if name != STEPS and name in self._whole and told != made.to_json():
-                self.note(f"{name} is another")
+                self.note(f"{name} differs")
 
     def compare_delta(
         self, state: Arrays, start: Arrays, shapes: Mapping[str, Any], *, clipped: bool

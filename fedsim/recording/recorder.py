@@ -46,7 +46,7 @@ class FirstStepNorms:
 
 
 class _Packing:
-    """Leaves dead taps out, of every step those that no step so far had alive."""
+    """Leaves out the taps that have been dead in every step so far."""
 
     def __init__(self) -> None:
         self.taps: dict[str, Taps | None] = {}
@@ -135,7 +135,7 @@ class StepRecorder:
     training wait: `seconds_waited` in its steps, `seconds_closing` after the last. Steps of small
     models are written at once, without a thread, until one is large.
 
-    On a CPU the very tensors of the backward pass are written, without a copy. Packing and
+    On a CPU the tensors themselves of the backward pass are written, without a copy. Packing and
     measuring them is computing, not waiting, and a worker's cores are busy with training anyway:
     it is done in between, without two threads competing for them. On a GPU the thread does that
     too, on a stream of its own that waits for the backward pass by an event; it copies into pinned

@@ -40,7 +40,7 @@ def check_continuable(run: Run) -> None:
     listed = (line.files.get("run.json") for line in read_checksums(run.layout.checksums))
     if there not in listed:
         raise InputError(f"{run.layout.manifest} is not what was written")
-    # A run that was killed before it had one is begun anew.
+    # A run that was killed before it had one is begun again.
     if os.path.lexists(run.layout.partition):
         run.check_sizes()
 
@@ -98,7 +98,7 @@ def find_recovery(root: Path) -> Recovery:
 
     Files of a round are read whole, from the newest round backwards until one is whole. Of older
     rounds only the control variates are looked at that clients of later rounds begin with:
-    nothing else that follows depends on them, and `verify` tells of them.
+    nothing else that follows depends on them, and `verify` reports them.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def find_recovery(root: Path) -> Recovery:
 
 
 def _check_nothing_unlisted(layout: RunLayout, listed: int) -> None:
-    """Refuse to throw away finished rounds of which only the checksums are lost."""
+    """Refuse to throw away finished rounds when only their checksums are lost."""
     with os.fdopen(open_regular(layout.rounds), "rb") as file:
         file.seek(listed)
         if b"\n" in file.read(MOST_JSON_BYTES):
@@ -155,7 +155,7 @@ def _check_files(layout: RunLayout, line: ChecksumLine) -> None:
     for name, expected in line.files.items():
         path = layout.inside(name)
         if name not in line.may_lack or os.path.lexists(path):
-            # Of files that grow, the beginning is what the line speaks of.
+            # Of files that grow, the line describes the beginning.
             grows = name in ("rounds.jsonl", "clients.jsonl")
             _check_file(path, name, expected, grows=grows)
 

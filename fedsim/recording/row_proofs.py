@@ -33,7 +33,7 @@ OF_UNFINISHED = "clients.jsonl: rows of a round that did not finish are compared
 OF_NODES = "place, not_captured: only the client says so"
 PROXIMAL = "proximal_mu: only where steps are replayed does anything follow from it"
 UPDATES = "num_updates: seen only where all layers and steps were captured"
-OPTIMISER = (
+OPTIMIZER = (
     "config.optimizer, momentum, nesterov, weight-decay: seen only where all steps are replayed"
 )
 NO_TRACE = (
@@ -53,7 +53,7 @@ NODES_DATA = "partition.nodes: only the nodes know what they hash"
 
 
 def leave_unknown(file: str, model: type[BaseModel], row: Any, findings: Findings) -> None:
-    """Name what a row tells that no version so far has told: a later one may have added it."""
+    """Name the keys of a row that this version does not know: a later one may have added them."""
     for key in rows.unknown_keys(model, row):
         findings.leave(ROWS, f"{file}: {key}, which this version does not know")
 
@@ -130,8 +130,8 @@ def _wrong_code(run: Run, findings: Findings) -> list[str]:
             elif found != recorded:
                 reason = (
                     f"code: {name} has changed: its source has sha256 {found[:16]}..., and "
-                    f"{recorded[:16]}... made the run. Where it computes otherwise, checks that "
-                    "run it fail"
+                    f"{recorded[:16]}... made these rounds; checks that run it fail where it "
+                    "computes differently"
                 )
             else:
                 continue
@@ -151,14 +151,16 @@ def _wrong_rounds(run: Run, findings: Findings) -> list[str]:
     for number in sorted({row["round"] for row in run.unfinished_client_rows}):
         # One that was stopped may have been in the midst of the round after its last.
         if run.status == "finished" or number != len(run.round_rows):
-            wrong.append(f"clients.jsonl: there are clients of round {number}, which is no round")
+            wrong.append(
+                f"clients.jsonl: there are clients of round {number}, which is not in rounds.jsonl"
+            )
         else:
             findings.leave(ROWS, OF_UNFINISHED, at=(number, None))
     return wrong[:20]
 
 
 def _wrong_partition(run: Run, dataset: FederatedData | None, findings: Findings) -> list[str]:
-    """Deal the samples once more."""
+    """Deal the samples again."""
     config = run.config
     if config.own_data:
         return []
@@ -195,7 +197,9 @@ def prove_round_row(run: Run, number: int, findings: Findings) -> None:
     elif accuracy is None and loss is not None:
         findings.violate(ROWS, f"{where} has a loss and no accuracy")
     elif accuracy is not None and not _is_share(accuracy, samples):
-        findings.violate(ROWS, f"{where}: global_accuracy {accuracy} is no share of {samples}")
+        findings.violate(
+            ROWS, f"{where}: global_accuracy {accuracy} is not a fraction of {samples} samples"
+        )
     elif loss is not None and loss < 0:
         findings.violate(ROWS, f"{where}: global_loss {loss} is negative")
     else:
@@ -246,7 +250,7 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     wrong += _wrong_loss(row) + _wrong_norms(run, client)
     if sum(row["class_distribution"]) != samples:
         wrong.append("class_distribution")
-    # With float16 it may be absent: earlier versions told all steps as updates.
+    # With float16 it may be absent: earlier versions counted all steps as updates.
     if "num_updates" in row and config.autocast != "float16":
         wrong.append("num_updates")
     if run.algorithm is not None and client.proximal_mu != run.algorithm.proximal_mu:
@@ -261,7 +265,7 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
         findings.prove(ROWS)
     if "place" in row or "not_captured" in row:
         findings.leave(ROWS, OF_NODES, at=client.place)
-    findings.leave(ROWS, OPTIMISER, at=client.place)
+    findings.leave(ROWS, OPTIMIZER, at=client.place)
     if run.algorithm is None:
         findings.leave(ROWS, PROXIMAL, at=client.place)
     if "num_updates" in row:
@@ -270,7 +274,7 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
 
 def settle_replayed(client: Client, findings: Findings, *, exact: bool) -> None:
     """Say that a client's steps were replayed to the last, and whether in float32."""
-    for reason in (OPTIMISER, PROXIMAL, UPDATES) if exact else (OPTIMISER, PROXIMAL):
+    for reason in (OPTIMIZER, PROXIMAL, UPDATES) if exact else (OPTIMIZER, PROXIMAL):
         findings.settle(ROWS, reason, at=client.place)
 
 
@@ -299,7 +303,7 @@ def _wrong_norms(run: Run, client: Client) -> list[str]:
 
 
 def _without_cause(run: Run, client: Client) -> str | None:
-    """Say which step tells of a term that the client's objective does not have."""
+    """Say which step has a term that the client's objective does not have."""
     allowed = {"proximal", "objective_norm"} if client.proximal_mu else set()
     # A class of the user's that was not named may send corrections as well.
     if run.algorithm is None or run.algorithm.corrects:

@@ -93,7 +93,7 @@ class _Resumed(_Row):
 
 
 class Manifest(_Row):
-    """``run.json``. What is not there is missed by whoever needs it."""
+    """``run.json``. A missing key is reported when it is needed."""
 
     id: Annotated[str, Field(pattern=rf"^{RUN_ID}\z")] | None = None
     status: Literal["running", "finished", "failed"] = "running"
@@ -186,7 +186,7 @@ class TrainedClientRow(_ClientRow):
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
-        # Whoever makes something for each step relies on it: a number alone costs nothing.
+        # Code that makes something for each step relies on it: a forged number alone costs nothing.
         if not self.num_steps == len(self.loss_history) == len(self.batch_sizes):
             raise ValueError("num_steps, loss_history and batch_sizes speak of different steps")
         if self.num_updates is not None and self.num_updates > self.num_steps:

@@ -26,7 +26,7 @@ from fedsim.recording.reader import Run, load_run
 from fedsim.recording.writer import is_being_written, only_writer
 
 COMPARISON = "compare.json"
-"""In a folder whose folders are the cells of a comparison, which `lock` beside it guards."""
+"""In the folder of a comparison, whose folders are its cells; guarded by `lock` there."""
 _LISTS = ("run.json", "checksums.jsonl", "partition.safetensors", "rounds.jsonl", "clients.jsonl")
 _TRACKED = "tensorboard"
 _OF_ROUNDS = re.compile(r".*\.(safetensors|jsonl|json)")
@@ -79,7 +79,7 @@ def find_runs(folder: Path) -> list[FoundRun]:
         if (run := _opened(path := Path(folder) / entry.name)) is not None:
             found.append(_described(run))
             continue
-        # A comparison, or a folder for some of the runs. What cannot be read holds none for us.
+        # A comparison, or a folder for some of the runs. One that cannot be read counts as empty.
         with contextlib.suppress(OSError):
             cells = [cell.name for cell in os.scandir(path) if cell.is_dir(follow_symlinks=False)]
             opened = (_opened(path / name) for name in cells)
@@ -97,7 +97,7 @@ def find_run(path: Path) -> FoundRun:
     Raises
     ------
     InputError
-        When it is none, or is a symbolic link.
+        When it is not one, or is a symbolic link.
     """
     if path.is_symlink():
         raise InputError(f"{path} is a symbolic link; expected the run directory itself")
@@ -180,13 +180,15 @@ def check_removable(path: Path) -> None:
         )
     with _not_compared(path):
         if odd := _not_of_a_run(path):
-            raise InputError(f"{odd} is nothing that a run writes; move it out of {path} first")
+            raise InputError(
+                f"{odd} is not something that a run writes; move it out of {path} first"
+            )
 
 
 def remove_run(path: Path) -> int:
     """Remove a run directory.
 
-    Whatever stops it, what is left is still a run directory, which the next call removes.
+    If it is interrupted, what is left is still a run directory, which the next call removes.
 
     Returns
     -------
@@ -206,7 +208,7 @@ def remove_run(path: Path) -> int:
         for folder in ("rounds", _TRACKED):
             if os.path.lexists(path / folder):
                 shutil.rmtree(path / folder)
-        # The one by which it is known as a run goes last, beside the lock.
+        # The file that makes it a run goes last, with the lock.
         last = ["checksums.jsonl", "run.json", "lock"]
         rest = sorted(entry.name for entry in os.scandir(path) if entry.name not in last)
         for name in [*rest, *last]:
@@ -300,7 +302,7 @@ def _not_compared(path: Path) -> Iterator[None]:
 
 
 def _not_of_a_run(root: Path) -> Path | None:
-    """Find something in a run directory that no run writes, a link for one."""
+    """Find something in a run directory that no run writes, such as a link."""
     for folder, folders, files in os.walk(root):
         inside = Path(folder).relative_to(root).parts
         for name in sorted(folders):

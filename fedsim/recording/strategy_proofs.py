@@ -126,12 +126,12 @@ class _RoundProof:
             return None
         kept = self._run.round(self._number).strategy_state
         if odd := sorted(set(kept).symmetric_difference(keeps)):
-            self._findings.violate(KEPT, f"{path}: {odd[0]} is missing or one too many")
+            self._findings.violate(KEPT, f"{path}: {odd[0]} is missing or unexpected")
             return None
         for key, spec in keeps.items():
             array = kept[key].numpy()
             if array.dtype.name != spec.dtype or array.shape != spec.shape:
-                self._findings.violate(KEPT, f"{path}: {key} has another form")
+                self._findings.violate(KEPT, f"{path}: {key} has another shape or dtype")
                 return None
         return kept
 
@@ -155,7 +155,7 @@ class _RoundProof:
             self._findings.leave(KEPT, reason, at=self._at)
 
     def _unfinished(self, algorithm: Algorithm) -> list[str]:
-        """Name the checks of which claims are still to come."""
+        """Name the checks whose claims are still to come."""
         due = {STATE: set(self._run.shapes), KEPT: set(algorithm.keeps())}
         there = {STATE: self._state, KEPT: self._kept}
         return [
@@ -253,7 +253,7 @@ class _RoundProof:
 
 
 class _RecordedRound:
-    """A round as it is on record, for an algorithm to look at once more."""
+    """A round as it is on record, for an algorithm to look at again."""
 
     def __init__(
         self, run: Run, number: int, algorithm: Algorithm, files: Files, keep_of: Any

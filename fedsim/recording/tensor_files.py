@@ -77,7 +77,7 @@ class TensorFile(Mapping[str, Tensor]):
         if self._content is not None:
             return torch.frombuffer(self._content, dtype=torch.uint8)
         try:
-            # A private mapping: who writes into a tensor of it does not write into the file.
+            # A private mapping: writing into one of its tensors does not write into the file.
             return torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
@@ -150,14 +150,14 @@ def _entries_of(file: IO[bytes], size: int) -> dict[str, _Entry]:
         raise ValueError(f"a header of {length} bytes does not fit")
     header = parse_json(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("the header is no object")
+        raise ValueError("the header is not an object")
     header.pop("__metadata__", None)
     entries = {name: _entry_of(entry, 8 + length) for name, entry in header.items()}
     position = 8 + length
     ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     for name, entry in ordered.items():
         if entry.begin != position:
-            raise ValueError(f"the data of {name} does not follow on that before it")
+            raise ValueError(f"the data of {name} does not follow the data before it")
         position = entry.end
     if position != size:
         raise ValueError(f"the header describes {position} bytes of {size}")
@@ -170,9 +170,9 @@ def _entry_of(entry: Any, start: int) -> _Entry:
         item_bytes = ITEM_BYTES[dtype]
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError):
-        raise ValueError("an entry of the header is none") from None
+        raise ValueError("an entry of the header has no dtype, shape or offsets") from None
     if len(numbers) > 10 or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-        raise ValueError("an entry of the header has numbers that are none")
+        raise ValueError("an entry of the header has numbers that cannot be a shape or offsets")
     if end - begin != math.prod(shape) * item_bytes:
         raise ValueError("an entry of the header has offsets that do not fit its shape")
     return _Entry(dtype, tuple(shape), start + begin, start + end)

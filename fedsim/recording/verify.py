@@ -106,7 +106,7 @@ def verify(
     Returns
     -------
     Findings
-        Whatever is wrong with the directory is in it.
+        All that is wrong with the directory.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def _size_of(path: Path) -> int:
 
 @dataclass(frozen=True)
 class _Again:
-    """What is to be computed once more: how many states and steps (None: all), by which draw."""
+    """What is to be computed again: how many states and steps (None: all), by which draw."""
 
     evaluate: int | None
     recompute: int | None
@@ -308,7 +308,7 @@ class _Verifier:
         again: _Again,
         data_root: str | None,
     ) -> None:
-        """Go through the run: partition, clients, rounds, and what is computed once more."""
+        """Go through the run: partition, clients, rounds, and what is computed again."""
         numbers = [row["round"] for row in run.round_rows]
         if numbers != list(range(len(numbers))):
             self.findings.violate(PARTICIPANTS, "rounds.jsonl: rounds do not count up from 0")
@@ -365,7 +365,7 @@ class _Verifier:
             self._progress(done, total)
 
     def _check_official(self, run: Run) -> None:
-        """Tell where a run has the name of a public dataset and was trained on other samples."""
+        """Report a run that names a public dataset and was trained on other samples."""
         name, told = run.config.dataset, run.entry("dataset")["sha256"]
         known = task_of(run.config).spec.official_sha256
         if known is not None and told != known:
@@ -549,7 +549,7 @@ class _Verifier:
             self.findings.leave(GRADIENTS, f"{', '.join(names)}: {why}", at=client.place)
 
     def _unlisted(self, client: Client) -> set[str]:
-        """Name what readers would take for the client's own, and the client did not tell of."""
+        """Name what readers would take for the client's own, and the client did not list."""
         try:
             there = {path.name for path in client.folder.iterdir()}
         except FileNotFoundError:
@@ -576,7 +576,7 @@ class _Verifier:
             yield path, None if is_large else content
             self._advance(self._listed[name].size)
 
-    # What is computed once more
+    # What is computed again
 
     def _evaluate(
         self, run: Run, numbers: Sequence[int], recomputation: Recomputation, again: _Again
@@ -605,7 +605,7 @@ class _Verifier:
     ) -> None:
         candidates = []
         for client in sorted(clients, key=lambda c: c.place):
-            # Where its files are not what they must be, the checks of the client have told.
+            # Where its files are damaged, the checks of the client have reported it.
             with suppress(InputError):
                 candidate = self._candidate(run, client, recomputation)
                 if candidate is not None and candidate.count:
@@ -635,7 +635,7 @@ class _Verifier:
             if number > 1 and run.algorithm.keeps():
                 needed.append(self._name(run.layout.strategy(number - 1)))
         if not all(self._is_whole(name) for name in needed):
-            # The checks of the client and of the round have told.
+            # The checks of the client and of the round have reported it.
             return None
         names = client.telemetry["files"]
         whole = {name for name in names if self._is_whole(f"{folder}/{name}")}

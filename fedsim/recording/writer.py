@@ -47,7 +47,7 @@ from fedsim.recording.tensor_files import TensorFile
 State = Mapping[str, NDArray[np.generic]]
 
 _LOCK_PATIENCE, _LOCK_POLL = 1.0, 0.02
-"""Seconds to wait for the lock, which whoever looks at a run holds for a moment, and between."""
+"""Seconds to wait for the lock, which readers of a run hold for a moment, and between tries."""
 
 
 def mark_failed(root: Path, error: str) -> None:
@@ -69,7 +69,7 @@ def mark_failed(root: Path, error: str) -> None:
         writer._lock()
     except InputError:
         return
-    # What nobody else can change any more.
+    # What can no longer change.
     writer._manifest = json.loads(manifest.read_bytes())
     if writer._manifest["status"] != "finished":
         writer.finish("failed", error)
@@ -250,7 +250,7 @@ class RunWriter:
 
     @property
     def run_id(self) -> str:
-        """By which hosts that share no disk know the run."""
+        """The id by which hosts that share no disk know the run."""
         return str(self._manifest["id"])
 
     def state(self, round_number: int) -> dict[str, NDArray[np.generic]]:
@@ -259,7 +259,7 @@ class RunWriter:
         Raises
         ------
         InputError
-            When it is not the one that the round's row tells of.
+            When it is not the one that the round's row names.
         """
         hashes = {row["round"]: row["state_sha256"] for row in read_lines(self.layout.rounds)}
         state = read_state(self.layout, round_number, hashes[round_number])
@@ -283,7 +283,7 @@ class RunWriter:
 
     def _lock(self) -> None:
         """Keep every other writer out for as long as this process lives."""
-        # The kernel gives the lock of a dead process back, however it died.
+        # The kernel releases the lock of a dead process, however it died.
         self._lock_file = self.layout.lock.open("ab")
         deadline = time.monotonic() + _LOCK_PATIENCE
         while not self._take_lock(self._lock_file):
@@ -307,7 +307,7 @@ class RunWriter:
 
     def begin_round(self, round_number: int, clients: int) -> None:
         """Prepare for the clients of a round: where there are many, they share files."""
-        # A run that was begun without goes on without.
+        # A run that was begun without shared files goes on without them.
         shared = format_of(clients) == self._manifest["format"] == SHARED_FORMAT
         self._shared = SharedFiles(self.layout, round_number) if shared else None
 
@@ -371,7 +371,7 @@ class RunWriter:
         Raises
         ------
         RunFailedError
-            When the file is not there any more, or not what was written.
+            When the file no longer exists, or not what was written.
         """
         if partition not in self._controls:
             return {}
@@ -405,7 +405,7 @@ class RunWriter:
         Raises
         ------
         RunFailedError
-            When a file of the round is not there any more, or has another size.
+            When a file of the round no longer exists, or has another size.
         """
         if self._shared is not None:
             self._list(self._shared.close())

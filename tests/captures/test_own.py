@@ -96,7 +96,7 @@ def test_a_hook_on_the_model_is_recorded_and_recomputed(plan: RunPlan, tmp_path:
     in_tensors(path, "means", lambda mean: mean + 1e-6)(root)
     repair(root)
     (violation,) = verify(root, recompute=None).violations
-    assert violation == f"{client.folder}: means.safetensors is another"
+    assert violation == f"{client.folder}: means.safetensors differs"
 
 
 def test_code_that_only_a_run_names_is_not_loaded(plan: RunPlan, tmp_path: Path) -> None:

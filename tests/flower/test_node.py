@@ -178,12 +178,12 @@ def test_more_bytes_than_the_model_has_are_refused_undecoded(plan, tmp_path):
     found = sum(len(array.data) for array in arrays.values())
     reply = ask(content, "train", recordings=tmp_path)
     assert reply.error.reason == (
-        f"the message brings {found:,} bytes of 'arrays'; expected what the model of the run "
+        f"the message has {found:,} bytes of 'arrays'; expected what the model of the run "
         f"has, at most {most:,} bytes"
     )
     reply = ask(train_content(plan, config=" " * 2**21 + "{}"), "train")
     assert reply.error.reason == (
-        "the message brings a configuration of 2,097,154 bytes; expected at most 2,097,152"
+        "the message has a configuration of 2,097,154 bytes; expected at most 2,097,152"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -201,7 +201,7 @@ def test_so_they_are_in_messages_of_the_former_api(plan, kind, ins):
     larger = RunConfig.from_mapping({**SMALL, "model": "resnet18"})
     content["more"] = ConfigRecord({"config": larger.to_json()})
     assert ask(content, kind).error.reason == (
-        f"the message brings {most + 1:,} bytes of {name!r}; expected what the model of the run "
+        f"the message has {most + 1:,} bytes of {name!r}; expected what the model of the run "
         f"has, at most {most:,} bytes"
     )
 

@@ -104,7 +104,7 @@ def test_a_run_over_the_nodes_own_data_is_recorded_and_proven(nodes, tmp_path, c
 
 def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp_path):
     for change, told in (
-        (lambda: None, "asks for data of each node's own, and that of partition 1 tells of none"),
+        (lambda: None, "asks for data of each node's own, and that of partition 1 has none"),
         (
             lambda: write(tmp_path / "1", nodes, slice(0, 9), NAMES[:9]),
             "partition 1: the data of this node has 9 classes; expected 10, those of",
@@ -123,8 +123,8 @@ def test_a_node_that_has_none_or_others_ends_the_run_before_it_begins(nodes, tmp
 @pytest.mark.parametrize(
     ("lie", "told"),
     [
-        ({"data-sha256": "x"}, "partition 1 tells data-sha256 = 'x'; expected a SHA-256 in 64"),
-        ({"data-sha256": "0" * 64 + "\n"}, "tells data-sha256 = '0000"),
+        ({"data-sha256": "x"}, "partition 1 reports data-sha256 = 'x'; expected a SHA-256 in 64"),
+        ({"data-sha256": "0" * 64 + "\n"}, "reports data-sha256 = '0000"),
         ({"classes": ["a" * 256, *NAMES[1:]]}, "partition 1 reports a class 'aaaa"),
         ({"classes": [*range(10)]}, "partition 1 reports a class 0; expected names"),
     ],

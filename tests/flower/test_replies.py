@@ -205,9 +205,9 @@ def test_null_is_no_figure(tmp_path, changes):
 @pytest.mark.parametrize(
     ("metrics", "told"),
     [
-        ({"more": 1.0}, "'more' missing or one too many"),
-        ({"loss": None}, "'loss' missing or one too many"),
-        ({"norm_bit": 1}, "'norm_bit' missing or one too many"),
+        ({"more": 1.0}, "'more' missing or unexpected"),
+        ({"loss": None}, "'loss' missing or unexpected"),
+        ({"norm_bit": 1}, "'norm_bit' missing or unexpected"),
         ({"loss": [1.0, 2.0]}, "loss = [1.0, 2.0]"),
         ({"loss": -1e-9}, "loss = -1e-09"),
     ],
@@ -236,7 +236,7 @@ def test_clients_that_clip_say_whether_they_did(tmp_path):
     }
     message = reply_of()
     assert problem(message, tmp_path, **private) == (
-        "returned what cannot be folded: its metrics have 'norm_bit' missing or one too many"
+        "returned what cannot be folded: its metrics have 'norm_bit' missing or unexpected"
     )
     metrics = message.content.metric_records["metrics"]
     metrics["norm_bit"] = 1
@@ -333,7 +333,7 @@ def test_it_is_the_line_whose_length_counts(tmp_path):
 @pytest.mark.parametrize(("autocast", "told"), [("float16", {}), ("none", {"num_updates": 1})])
 def test_updates_are_told_where_steps_may_overflow_and_nowhere_else(tmp_path, autocast, told):
     found = problem(reply_of(**told), tmp_path, autocast=autocast)
-    assert found.endswith("its telemetry has num_updates missing or one too many")
+    assert found.endswith("its telemetry has num_updates missing or unexpected")
 
 
 def test_many_steps_are_no_flood(tmp_path):

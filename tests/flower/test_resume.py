@@ -263,7 +263,7 @@ def test_a_run_that_was_killed_after_its_last_row_is_finished_by_a_resume(
     plan: RunPlan, whole: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(whole, tmp_path / "run"))
-    with pytest.raises(InputError, match="the others are there"):
+    with pytest.raises(InputError, match="the rounds before exist"):
         check_resume(load_run(path), plan)
     manifest = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**manifest, "status": "running"}))

@@ -255,7 +255,7 @@ WRONG = [
     (swap_samples, "rows", "is not what the seed deals"),
     (in_tensors("partition.safetensors", "0", plus(1)), "partition", "does not deal each of"),
     # rounds.jsonl
-    (in_row("rounds.jsonl", 1, "global_accuracy", to=plus(1e-4)), "rows", "is no share of 359"),
+    (in_row("rounds.jsonl", 1, "global_accuracy", to=plus(1e-4)), "rows", "is not a fraction of"),
     (in_row("rounds.jsonl", 1, "participants", to=lambda v: v[::-1]), "participants", "round 1"),
     (in_row("rounds.jsonl", 1, "global_loss", to=times(-1)), "rows", "is negative"),
     (in_row("rounds.jsonl", 1, "global_accuracy", to=lambda _: None), "rows", "was not evaluated"),
@@ -263,7 +263,7 @@ WRONG = [
     (in_row("rounds.jsonl", 0, "failed", to=lambda _: [1]), "rows", "round 0 has participants"),
     # clients.jsonl
     (a_client(0), "rows", "clients.jsonl: round 0 has clients"),
-    (a_client(7), "rows", "there are clients of round 7, which is no round"),
+    (a_client(7), "rows", "there are clients of round 7, which is not in rounds.jsonl"),
     (of_client("num_samples", to=plus(1)), "rows", "another num_samples"),
     (of_client("local_loss", to=times(0.5)), "rows", "another local_loss"),
     (of_client("gradient_norm", to=times(1.001)), "rows", "another gradient_norm"),
@@ -298,13 +298,13 @@ NAMED = [
         in_row("rounds.jsonl", 1, "global_accuracy", to=lambda _: 328 / 359),
         "rows",
         "global_loss, global_accuracy: .*rounds 0, 1",
-        "global_accuracy of round 1 is 0.9136490250696379; evaluated once more it is 0.1",
+        "global_accuracy of round 1 is 0.9136490250696379; evaluated again it is 0.1",
     ),
     (
         a_loss,
         "rows",
         r"loss, loss_history, local_loss: .*9 steps; all clients of round 1",
-        "clients/0002: steps.jsonl: loss of step 1 is another",
+        "clients/0002: steps.jsonl: loss of step 1 differs",
     ),
     (
         a_buffer,
@@ -316,13 +316,13 @@ NAMED = [
         a_gradient(5e-3),
         "recomputed",
         r"gradients, sketches: .*9 steps; all clients of round 1",
-        "clients/0002: the gradient of 8.weight in step 1 is another",
+        "clients/0002: the gradient of 8.weight in step 1 differs",
     ),
     (
         a_gradient(1.0),
         "recomputed",
         r"gradients, sketches: .*9 steps; all clients of round 1",
-        "clients/0002: the gradient of 8.weight in step 1 is another",
+        "clients/0002: the gradient of 8.weight in step 1 differs",
     ),
     (
         in_row("rounds.jsonl", 1, "seconds", "clients", to=times(2)),

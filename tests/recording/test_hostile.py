@@ -429,9 +429,9 @@ def test_kernels_of_any_size_cost_nothing(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: a.update({"x/13.bias": a["000000/13.bias"]}), "x/13.bias is no gradient"),
+        (lambda a: a.update({"x/13.bias": a["000000/13.bias"]}), "x/13.bias is not a gradient"),
         (lambda a: a.update({"0000000/13.bias": a["000000/13.bias"]}), "0000000/13.bias is no"),
-        (lambda a: a.update({"000000/no": a["000000/13.bias"]}), "000000/no is no gradient"),
+        (lambda a: a.update({"000000/no": a["000000/13.bias"]}), "000000/no is not a gradient"),
         (lambda a: a.pop("000000/13.bias"), "holds steps with some of their gradients only"),
         (
             lambda a: a.update({"000000/13.bias": a["000000/13.bias"].astype(np.int32)}),
@@ -463,11 +463,11 @@ def test_a_shard_of_other_gradients_is_refused(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: a.update({"0": a["0"].astype(np.int32)}), "0 is no list of positions"),
-        (lambda a: a.update({"0": a["0"][None]}), "0 is no list of positions"),
+        (lambda a: a.update({"0": a["0"].astype(np.int32)}), "0 is not a list of positions"),
+        (lambda a: a.update({"0": a["0"][None]}), "0 is not a list of positions"),
         (lambda a: a.update({"00": a.pop("0")}), "has other names than the clients from 0 on"),
-        (lambda a: a.update({"0": a["0"] + 10**6}), "has positions beyond 0 to 59"),
-        (lambda a: a.update({"0": a["0"] - 60}), "has positions beyond 0 to 59"),
+        (lambda a: a.update({"0": a["0"] + 10**6}), "has positions outside 0 to 59"),
+        (lambda a: a.update({"0": a["0"] - 60}), "has positions outside 0 to 59"),
         (lambda a: a.update({"0": a["0"][1:]}), "deals 59 samples to 3 clients; expected as"),
     ],
 )
@@ -669,7 +669,7 @@ def test_a_listed_name_that_leads_out_is_a_violation(run: Path, tmp_path: Path) 
         [
             "../secret leads out of the run directory",
             f"{tmp_path}/secret leads out of the run directory",
-            f"{run}/way is a symbolic link, which a run directory has none of",
+            f"{run}/way is a symbolic link; a run directory has none",
         ]
     )
 
@@ -697,7 +697,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="it is a symbolic link"):
         open_regular(tmp_path / "link")
     for path in (tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(OSError, match="it is no regular file"):
+        with pytest.raises(OSError, match="it is not a regular file"):
             open_regular(path)
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
@@ -816,7 +816,7 @@ def test_a_configuration_that_is_a_pipe_is_refused(
 ) -> None:
     os.mkfifo(tmp_path / "x.toml")
     assert command("plan", tmp_path / "x.toml") == 2
-    assert capsys.readouterr().err.endswith("cannot be read: it is no regular file\n")
+    assert capsys.readouterr().err.endswith("cannot be read: it is not a regular file\n")
 
 
 @pytest.fixture(scope="module")
@@ -873,8 +873,8 @@ def ran(folder: Path) -> list[Path]:
 
 NAMED = """\
 fedsim: strategy = 'planted:Theirs' of {where} is code, which is never taken from a run; \
-`--strategy '{{"name" = "planted:Theirs", "trust" = 0.5}}'` says that your own class of that name \
-is meant
+`--strategy '{{"name" = "planted:Theirs", "trust" = 0.5}}'` says that you mean your own class of \
+that name
 """
 
 
@@ -913,7 +913,7 @@ def test_from_inside_of_a_run_directory_no_code_can_come(
             assert command(*arguments, *flag) == 2
             assert capsys.readouterr().err == (
                 f"fedsim: the current folder lies in the run directory {named}, from which no code "
-                "may be taken; call it from another folder\n"
+                "may be loaded; run it from another folder\n"
             )
     assert ran(named) == []
 
@@ -1008,13 +1008,13 @@ def test_a_mirror_that_a_run_names_is_written_only_where_it_is_given_again(
     reseal(run)
     before = fuzz.snapshot(tmp_path)
     said = (
-        f"mirror = {shorten(there)} of {run} is a place that a run alone does not decide; "
+        f"mirror = {shorten(there)} of {run} is a destination that a run alone may not choose; "
         f"`--mirror '{there}'` goes on copying there, `--mirror none` does not"
     )
     assert command("resume", run, "--rounds=2") == 2
     assert capsys.readouterr().err == f"fedsim: {said}\n"
     recorded = load_run(run).config.to_mapping()
-    with pytest.raises(InputError, match="is a place that a run alone does not decide"):
+    with pytest.raises(InputError, match="is a destination that a run alone may not choose"):
         config_from_run_config({"resume": str(run), "mirror": ""}, recorded)
     assert fuzz.snapshot(tmp_path) == before
     for said_again, mirror in ((there, there), ("none", None)):

@@ -150,7 +150,7 @@ def test_a_run_with_anything_of_the_users_in_it_is_left_as_it_is(
     with pytest.raises(InputError) as caught:
         remove(folder / "b")
     assert str(caught.value) == (
-        f"{odd} is nothing that a run writes; move it out of {folder / 'b'} first"
+        f"{odd} is not something that a run writes; move it out of {folder / 'b'} first"
     )
     assert contents(folder) == before
 
@@ -321,7 +321,7 @@ def test_gradients_of_all_but_the_newest_are_removed(
         assert command(["runs", str(folder), "--keep-gradients-of", "2", "--yes"]) == 0
     streams = capsys.readouterr()
     assert streams.err == (
-        f"fedsim: {folder / 'b/notes.txt'} is nothing that a run writes; move it out of "
+        f"fedsim: {folder / 'b/notes.txt'} is not something that a run writes; move it out of "
         f"{folder / 'b'} first; its gradients stay\n"
     )
     assert f"removed: the gradients of {folder / 'a'}, 3.1 MB\n" in streams.out
@@ -360,7 +360,8 @@ def test_nothing_is_removed_that_nobody_agreed_to(
     if answer is None:
         assert code == 2
         assert streams.err == (
-            "fedsim: nobody is there to be asked before something is removed; --yes says so\n"
+            "fedsim: removing asks first, and there is no terminal to ask at; --yes removes "
+            "without asking\n"
         )
     else:
         assert (code, streams.out.endswith("nothing was removed\n")) == (0, True)

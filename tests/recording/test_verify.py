@@ -528,7 +528,7 @@ def test_a_gradient_forged_with_its_norms_is_found_by_computing_it_again(
     reseal(root)
     assert verify(root).violations == []
     (violation,) = verify(root, recompute=None).violations
-    assert violation.endswith("clients/0002: the gradient of 8.weight in step 0 is another")
+    assert violation.endswith("clients/0002: the gradient of 8.weight in step 0 differs")
 
 
 # What cannot be proven is said.
@@ -550,7 +550,8 @@ def test_an_initial_state_that_other_instructions_drew_is_no_violation(copied: P
     rewrite_tensors(copied / "rounds/0000/global.safetensors", change)
     assert found("VSX").violations == []
     assert found("VSX").checks["initial state"].reasons == [
-        "0.weight differs from what is drawn here: the run used VSX instructions, here are " + here
+        "0.weight differs from what is drawn here: the run used VSX instructions, and this "
+        f"machine has {here}"
     ]
     (violation,) = found(here).violations
     assert violation.endswith("global.safetensors: 0.weight does not follow from the seed")

@@ -358,7 +358,7 @@ class Connection:
         if _refusal(self._head) is None:
             self._answered = now
         if now - self._answered > _GIVE_UP:
-            return f"the head of the Ray cluster at {self._head} does not answer any more"
+            return f"the head of the Ray cluster at {self._head} no longer answers"
         return None
 
 

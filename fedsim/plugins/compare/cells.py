@@ -67,7 +67,7 @@ def parse_axis(key: str, text: str) -> Axis:
     if key not in _KEYS:
         raise unknown_key(key, text, RunConfig)
     if key == "output":
-        raise ConfigError(key, text, "a key that decides something of a run")
+        raise ConfigError(key, text, "a key that affects the results of a run")
     parts = _split(text)
     if not all(parts):
         raise ConfigError(key, text, "values separated by commas, like 1,2,3")

@@ -31,7 +31,7 @@ from fedsim.interrupts import stop_on_signals
     keys=True,
     but=["output"],
     waits=True,
-    short_help="run a grid of configurations and tabulate what came of them",
+    short_help="run a grid of configurations and tabulate the results",
 )
 @config_file
 @click.option("--strategies", metavar="A,B", help="the same as --vary strategy=A,B")

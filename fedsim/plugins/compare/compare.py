@@ -1,8 +1,8 @@
 """Running a grid of configurations, one after another, so that it can be stopped at any moment.
 
 Each cell is a run of its own in a folder of its own, made by `fedsim run` or continued by `fedsim
-resume` in a process of its own: whatever ends that process, the others are not touched. What is to
-be done is read from the folders alone, so whoever asks again goes on where the last one stopped.
+resume` in a process of its own: when one ends early, the others are not affected. What is left to
+do is read from the folders alone, so a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Work:
 
 
 class Launcher(Protocol):
-    """Whoever runs a cell."""
+    """Runs a cell."""
 
     def __call__(self, work: Work, stop: threading.Event, watch: Callable[[], None]) -> str:
         """Run or resume a cell to its end.
@@ -85,7 +85,7 @@ class Launcher(Protocol):
         work : Work
             What to do.
         stop : threading.Event
-            Set by whoever wants it to end early.
+            Set to end it early.
         watch : callable
             To be called now and then.
 
@@ -109,7 +109,7 @@ class GridObserver(Protocol):
         """Tell the row of a round that the cell has just finished."""
 
     def cell_finished(self, figures: CellFigures) -> None:
-        """Tell what came of the cell."""
+        """Report the result of the cell."""
 
 
 def default_output() -> Path:
@@ -220,7 +220,9 @@ def _work_of(path: Path, cell: Cell, check_machine: Callable[[RunConfig], object
         _check_same(cell, run.config.to_mapping())
         last = run.round_rows[-1]["round"] if run.round_rows else 0
         if last > cell.config.rounds:
-            raise ConfigError("rounds", cell.config.rounds, f"{last} or more: the others are there")
+            raise ConfigError(
+                "rounds", cell.config.rounds, f"{last} or more: the rounds before exist"
+            )
         # The same configuration diverges at the same round again.
         settled = run.manifest.get("diverged", False) and not cell.config.allow_divergence
         whole = run.round_rows and last == cell.config.rounds
@@ -247,7 +249,7 @@ def _own_config(cell: Cell) -> RunConfig:
 
 
 def _run_at(path: Path) -> Run | None:
-    """Open the run of a cell; None where there is none, or none that has begun to exist."""
+    """Open the run of a cell; None where there is none yet, or only the beginning of one."""
     if not os.path.lexists(path):
         return None
     if not os.path.lexists(path / "run.json") and _is_begun(path, (_LOCK, "checksums.jsonl")):
@@ -305,7 +307,7 @@ def compare(
     target : float, optional
         An accuracy; the rounds to reach it are counted.
     stop : threading.Event
-        Set by whoever wants it to end.
+        Set to end it.
     launch : Launcher
         Runs a cell.
     observer : GridObserver

@@ -41,7 +41,7 @@ class CellFigures:
     Parameters
     ----------
     status : str
-        ``finished``; ``diverged`` when its model was not finite any more; ``failed`` for any
+        ``finished``; ``diverged`` when its model was no longer finite; ``failed`` for any
         other reason; ``unfinished`` when nothing has gone wrong yet.
     error : str
         Why it failed or diverged.
@@ -81,7 +81,7 @@ def figures_of(run: Run, *, rounds: int, target: float | None, error: str = "") 
     Parameters
     ----------
     run : Run
-        A run directory, whatever its status.
+        A run directory of any status.
     rounds : int
         How many rounds it is to have.
     target : float, optional
@@ -140,7 +140,7 @@ def figures_of_rows(
     complete = bool(rows) and rows[-1]["round"] >= rounds
     last = evaluated[-1] if complete and evaluated else None
     status: CellStatus = "failed" if error else "unfinished"
-    # With allow-divergence, a run goes to its end with a loss that is none.
+    # With allow-divergence, a run goes to its end with a loss that is not a number.
     if diverged or (last is not None and last["global_loss"] is None):
         status = "diverged"
     elif complete:
@@ -326,7 +326,7 @@ class GridProgress:
         self._move(self._end_of_cell)
 
     def close(self) -> None:
-        """Remove the bar; call it whatever ends the comparison."""
+        """Remove the bar; call it however the comparison ends."""
         self._bar.stop()
 
     def _line(self, text: str, style: str = "") -> None:

@@ -160,7 +160,10 @@ def gateway(folder: Path, listen: str) -> None:
 )
 @folder_argument
 @click.option(
-    "--node", type=Whole(), metavar="N", help="the node of client N, whose key was lost or told"
+    "--node",
+    type=Whole(),
+    metavar="N",
+    help="the node of client N, whose key was lost or disclosed",
 )
 @click.option(
     "--days",

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 KNOWN = "known"
 """What an app calls from the state of a request once it knows who asks."""
 _GREETING, _PARTING = 20.0, 5.0
-"""Seconds in which whoever comes must show a key, and in which TLS is ended."""
+"""Seconds in which a peer must show its key, and in which TLS is ended."""
 _QUIET = 60.0
 """Seconds until the same thing is told again."""
 _NO_HANDLES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}

@@ -151,7 +151,7 @@ class Places:
 
     @property
     def user(self) -> Path:
-        """Folder that ``FLWR_HOME`` names for whoever starts runs."""
+        """Folder that ``FLWR_HOME`` names for the users who start runs."""
         return self.root / "flwr"
 
     @property

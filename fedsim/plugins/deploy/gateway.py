@@ -113,7 +113,7 @@ def door(places: Places, federation: Federation, listener: socket.socket) -> Doo
         make_app(federation, trusted, Keys(places, federation)),
         log_config=None,
         access_log=False,
-        # Who asks is who is connected, whatever he says.
+        # The peer of the connection is the one that asks, not the one that a header names.
         proxy_headers=False,
         server_header=False,
         date_header=False,
@@ -153,7 +153,7 @@ class Keys:
     Raises
     ------
     InputError
-        Naming the file that is no public key.
+        Naming the file that is not a public key.
     """
 
     def __init__(self, places: Places, federation: Federation) -> None:
@@ -180,14 +180,14 @@ def _of_file(path: Path) -> str:
     try:
         return fingerprint(serialization.load_ssh_public_key(path.read_bytes()))
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise InputError(f"{path} is no public key: {error}") from None
+        raise InputError(f"{path} is not a public key: {error}") from None
 
 
 def make_app(federation: Federation, trusted: ssl.SSLContext, keys: Keys) -> ASGIApp:
     """Make the server's app.
 
     It reads what a node sends only when the node has proven its key, and asks the SuperLink only
-    when it has all of it: whoever is slow, or stops, keeps nobody else waiting.
+    when it has all of it: a node that is slow, or stops, does not keep others waiting.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ def _unproven(request: Request) -> str | None:
         behind = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(moment)
         seconds = behind.total_seconds()
         if not verify_signature(_key_of(request), moment.encode(), signature):
-            return "what it signed is not of this key"
+            return "its signature was not made with this key"
     except (KeyError, ValueError, TypeError):
         return "it signed nothing"
     if not -SYSTEM_TIME_TOLERANCE < seconds < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:

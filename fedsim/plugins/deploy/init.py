@@ -166,7 +166,7 @@ def _check_end(authority: Certified, now: datetime.datetime, days: int) -> None:
     left = (authority.not_valid_after - now).days
     if left < 1:
         raise InputError(
-            f"the authority of this federation ended on {authority.not_valid_after:%Y-%m-%d}; "
+            f"the authority of this federation expired on {authority.not_valid_after:%Y-%m-%d}; "
             "expected another federation, which `fedsim deploy init` makes"
         )
     if days > left:
@@ -188,7 +188,7 @@ def _write_all(
     now: datetime.datetime,
 ) -> None:
     places, later = Places(root), Places(final)
-    # Keys and data are not for a repository that the folder happens to lie in.
+    # Keys and data are not for a repository that the folder happens to be in.
     _write(root / ".gitignore", "*\n")
     _write(places.federation, federation.to_toml())
     _write(places.user / "config.toml", texts.flower_config(federation, later.authority))

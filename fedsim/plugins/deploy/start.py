@@ -50,9 +50,9 @@ def start(folder: Path, tell: Callable[[str], None], stop: threading.Event) -> N
     folder : Path
         What `fedsim deploy init` made.
     tell : callable
-        Told a line for whatever happens.
+        Called with a line about each event.
     stop : threading.Event
-        Set by whoever wants it to end.
+        Set to end it.
 
     Raises
     ------

@@ -22,7 +22,7 @@ _IMAGE = "${FEDSIM_IMAGE:-fedsim}"
 
 
 def flower_config(federation: Federation, authority: Path) -> str:
-    """Write ``config.toml`` of ``FLWR_HOME`` for whoever starts runs on the server's host."""
+    """Write ``config.toml`` of ``FLWR_HOME`` for the users who start runs on the server's host."""
     address = federation.here if federation.insecure else "127.0.0.1"
     security = (
         "insecure = true"

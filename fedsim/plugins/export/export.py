@@ -166,7 +166,7 @@ def obstacles(optimizer: OptimizerSettings, batch_sizes: Sequence[int]) -> list[
 def rebuild_batches(
     run: Run, client: Client, count: int, *, data_root: str | None = None
 ) -> list[Batch]:
-    """Make the first batches of a client's round once more, as it trained on them.
+    """Make the first batches of a client's round again, as it trained on them.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ def export_notebook(
     }
     with _said_of(output):
         tensors.parent.mkdir(parents=True, exist_ok=True)
-        # Nested: whatever fails, neither file appears without the other.
+        # Nested: neither file appears without the other, even after an error.
         with temporary(tensors) as unfinished:
             # Through a file of ours: torch would write the temporary name into the archive.
             with unfinished.open("wb") as file:

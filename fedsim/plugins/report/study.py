@@ -211,7 +211,7 @@ class Study:
 
     @cached_property
     def first_step_rounds(self) -> list[int]:
-        """The rounds in which the first step of a client was kept, in whatever form."""
+        """The rounds in which the first step of a client was kept, in any form."""
         return sorted({row["round"] for row in self.ok_rows if 0 in self._kept_steps(row)})
 
     @cached_property
@@ -221,7 +221,7 @@ class Study:
 
     @cached_property
     def several_step_rounds(self) -> list[int]:
-        """The rounds in which two full batches of a client were kept, in whatever form."""
+        """The rounds in which two full batches of a client were kept, in any form."""
         return sorted({row["round"] for row in self.ok_rows if len(self._full_steps(row)) > 1})
 
     @cached_property
@@ -365,7 +365,7 @@ class Study:
 
 
 def _classes_of(run: Run) -> int:
-    # Not what run.json claims: whoever makes a table of it must be able to hold it.
+    # Not what run.json claims: a table of that many classes may not fit into memory.
     return classes_of(task_of(run.config).spec)
 
 

@@ -187,7 +187,7 @@ def parse_name(text: str) -> DatasetSpec:
     Raises
     ------
     ValueError
-        With the allowed forms, when `text` is none of them.
+        With the allowed forms, when `text` is not one of them.
     """
     for spec in (_DIGITS, _CIFAR10, _CIFAR100):
         if text == spec.name:

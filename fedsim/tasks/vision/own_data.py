@@ -163,7 +163,7 @@ def _arrays_of(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[s
     if len(labels) != len(images):
         raise ValueError(f"{path} has {len(images)} images and {len(labels)} labels")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(f"{path}: labels go beyond 0 to {len(names) - 1}, the classes")
+        raise ValueError(f"{path}: labels lie outside 0 to {len(names) - 1}, the classes")
     return images, labels, names
 
 

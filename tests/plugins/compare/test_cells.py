@@ -31,7 +31,7 @@ def test_values_are_read_as_flags_are(key, text, values):
     ("key", "text", "said"),
     [
         ("seeds", "1,2", "seeds = '1,2' cannot be used; expected a known key, perhaps seed"),
-        ("output", "a,b", "output = 'a,b' cannot be used; expected a key that decides something"),
+        ("output", "a,b", "output = 'a,b' cannot be used; expected a key that affects the results"),
         ("seed", "1,,2", "seed = '1,,2' cannot be used; expected values separated by commas"),
         ("seed", "", "seed = '' cannot be used; expected values separated by commas"),
     ],

@@ -210,7 +210,7 @@ def test_a_public_key_alone_proves_nothing(here, lines):
     assert told == [
         "pull-messages needs a key",
         "it signed nothing",
-        "what it signed is not of this key",
+        "its signature was not made with this key",
     ]
     assert here.superlink.asked == []
 

@@ -212,7 +212,7 @@ def test_a_certificate_does_not_outlive_the_authority(made, capsys):
     long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3650)
     init(folder, federation, now=long_ago)
     before = (folder / "server" / "server.crt").read_bytes()
-    assert "the authority of this federation ended on 20" in refusal(capsys, "renew", folder)
+    assert "the authority of this federation expired on 20" in refusal(capsys, "renew", folder)
     assert (folder / "server" / "server.crt").read_bytes() == before
 
 

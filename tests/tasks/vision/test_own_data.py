@@ -142,11 +142,11 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         ),
         (
             lambda own: (write_images(own), os.mkfifo(own / "train/dog/x.png")),
-            "train/dog/x.png cannot be read: it is no regular file",
+            "train/dog/x.png cannot be read: it is not a regular file",
         ),
         (
             lambda own: os.mkfifo(own / "train.safetensors"),
-            "own/train.safetensors cannot be read: it is no regular file",
+            "own/train.safetensors cannot be read: it is not a regular file",
         ),
         (
             lambda own: (write_images(own), (own / "train/dog/x.png").write_bytes(bomb())),
@@ -184,7 +184,7 @@ def test_it_is_converted_again_where_the_conversion_was_damaged(tmp_path: Path) 
         ),
         (
             lambda own: write_arrays(own, labels=np.array([0, 1, 2, 3])),
-            "labels go beyond 0 to 2, the classes",
+            "labels lie outside 0 to 2, the classes",
         ),
         (
             lambda own: write_arrays(own, classes=json.dumps(["a", "b", "c" * 256])),
