@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch
 
 from fedsim.core import registry
 from fedsim.core.config import RunConfig
-from fedsim.core.errors import ConfigError, InputError
+from fedsim.core.errors import ConfigError, InputError, RunFailedError
 from fedsim.core.plan import RunPlan
+from fedsim.core.task import initial_model, task_of
+from fedsim.core.training import load_state
 from fedsim.flower.client_app import app
 from fedsim.flower.server_app import check_output, check_resume, execute
+from fedsim.recording.findings import EVALUATED
 from fedsim.recording.reader import Run, load_run
 from fedsim.recording.verify import verify
 from tests.local_grid import LocalGrid
 from tests.observers import Memory
-from tests.recording.test_forgeries import repair
+from tests.recording.test_forgeries import in_lines, repair
 
 pytestmark = pytest.mark.usefixtures("nothing_trusted")
 SMALL = {"clients": 5, "clients-per-round": 4, "batch-size": 64, "device": "cpu"}
@@ -78,6 +82,55 @@ def test_a_schedule(tmp_path: Path) -> None:
             rates = [step["learning_rate"] for step in client.steps]
             assert rates[:3] == [base * (1 / 3), base * (2 / 3), base][: len(rates)]
             assert set(rates[3:]) <= {base}
+
+
+def test_an_evaluation_on_clients(tmp_path: Path) -> None:
+    run = example("evaluation", tmp_path / "run")
+    task, model = task_of(run.config), initial_model(run.config)
+    images, labels = (task.data().train()[name] for name in ("images", "labels"))
+    for number in (1, 3):
+        load_state(model, {n: t.numpy() for n, t in run.round(number - 1).state.items()})
+        model.eval()
+        for client in run.round(number).clients.values():
+            rows = torch.from_numpy(run.partition[client.partition])
+            batch = task.batch({"images": images[rows], "labels": labels[rows]}, None)
+            with torch.no_grad():
+                right = model(batch["inputs"]).argmax(1) == labels[rows]
+            assert client.telemetry["evaluation"] == {
+                f"digit {digit}": float(right[labels[rows] == digit].double().mean())
+                for digit in sorted(set(labels[rows].tolist()))
+            }
+    assert EVALUATED in verify(tmp_path / "run", recompute=0).checks["rows"].reasons
+    assert EVALUATED not in verify(tmp_path / "run", recompute=None).checks["rows"].reasons
+
+
+@pytest.mark.parametrize(
+    ("forged", "told"),
+    [
+        (lambda row: row["evaluation"].update(loss=row["evaluation"]["loss"] + 1e-9),
+         "evaluation of client {} in round 1 is not what its evaluation gives once more"),
+        (lambda row: row.pop("evaluation"), "client {} in round 1 has another evaluation than "
+         "follows from the run"),
+    ],
+)  # fmt: skip
+def test_a_forged_evaluation_on_a_client_is_found(
+    forged: Callable[[dict[str, Any]], object], told: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    run = record(root, model="cnn", rounds=1, **{"client-evaluation": "metrics"})
+    first = run.client_rows[0]
+    assert list(first["evaluation"]) == ["loss", "accuracy"]
+    assert verify(root, recompute=None).violations == []
+    in_lines("clients.jsonl", lambda rows: forged(rows[0]))(root)
+    repair(root)
+    (violation,) = verify(root, recompute=None).violations
+    assert violation == "clients.jsonl: " + told.format(first["partition"])
+
+
+def test_an_evaluation_that_gives_no_numbers_fails_its_client(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text("def tell(*_):\n    return {'loss': 'low'}\n")
+    with pytest.raises(RunFailedError, match=r"gave \{'loss': 'low'\}; expected numbers by name"):
+        record(tmp_path / "run", model="cnn", rounds=1, **{"client-evaluation": f"{file}:tell"})
 
 
 def test_a_malicious_client(tmp_path: Path) -> None:

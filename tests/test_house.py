@@ -20,7 +20,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # From the bottom; a module knows its own room and those below.
 ROOMS = [
     ["fedsim.core"],
-    ["fedsim.tasks", "fedsim.behaviors", "fedsim.schedules"],
+    ["fedsim.tasks", "fedsim.behaviors", "fedsim.schedules", "fedsim.evaluations"],
     ["fedsim.recording"],
     ["fedsim.captures"],
     ["fedsim.flower.messages"],

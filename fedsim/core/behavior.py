@@ -130,5 +130,6 @@ def check_clients(config: RunConfig) -> None:
     registry.trust(config.code)
     captures_of(config)
     rates_of(config, 0, 1, config.min_samples)(0)
+    registry.factory("client-evaluation", "evaluations", config.client_evaluation)
     for table in config.behavior.values():
         behavior_of(config, table.clients[0], 1)

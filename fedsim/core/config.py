@@ -207,6 +207,11 @@ class RunConfig(StrictModel):
         "constant",
         description="rate by round and local step: constant, or your own as module:NAME",
     )
+    client_evaluation: str = Field(
+        "none",
+        description="what clients measure of the global model on their own samples: none, metrics "
+        "(those of the task), or your own as module:NAME",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: Annotated[float, Field(ge=0), AfterValidator(finite), Field(le=1e30)] = Field(
@@ -375,7 +380,10 @@ class RunConfig(StrictModel):
         return self
 
     def _check_behavior(self) -> None:
-        named = [("learning-rate-schedule", "schedules", self.learning_rate_schedule)]
+        named = [
+            ("learning-rate-schedule", "schedules", self.learning_rate_schedule),
+            ("client-evaluation", "evaluations", self.client_evaluation),
+        ]
         named += [(f"behavior.{name}", "behaviors", name) for name in self.behavior]
         for field, room, name in named:
             # Reading a configuration does not run its code.
@@ -480,7 +488,12 @@ class RunConfig(StrictModel):
     @property
     def code(self) -> list[str]:
         """The user's own code that clients run, as ``module:NAME``."""
-        named = (self.task, self.learning_rate_schedule, *self.behavior)
+        named = (
+            self.task,
+            self.learning_rate_schedule,
+            self.client_evaluation,
+            *self.behavior,
+        )
         own = [self.capture] if is_own(self.capture) else []
         return [*(name for name in named if registry.is_code(name)), *own]
 
@@ -699,6 +712,7 @@ def flags_to_resume(config: RunConfig) -> str:
         "strategy": config.strategy.is_users,
         "task": registry.is_code(config.task),
         "learning-rate-schedule": registry.is_code(config.learning_rate_schedule),
+        "client-evaluation": registry.is_code(config.client_evaluation),
         "behavior": any(map(registry.is_code, config.behavior)),
         "capture": is_own(config.capture),
         "mirror": config.mirror is not None,
@@ -724,7 +738,7 @@ def check_outside(run: Path) -> None:
 
 
 def _check_names_no_code(values: Mapping[str, Any], given: Collection[str], run: Path) -> None:
-    for key in ("task", "learning-rate-schedule", "behavior", "capture"):
+    for key in ("task", "learning-rate-schedule", "client-evaluation", "behavior", "capture"):
         is_code = is_own if key == "capture" else registry.is_code
         names = [values[key]] if isinstance(values.get(key), str) else [*values.get(key, ())]
         if key not in given and any(isinstance(n, str) and is_code(n) for n in names):

@@ -68,7 +68,7 @@ def users_task(name: str) -> Any:
 
 
 def factory(field: str, room: str, name: str) -> Callable[..., Any]:
-    """Find what makes a schedule or a behavior.
+    """Find what makes a schedule or a behavior, or what evaluates.
 
     Parameters
     ----------

@@ -16,6 +16,7 @@ from flwr.supercore.differential_privacy import (
 )
 
 from fedsim.core.behavior import behavior_of
+from fedsim.core.client_evaluation import evaluate_client
 from fedsim.core.config import MOST_TOML_BYTES
 from fedsim.core.errors import DiskFullError, InputError, shorten
 from fedsim.core.evaluation import evaluate
@@ -158,6 +159,16 @@ class FedSimClient(NumPyClient):
         )
         state = dict(zip(plan.initial_state, parameters, strict=True))
         behavior = behavior_of(plan.config, self.partition, round_number)
+        evaluation = evaluate_client(
+            plan.config,
+            plan.task,
+            workplace.model,
+            plan.dataset,
+            indices,
+            state,
+            client=self.partition,
+            round_number=round_number,
+        )
         with stack_when_late(self.partition, plan.config.client_timeout), recorder:
             result = local_train(
                 plan.task,
@@ -179,6 +190,7 @@ class FedSimClient(NumPyClient):
             recorder,
             proximal_mu=proximal_mu,
             behavior=behavior.explain(),
+            evaluation=evaluation,
             seconds=time.perf_counter() - started,
         )
         metrics: dict[str, Scalar] = {

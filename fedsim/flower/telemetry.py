@@ -23,6 +23,7 @@ def telemetry(
     *,
     proximal_mu: float,
     behavior: str | None,
+    evaluation: dict[str, float | None] | None,
     seconds: float,
 ) -> dict[str, Any]:
     """Build the telemetry of a client that has trained, as ``docs/format.md`` describes it.
@@ -41,6 +42,8 @@ def telemetry(
         The factor of the proximal term; 0 where there is none.
     behavior : str or None
         What a client that is not honest, or not able, says of it.
+    evaluation : dict of str to (float or None), or None
+        What it measured of the model that it got, if anything.
     seconds : float
         From the first batch to the last file.
     """
@@ -79,6 +82,8 @@ def telemetry(
         row["proximal_mu"] = proximal_mu
     if behavior is not None:
         row["behavior"] = behavior
+    if evaluation is not None:
+        row["evaluation"] = evaluation
     return row | recorder.about()
 
 

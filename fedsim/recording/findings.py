@@ -27,6 +27,8 @@ STATISTICS = (
     "objective_norm: measured again only where gradients of all layers and steps were captured"
 )
 """Under `ROWS`, by step of a client."""
+EVALUATED = "evaluation: seen only where steps of the client are computed again by its arithmetic"
+"""Under `ROWS`, by client."""
 SCORES = "global_loss, global_accuracy: seen only where the state is evaluated again"
 """Under `ROWS`, by round."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedsim.core.aggregation import delta_of
 from fedsim.core.arithmetic import evaluation_arithmetic, training_arithmetic
 from fedsim.core.capture import is_at_hand
+from fedsim.core.client_evaluation import evaluate_client
 from fedsim.core.determinism import deterministic_block, torch_threads
 from fedsim.core.device import resolve_device
 from fedsim.core.errors import ConfigError, InputError
@@ -37,6 +38,7 @@ from fedsim.core.training import (
 from fedsim.recording.files import read_lines
 from fedsim.recording.findings import (
     BUFFERS,
+    EVALUATED,
     EVALUATION,
     LOSSES,
     RECOMPUTED,
@@ -281,6 +283,8 @@ class Recomputation:
         # They decide the last bits of a convolution.
         threads = torch_threads(device["worker_threads"])
         with threads, deterministic_block(self._config.deterministic):
+            if candidate.same:
+                self._evaluate_client(client)
             if candidate.same and (whole or not recorded):
                 if not whole:
                     self._findings.note(
@@ -289,6 +293,31 @@ class Recomputation:
                 self._train_again(client, candidate.whole)
             else:
                 self._follow(client, steps, same=candidate.same, whole=whole)
+
+    def _evaluate_client(self, client: Client) -> None:
+        """Measure once more what a client measured of the model that it got."""
+        if "evaluation" not in client.telemetry:
+            return
+        try:
+            found = evaluate_client(
+                self._config,
+                self._task,
+                self._model,
+                self._dataset,
+                self._run.partition[client.partition],
+                _arrays(self._run.round(client.round - 1).state),
+                client=client.partition,
+                round_number=client.round,
+            )
+        except InputError as unloaded:
+            self._findings.leave(ROWS, f"evaluation: {unloaded}", at=client.place)
+        else:
+            if found != client.telemetry["evaluation"]:
+                where = f"clients.jsonl: evaluation of client {client.partition} in round "
+                self._findings.violate(
+                    RECOMPUTED, f"{where}{client.round} is not what its evaluation gives once more"
+                )
+        self._findings.settle(ROWS, EVALUATED, at=client.place)
 
     def _train_again(self, client: Client, whole: frozenset[str]) -> None:
         """Train a client's round as it was trained, and compare all that it left, to the bit."""

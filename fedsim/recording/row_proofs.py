@@ -15,11 +15,12 @@ import numpy as np
 from pydantic import BaseModel
 
 from fedsim.core.capture import is_at_hand, not_at_hand
+from fedsim.core.client_evaluation import NONE
 from fedsim.core.errors import InputError
 from fedsim.core.plan import deal_partition
 from fedsim.core.task import FederatedData, describe, initial_model, task_of
 from fedsim.recording import rows
-from fedsim.recording.findings import PARTITION, ROWS, Findings
+from fedsim.recording.findings import EVALUATED, PARTITION, ROWS, Findings
 from fedsim.recording.layout import format_of
 from fedsim.recording.reader import Client, Run
 
@@ -244,6 +245,8 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     except InputError as error:
         findings.leave(ROWS, f"behavior: {error}", at=client.place)
     wrong = [key for key, value in expected.items() if row.get(key) != value]
+    if ("evaluation" in row) != (config.client_evaluation != NONE):
+        wrong.append("evaluation")
     # Not of as many steps as a configuration asks for, which may be any number.
     if any(size != told for size, told in zip(sizes, row["batch_sizes"], strict=False)):
         wrong.append("batch_sizes")
@@ -268,6 +271,8 @@ def prove_client_row(run: Run, client: Client, findings: Findings) -> None:
     findings.leave(ROWS, OPTIMIZER, at=client.place)
     if run.algorithm is None:
         findings.leave(ROWS, PROXIMAL, at=client.place)
+    if "evaluation" in row:
+        findings.leave(ROWS, EVALUATED, at=client.place)
     if "num_updates" in row:
         findings.leave(ROWS, UPDATES, at=client.place)
 

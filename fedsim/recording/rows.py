@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedsim.core.client_evaluation import MOST_NUMBERS
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import text_lines
@@ -18,6 +19,7 @@ _Id = Annotated[int, Field(ge=0, le=10**9)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Sentence = Annotated[str, Field(max_length=1000)]
+_Name = Annotated[str, Field(max_length=200)]
 _Arithmetic = Annotated[str, Field(pattern=r"^[0-9a-f]{16}\z")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]
 
@@ -179,6 +181,7 @@ class TrainedClientRow(_ClientRow):
     num_updates: _Count | None = None
     proximal_mu: Annotated[_Number, Field(ge=0)] = 0.0
     behavior: _Sentence | None = None
+    evaluation: Annotated[dict[_Name, _Number | None], Field(max_length=MOST_NUMBERS)] | None = None
     place: Literal["run", "node", "none"] = "run"
     not_captured: _Sentence = ""
     shard: _Id | None = None

@@ -152,6 +152,7 @@ BAD_VALUES = [
     ("max-failures", "x", "a whole number"),
     ("task", "audio", "one of 'vision', or your own as module:NAME"),
     ("learning-rate-schedule", "cosin", "one of 'constant', or your own as module:NAME"),
+    ("client-evaluation", "metric", "one of 'metrics', 'none', or your own as module:NAME"),
     ("behavior", 3, "tables [behavior.NAME] with clients = [..] and the settings that it takes"),
     ("client-timeout", 0, "a value above 0"),
     ("client-timeout", math.inf, "a finite number"),
@@ -391,7 +392,7 @@ def test_defaults_are_those_of_the_quickstart_file():
         *("workers", "client-cpus", "client-gpus", "autocast", "compile", "device"),
         *("deterministic", "evaluate-every", "max-failures", "client-timeout"),
         *("node-timeout", "allow-divergence", "output", "ray-address", "mirror"),
-        *("task", "learning-rate-schedule", "behavior"),
+        *("task", "learning-rate-schedule", "client-evaluation", "behavior"),
     }
 
 
@@ -532,6 +533,7 @@ FULL = {
     "node-timeout": 90.0,
     "task": "mine:Task",
     "learning-rate-schedule": "mine.py:rate",
+    "client-evaluation": "mine.py:tell",
     "behavior": {"mine:Evil": {"clients": [3, 0], "by-how-much": 2.0, "names": ["a"]}},
     "client": {"3": {"batch-size": 8, "learning-rate": 0.5}, "0": {"local-epochs": 2}},
     "workers": 2,
@@ -579,7 +581,7 @@ def test_the_configuration_of_a_run_is_taken_without_its_places(tmp_path):
     made = RunConfig.from_mapping(FULL)
     stored = {"format": 1, "status": "finished", "config": made.to_mapping(), "seed": 42}
     file = write(tmp_path, json.dumps(stored), "run.json")
-    code = ("task", "learning-rate-schedule", "behavior")
+    code = ("task", "learning-rate-schedule", "client-evaluation", "behavior")
     for said in ((), code[:2], code[1:]):
         with pytest.raises(InputError, match="is code, which is never taken from a run"):
             read_config_file(file, said)

@@ -87,6 +87,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "dataset": st.sampled_from(["synthetic:60:3"] * 8 + ["synthetic:10:2", "synthetic:61:12"]),
     "task": st.just("vision"),
     "learning-rate-schedule": st.just("constant"),
+    "client-evaluation": st.sampled_from(["none", "none", "metrics"]),
     "behavior": st.sampled_from([{}, {"honest": {"clients": [0]}}]),
     "data-root": st.sampled_from(["", "nowhere", "."]),
     "clients": st.integers(1, 6),

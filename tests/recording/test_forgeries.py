@@ -591,8 +591,9 @@ def test_every_number_of_every_row_is_proven_or_named(
 ELSEWHERE = {
     # Of runs that failed or were continued: always named.
     *("error", "diverged", "resumed"),
-    # Of runs with code of the user's own, in `tests/test_extend.py`.
+    # Of runs with code of the user's own or evaluation on clients, in `tests/test_extend.py`.
     "code",
+    "evaluation",
     # Not honest, with float16 or a proximal term, on other hosts, in shared files, elsewhere.
     "behavior",
     *("num_updates", "proximal_mu", "place", "not_captured", "shard", "arithmetic"),
