@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -33,6 +34,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FEDSIM_CACHE", str(folder))
         yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen() -> None:
+    """Keep what imports made out of collections, which some of Flower's strategies ask for."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,6 +31,7 @@ from tests.recording.test_forgeries import in_lines, repair
 
 pytestmark = pytest.mark.usefixtures("nothing_trusted")
 SMALL = {"clients": 5, "clients-per-round": 4, "batch-size": 64, "device": "cpu"}
+DATA = {"dataset": "synthetic:480:10", "batch-size": 16}
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def record(output: Path, **values: Any) -> Run:
     return load_run(output)
 
 
-def example(name: str, output: Path) -> Run:
+def example(name: str, output: Path, **values: Any) -> Run:
     module = importlib.import_module(f"examples.extend.{name}")
-    run = record(output, **module.CONFIG)
+    run = record(output, **{**module.CONFIG, **values})
     checks = verify(output, recompute=None).checks
     assert {name: check.violations for name, check in checks.items() if check.violations} == {}
     steps = sum(row["num_steps"] for row in run.client_rows)
@@ -76,7 +77,7 @@ def test_a_task(tmp_path: Path) -> None:
 
 
 def test_a_schedule(tmp_path: Path) -> None:
-    run = example("schedule", tmp_path / "run")
+    run = example("schedule", tmp_path / "run", **DATA)
     for number, base in ((1, 0.01), (2, 0.01), (3, 0.005)):
         for client in run.round(number).clients.values():
             rates = [step["learning_rate"] for step in client.steps]
@@ -117,7 +118,7 @@ def test_a_forged_evaluation_on_a_client_is_found(
     forged: Callable[[dict[str, Any]], object], told: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "run"
-    run = record(root, model="cnn", rounds=1, **{"client-evaluation": "metrics"})
+    run = record(root, model="cnn", rounds=1, **DATA, **{"client-evaluation": "metrics"})
     first = run.client_rows[0]
     assert list(first["evaluation"]) == ["loss", "accuracy"]
     assert verify(root, recompute=None).violations == []
@@ -130,20 +131,22 @@ def test_a_forged_evaluation_on_a_client_is_found(
 def test_an_evaluation_that_gives_no_numbers_fails_its_client(tmp_path: Path) -> None:
     (file := tmp_path / "mine.py").write_text("def tell(*_):\n    return {'loss': 'low'}\n")
     with pytest.raises(RunFailedError, match=r"gave \{'loss': 'low'\}; expected numbers by name"):
-        record(tmp_path / "run", model="cnn", rounds=1, **{"client-evaluation": f"{file}:tell"})
+        record(
+            tmp_path / "run",
+            model="cnn",
+            rounds=1,
+            **DATA,
+            **{"client-evaluation": f"{file}:tell"},
+        )
 
 
-def test_a_malicious_client(tmp_path: Path) -> None:
-    run = example("behavior", tmp_path / "run")
+def test_a_malicious_client_is_one_where_the_user_names_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example("behavior", tmp_path / "run", rounds=1, **DATA)
     said = "mirrors its labels and sends 3.0 times its update"
     assert {row.get("behavior") for row in run.client_rows if row["partition"] < 2} == {said}
     assert all("behavior" not in row for row in run.client_rows if row["partition"] > 1)
-
-
-def test_code_is_loaded_only_where_the_user_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = example("behavior", tmp_path / "run")
     registry._trusted.clear()
     checks = verify(tmp_path / "run", recompute=None).checks
     assert not any(check.violations for check in checks.values())
@@ -195,7 +198,7 @@ def go_on(run: Path, rounds: int, *, allow_changed_code: bool = False) -> Run:
 def test_changed_code_is_refused_at_resume_and_told_by_verify(tmp_path: Path) -> None:
     (file := tmp_path / "mine.py").write_text(SCHEDULE.format(0.5))
     name, root = f"{file}:half", tmp_path / "run"
-    values = {"model": "cnn", "rounds": 1, "learning-rate-schedule": name}
+    values = {**DATA, "model": "cnn", "rounds": 1, "learning-rate-schedule": name}
     run = record(root, **values)
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     assert run.manifest["code"] == {name: before}
@@ -304,9 +307,9 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
 
 
 def test_the_defaults_change_no_bit(tmp_path: Path) -> None:
-    plain = record(tmp_path / "a", model="cnn", rounds=1)
+    plain = record(tmp_path / "a", model="cnn", rounds=1, **DATA)
     asked = record(
-        tmp_path / "b", model="cnn", rounds=1, behavior={"honest": {"clients": [0, 1, 2]}}
+        tmp_path / "b", model="cnn", rounds=1, **DATA, behavior={"honest": {"clients": [0, 1, 2]}}
     )
     assert plain.round_rows[1]["state_sha256"] == asked.round_rows[1]["state_sha256"]
     state = plain.round(1).state

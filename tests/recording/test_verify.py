@@ -180,17 +180,17 @@ def test_a_finished_run_without_its_last_round_is_damaged(copied: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_two_hundred_flipped_bits_are_all_reported_by_file(copied: Path) -> None:
+def test_a_hundred_flipped_bits_are_all_reported_by_file(copied: Path) -> None:
     files = [p for p in sorted(copied.rglob("*")) if p.is_file() and p.stat().st_size]
     draw = random.Random(7)
-    for number in range(200):
+    for number in range(100):
         path = files[number % len(files)]
         whole = path.read_bytes()
         bit = draw.randrange(8 * len(whole))
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
-        violations = verify(copied, jobs=2).violations
+        violations = verify(copied, evaluate=0).violations
         assert any(path.name in violation for violation in violations), (path, bit, violations)
         path.write_bytes(whole)
     assert verify(copied).violations == []
@@ -693,7 +693,9 @@ def test_without_gradients_the_rest_is_proven(plan: RunPlan, tmp_path: Path, cap
         {"gradient-statistics": False},
         {"autocast": "bfloat16"},
         # Slow on a CPU: few samples, and some steps all the same.
-        {"autocast": "float16", "local-steps": 3, "batch-size": 8},
+        pytest.param(
+            {"autocast": "float16", "local-steps": 3, "batch-size": 8}, marks=pytest.mark.matrix
+        ),
         {"local-steps": 3},
     ],
 )
