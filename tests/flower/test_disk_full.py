@@ -40,12 +40,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def plan_of(**changes: Any) -> RunPlan:
     values = {
-        "dataset": "digits",
+        "dataset": "synthetic:240:10",
         "model": "cnn",
         "clients": 4,
         "clients-per-round": 3,
         "rounds": 20,
-        "batch-size": 64,
+        "batch-size": 10,
         "max-failures": 3,
         "device": "cpu",
     }
