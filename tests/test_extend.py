@@ -109,7 +109,7 @@ def test_an_evaluation_on_clients(tmp_path: Path) -> None:
     ("forged", "told"),
     [
         (lambda row: row["evaluation"].update(loss=row["evaluation"]["loss"] + 1e-9),
-         "evaluation of client {} in round 1 is not what its evaluation gives once more"),
+         "evaluation of client {} in round 1 is not what it measures when evaluated again"),
         (lambda row: row.pop("evaluation"), "client {} in round 1 has another evaluation than "
          "follows from the run"),
     ],

@@ -49,7 +49,7 @@ def stream_replies(
     window : int
         1 or more; twice the number of workers keeps them busy past one slow client.
     stop : threading.Event
-        Set by whoever wants the run to end.
+        Set when the run is to end.
     patience : float, optional
         Seconds without any reply after which there will be none.
 

@@ -115,7 +115,7 @@ class Membership:
     clients : int
         Partitions that must be held, 0 to `clients` - 1.
     stop : threading.Event
-        Set by whoever wants the run to end.
+        Set when the run is to end.
     tell : callable
         Told a line whenever a node is refused, and whom the run waits for.
     """

@@ -302,7 +302,7 @@ def simulate(
 def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
     """Give what tells the processes of a run on this machine where data is and where to record.
 
-    What a process may write to is said by whoever starts it, never by a message.
+    Only what starts a process says where it may write, never a message.
     """
     environment = {
         "FEDSIM_RECORDINGS": str(output.resolve().parent),

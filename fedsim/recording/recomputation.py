@@ -295,7 +295,7 @@ class Recomputation:
                 self._follow(client, steps, same=candidate.same, whole=whole)
 
     def _evaluate_client(self, client: Client) -> None:
-        """Measure once more what a client measured of the model that it got."""
+        """Measure again what a client measured of the model that it got."""
         if "evaluation" not in client.telemetry:
             return
         try:
@@ -315,7 +315,8 @@ class Recomputation:
             if found != client.telemetry["evaluation"]:
                 where = f"clients.jsonl: evaluation of client {client.partition} in round "
                 self._findings.violate(
-                    RECOMPUTED, f"{where}{client.round} is not what its evaluation gives once more"
+                    RECOMPUTED,
+                    f"{where}{client.round} is not what it measures when evaluated again",
                 )
         self._findings.settle(ROWS, EVALUATED, at=client.place)
 
