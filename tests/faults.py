@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,9 @@ class Fault:
         if self.moment in IN_CLIENT:
             os.kill(os.getpid(), number)
         else:
-            everyone = psutil.Process().children(recursive=True)
-            workers = [p for p in everyone if p.name().startswith("ray::ClientApp")]
+            # Those that take the place of killed ones may not have begun yet.
+            while not (workers := living_workers()):
+                time.sleep(0.05)
             workers[0].send_signal(number)
 
     def _damage(self, root: Path, path: Path | None) -> None:
@@ -130,6 +132,16 @@ class Fault:
         if finished:
             # Nobody looks at a finished round again before something else stops the run.
             raise InjectedError(f"after a {self.kind}")
+
+
+def living_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            if is_alive and process.name().startswith("ray::ClientApp"):
+                found.append(process)
+    return found
 
 
 def fill(folder: Path) -> None:
