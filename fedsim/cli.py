@@ -40,7 +40,7 @@ from fedsim.command import (
 from fedsim.core.characters import show_nearest
 from fedsim.core.errors import FedsimError, InputError, RunInterruptedError
 from fedsim.core.plugins import provided
-from fedsim.interrupts import INTERRUPTED, stop_on_signals
+from fedsim.interrupts import INTERRUPTED, remember_warning, stop_on_signals
 
 if TYPE_CHECKING:
     from fedsim.core.plan import RunPlan
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     0 success, 1 a failure during a run, 2 bad input, 130 interrupted.
     """
+    remember_warning()
     _prepare_streams()
     code = run(sys.argv[1:] if arguments is None else arguments)
     try:

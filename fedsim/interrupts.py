@@ -18,6 +18,14 @@ INTERRUPTED = 130
 _ONE_REQUEST_S = 0.5
 
 
+_early = threading.Event()
+
+
+def remember_warning() -> None:
+    """Let SIGUSR1 wait for `stop_on_signals`: by itself it ends a process that still loads."""
+    signal.signal(signal.SIGUSR1, lambda number, frame: _early.set())
+
+
 def stop_on_signals(
     stop: threading.Event, stop_after_round: threading.Event, how_to_go_on: Callable[[], str]
 ) -> None:
@@ -53,6 +61,8 @@ def stop_on_signals(
     signal.signal(signal.SIGTERM, interrupt)
     # With it batch systems say that the time is nearly over.
     signal.signal(signal.SIGUSR1, warn)
+    if _early.is_set():
+        warn(signal.SIGUSR1, None)
     # The terminal was closed, and not under nohup.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, interrupt)

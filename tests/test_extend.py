@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def test_a_forged_evaluation_on_a_client_is_found(
 
 def test_an_evaluation_that_gives_no_numbers_fails_its_client(tmp_path: Path) -> None:
     (file := tmp_path / "mine.py").write_text("def tell(*_):\n    return {'loss': 'low'}\n")
-    with pytest.raises(RunFailedError, match=r"gave \{'loss': 'low'\}; expected numbers by name"):
+    with pytest.raises(RunFailedError, match=r"gave \{'loss': 'low'\}; expected at most"):
         record(
             tmp_path / "run",
             model="cnn",
@@ -138,6 +139,69 @@ def test_an_evaluation_that_gives_no_numbers_fails_its_client(tmp_path: Path) ->
             **DATA,
             **{"client-evaluation": f"{file}:tell"},
         )
+
+
+COSINE = """
+import math
+
+
+def cosine(about):
+    rate = about.learning_rate / 2
+    return lambda number, step: rate * (1 + math.cos(math.pi * (number - 1) / about.rounds))
+"""
+
+
+def test_a_schedule_of_a_run_that_is_extended_twice_is_proven_as_it_was(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text(COSINE)
+    root = tmp_path / "run"
+    values = {"model": "cnn", "learning-rate-schedule": f"{file}:cosine"}
+    record(root, rounds=2, **values)
+    run = go_on(go_on(root, 3).path, 4)
+    assert [run.rounds_of(number) for number in range(1, 5)] == [2, 2, 3, 4]
+    rates = [next(iter(run.round(n).clients.values())).steps[0]["learning_rate"] for n in (2, 3, 4)]
+    assert rates == pytest.approx([0.005, 0.0025, 0.005 * (1 + math.cos(math.pi * 3 / 4))])
+    assert verify(root).violations == []
+
+
+def meddle(about: Any, task: Any, model: Any, examples: Any) -> dict[str, float]:
+    """Change all that can be reached."""
+    for module in model.modules():
+        module.register_forward_hook(lambda *seen: seen[2] * 2)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = module.eps = 0.9
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).zero_()
+    torch.set_num_threads(3)
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(False)
+    return {"one": 1.0}
+
+
+def test_no_evaluation_changes_the_training(tmp_path: Path) -> None:
+    rows = [
+        record(tmp_path / f"{n}", model="cnn", rounds=2, **{"client-evaluation": name}).round_rows
+        for n, name in enumerate(("none", "metrics", f"{__file__}:meddle"))
+    ]
+    alone, *others = [[row["state_sha256"] for row in of_run] for of_run in rows]
+    assert others == [alone, alone]
+
+
+def test_a_behavior_without_one_of_its_methods_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text("class Flip:\n    examples = dict\n")
+    with pytest.raises(ConfigError, match="update and explain; it has no update"):
+        record(tmp_path / "run", model="cnn", behavior={f"{file}:Flip": {"clients": [0]}})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "gives",
+    ["{1: 1.0}", "{'a': '1.0'}", "{'a' * 201: 1.0}", "{'\\ud800': 1.0}", "{'a': 10**400}", "[1.0]",
+     "{str(n): 0.0 for n in range(1001)}"],
+)  # fmt: skip
+def test_what_is_not_numbers_by_name_is_refused_in_a_sentence(tmp_path: Path, gives: str) -> None:
+    (file := tmp_path / "mine.py").write_text(f"def tell(*_):\n    return {gives}\n")
+    with pytest.raises(RunFailedError, match="expected at most 1,000 numbers by name, of at most"):
+        record(tmp_path / "run", model="cnn", rounds=1, **{"client-evaluation": f"{file}:tell"})
 
 
 def test_a_malicious_client_is_one_where_the_user_names_its_code(

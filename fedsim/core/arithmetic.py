@@ -112,6 +112,9 @@ def _fixed(column: Column, count: int, device: torch.device) -> Tensor:
     if column.values is not None:
         return (numbers % column.values).to(dtype).reshape(count, *column.shape)
     numbers = numbers * 2654435761 % 4099 % 256
+    if dtype not in (torch.uint8, torch.bool) and not dtype.is_floating_point:
+        # Every vocabulary has 0 and 1.
+        numbers = numbers % 2
     fixed = numbers / 256 if dtype.is_floating_point else numbers
     return fixed.to(dtype).reshape(count, *column.shape)
 

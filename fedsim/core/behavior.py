@@ -114,6 +114,10 @@ def behavior_of(config: RunConfig, client: int, round_number: int) -> ClientInRo
         raise ConfigError(
             f"behavior.{name}", settings, f"settings that it takes: {error}"
         ) from None
+    for method in ("examples", "update", "explain"):
+        if not callable(getattr(behavior, method, None)):
+            expected = f"a class with the methods examples, update and explain; it has no {method}"
+            raise ConfigError("behavior", name, expected)
     return ClientInRound(
         behavior, ClientContext(seed=config.seed, client=client, round=round_number)
     )

@@ -6,9 +6,11 @@ in the client's row as ``evaluation``.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ FIELD = "client-evaluation"
 NONE = "none"
 MOST_NUMBERS = 1000
 """That a client may tell of one evaluation."""
+LONGEST_NAME = 200
 
 
 class ClientEvaluation(Protocol):
@@ -88,7 +91,7 @@ def evaluate_client(
     config : RunConfig
         Names the evaluation.
     task, model : Task, torch.nn.Module
-        Of the run; the state of the model is changed.
+        Of the run; a copy of the model is evaluated.
     data : FederatedData
         Of the run.
     indices : ndarray of int64
@@ -111,20 +114,48 @@ def evaluate_client(
     measure = evaluation_of(config)
     if measure is None:
         return None
+    # What the user's code does to its copy, training does not see.
+    model = copy.deepcopy(model)
     load_state(model, state)
     model.eval()
     about = ClientContext(seed=config.seed, client=client, round=round_number)
-    found = measure(about, task, model, rows_of(data.train(), torch.from_numpy(indices)))
-    try:
-        numbers = {str(name): float(number) for name, number in found.items()}
-    except (AttributeError, TypeError, ValueError):
-        given = shorten(found)
+    with _settings_kept():
+        found = measure(about, task, model, rows_of(data.train(), torch.from_numpy(indices)))
+    numbers = _numbers(found)
+    if numbers is None:
         raise InputError(
-            f"{FIELD} = {config.client_evaluation!r} gave {given}; expected numbers by name"
-        ) from None
-    if len(numbers) > MOST_NUMBERS:
-        raise InputError(
-            f"{FIELD} = {config.client_evaluation!r} gave {len(numbers):,} numbers; expected at "
-            f"most {MOST_NUMBERS:,}"
+            f"{FIELD} = {config.client_evaluation!r} gave {shorten(found)}; expected at most "
+            f"{MOST_NUMBERS:,} numbers by name, of at most {LONGEST_NAME} letters"
         )
+    return numbers
+
+
+def _numbers(found: Any) -> dict[str, float | None] | None:
+    """Give numbers by name; None where anything is something else."""
+    if not isinstance(found, Mapping) or len(found) > MOST_NUMBERS:
+        return None
+    numbers = {}
+    for name, number in found.items():
+        if not (isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()):
+            return None
+        if isinstance(number, str):
+            return None
+        try:
+            numbers[name] = float(number)
+        except (TypeError, ValueError, OverflowError):
+            return None
     return {name: n if math.isfinite(n) else None for name, n in numbers.items()}
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Put torch's settings of this process, by which training rounds, back as they were."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)

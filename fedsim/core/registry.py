@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import pkgutil
 import sys
@@ -21,6 +23,8 @@ TASKS = ("vision",)
 """The packages of ``fedsim.tasks``; the first reads the data of nodes that have their own."""
 TRUSTED = "FEDSIM_CODE"
 """Environment variable: names of the user's code that this process may load, with commas."""
+EXPECTED = "FEDSIM_CODE_SHA256"
+"""Environment variable of workers: the hashes of that code as JSON, by name."""
 
 _trusted: set[str] = set()
 _tasks: dict[Callable[..., Any], Any] = {}
@@ -111,6 +115,8 @@ def _users(field: str, name: str) -> Callable[..., Any]:
         )
     try:
         found = load(name)
+    except InputError:
+        raise
     except Exception as error:
         why = f"a callable that can be imported: {type(error).__name__}: {error}"
         raise ConfigError(field, name, why) from None
@@ -129,15 +135,22 @@ def load(name: str) -> Any:
     module = _module(place)
     found = getattr(module, attribute)
     if name not in _sources:
-        _sources[name] = _source_sha256(found, module)
+        made = _sources[name] = _source_sha256(found, module)
+        expected = json.loads(os.environ.get(EXPECTED, "{}")).get(name, made)
+        if made != expected:
+            raise InputError(
+                f"{name} has changed since the run began: its source has sha256 "
+                f"{shorten(made)}, and the server loaded {expected}"
+            )
     return found
 
 
 def sources(names: Iterable[str]) -> dict[str, str]:
     """Give the sha256 of the source file of code that the user has named; loads what is not yet.
 
-    The file is the one that defines the name, as it was when this process loaded it. Code without
-    a file that can be read is left out.
+    The file is the one that the name names, as it was when this process loaded it; where it takes
+    the name from another file, the hash is of both. Code without a file that can be read is left
+    out.
     """
     found = {}
     for name in names:
@@ -148,15 +161,16 @@ def sources(names: Iterable[str]) -> dict[str, str]:
 
 
 def _source_sha256(found: Any, module: ModuleType) -> str | None:
+    digest, files = hashlib.sha256(), dict.fromkeys([getattr(module, "__file__", None)])
+    with contextlib.suppress(TypeError):
+        # A decorator's file is not where the code is. A partial has none: the module made it.
+        files[inspect.getsourcefile(inspect.unwrap(found))] = None
     try:
-        file = inspect.getsourcefile(found)
-    except TypeError:
-        # Neither a class nor a function, like a partial: made by the module, then.
-        file = None
-    try:
-        return hashlib.sha256(Path(file or module.__file__ or "").read_bytes()).hexdigest()
-    except (OSError, AttributeError):
+        for file in filter(None, files):
+            digest.update(Path(file).read_bytes())
+    except OSError:
         return None
+    return digest.hexdigest() if any(files) else None
 
 
 def _module(place: str) -> ModuleType:

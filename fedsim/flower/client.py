@@ -159,29 +159,30 @@ class FedSimClient(NumPyClient):
         )
         state = dict(zip(plan.initial_state, parameters, strict=True))
         behavior = behavior_of(plan.config, self.partition, round_number)
-        evaluation = evaluate_client(
-            plan.config,
-            plan.task,
-            workplace.model,
-            plan.dataset,
-            indices,
-            state,
-            client=self.partition,
-            round_number=round_number,
-        )
-        with stack_when_late(self.partition, plan.config.client_timeout), recorder:
-            result = local_train(
+        with stack_when_late(self.partition, plan.config.client_timeout):
+            evaluation = evaluate_client(
+                plan.config,
                 plan.task,
                 workplace.model,
+                plan.dataset,
+                indices,
                 state,
-                batches,
-                settings.optimizer,
-                recorder,
-                autocast=plan.config.autocast,
-                proximal_mu=proximal_mu,
-                correction=correction,
-                rates=rates_of(plan.config, self.partition, round_number, len(indices)),
+                client=self.partition,
+                round_number=round_number,
             )
+            with recorder:
+                result = local_train(
+                    plan.task,
+                    workplace.model,
+                    state,
+                    batches,
+                    settings.optimizer,
+                    recorder,
+                    autocast=plan.config.autocast,
+                    proximal_mu=proximal_mu,
+                    correction=correction,
+                    rates=rates_of(plan.config, self.partition, round_number, len(indices)),
+                )
         sent = behavior.update(state, result.state)
         told = telemetry(
             workplace,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -308,6 +309,7 @@ def node_environment(config: RunConfig, output: Path) -> dict[str, str]:
         "FEDSIM_RECORDINGS": str(output.resolve().parent),
         "FEDSIM_CAPTURE": "true",
         registry.TRUSTED: ",".join(config.code),
+        registry.EXPECTED: json.dumps(registry.sources(config.code)),
         # What this process can import, those that it starts can; an empty entry is this folder.
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
     }

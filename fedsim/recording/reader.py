@@ -210,7 +210,9 @@ class Client:
             When the schedule is code that the user did not name to this process.
         """
         samples = len(self._run.partition[self.partition])
-        return rates_of(self._run.config, self.partition, self.round, samples)
+        rounds = self._run.rounds_of(self.round)
+        config = self._run.config.model_copy(update={"rounds": rounds})
+        return rates_of(config, self.partition, self.round, samples)
 
     @property
     def behavior(self) -> ClientInRound:
@@ -398,6 +400,13 @@ class Run:
                 # Earlier versions did not record what they went on with.
                 found = entry["versions"], entry.get("device") or found[1]
         return found
+
+    def rounds_of(self, round_number: int) -> int:
+        """Give how many rounds the run was to have when it made a round."""
+        for entry in self.manifest.get("resumed", []):
+            if "rounds" in entry and round_number <= entry["after"]:
+                return int(entry["rounds"])
+        return self.config.rounds
 
     def code_of(self, round_number: int) -> dict[str, str]:
         """Give the sha256 of the source of the user's own code that made a round, by its name.

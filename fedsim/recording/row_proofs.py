@@ -38,9 +38,9 @@ OPTIMIZER = (
     "config.optimizer, momentum, nesterov, weight-decay: seen only where all steps are replayed"
 )
 NO_TRACE = (
-    "config.workers, ray-address, client-cpus, client-gpus, client-timeout, node-timeout, "
-    "max-failures, allow-divergence, output, mirror, data-root, capture-budget, deterministic, "
-    "compile, autocast, device: no file tells by what they were"
+    "config.workers, client-evaluation, ray-address, client-cpus, client-gpus, client-timeout, "
+    "node-timeout, max-failures, allow-divergence, output, mirror, data-root, capture-budget, "
+    "deterministic, compile, autocast, device: no file tells by what they were"
 )
 NO_DIFFERENCE = (
     "config.alpha, min-samples, clients-per-round, rounds, evaluate-every, nesterov, momentum, "

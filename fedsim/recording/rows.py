@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedsim.core.client_evaluation import MOST_NUMBERS
+from fedsim.core.client_evaluation import LONGEST_NAME, MOST_NUMBERS
 from fedsim.core.errors import InputError, shorten
 from fedsim.core.inputs import parse_json
 from fedsim.recording.files import text_lines
@@ -19,7 +19,7 @@ _Id = Annotated[int, Field(ge=0, le=10**9)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Sentence = Annotated[str, Field(max_length=1000)]
-_Name = Annotated[str, Field(max_length=200)]
+_Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 _Arithmetic = Annotated[str, Field(pattern=r"^[0-9a-f]{16}\z")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\z", max_length=200)]
 
@@ -91,6 +91,7 @@ class _Resumed(_Row):
     after: Annotated[int, Field(ge=-1, le=10**9)]
     versions: _Versions
     device: _Device | None = None
+    rounds: _Count | None = None
     code: dict[str, _Sha256] = {}
 
 

@@ -218,12 +218,15 @@ class RunWriter:
         check_places(root)
         manifest = {k: v for k, v in run.manifest.items() if k not in ("error", "diverged")}
         manifest.setdefault("id", new_run_id())
+        rounds = config.get("rounds")
+        before = run.rounds_of(recovery.round) if "config" in manifest else rounds
         resumed = [
             *(entry for entry in manifest.get("resumed", []) if entry["after"] < recovery.round),
             {
                 "after": recovery.round,
                 "versions": dict(versions),
                 "device": dict(device),
+                **({"rounds": before} if before != rounds else {}),
                 **({"code": dict(code)} if code else {}),
             },
         ]
