@@ -107,4 +107,4 @@ def test_a_full_disk_ends_the_command_with_one_sentence(disk: Path, tmp_path: Pa
     assert err.count("\n") == 1
     assert verify(disk / "run").violations == []
     # A client that was still training may leave files of round 1, which a resume removes.
-    assert [row["round"] for row in load_run(disk / "run").round_rows] == [0]
+    assert [row["round"] for row in read_lines(disk / "run" / "rounds.jsonl")] == [0]
