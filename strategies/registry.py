@@ -48,6 +48,8 @@ def make_users(name: str, settings: StrategySettings, setup: Setup) -> Algorithm
     kind = load_class(name)
     if not issubclass(kind, Algorithm):
         return None
+    if kind.fold is Algorithm.fold:
+        raise ConfigError("strategy", name, "a class that defines fold")
     table = settings.model_dump(by_alias=True)
     return _private(kind(settings_of(kind.Settings, table), setup))
 

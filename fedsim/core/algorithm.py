@@ -370,6 +370,7 @@ class Algorithm:
 
     def fold(self, this_round: Round) -> Outcome:
         """Move the parameters by the updates of a round."""
+        # Of some that ship, Flower's own class does it; one of the user's is refused without it.
         raise NotImplementedError
 
     @property

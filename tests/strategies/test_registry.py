@@ -91,6 +91,10 @@ class Mine(FedAvg):
         self.trust = trust
 
 
+class WithoutFold(Algorithm):
+    pass
+
+
 class Stranger(Strategy):
     def __init__(self, trust: float):
         self.trust = trust
@@ -116,6 +120,7 @@ def test_a_class_of_the_user_is_recorded_with_its_settings(name):
         (f"{__name__}:Nobody", {}, "a class that can be imported: AttributeError"),
         (f"{__name__}:Exporter", {}, "a subclass of fedsim.core.algorithm.Algorithm or flwr."),
         (f"{__name__}:Stranger", {}, "settings that the class takes: TypeError"),
+        (f"{__name__}:WithoutFold", {}, "a class that defines fold"),
         (f"{__name__}:Mine", {"faith": 1}, "settings that the class takes: TypeError"),
     ],
 )
