@@ -86,7 +86,7 @@ def allowed_instead(problem: Mapping[str, Any], annotation: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "too_short":
         return "a list of one or more"
-    # Text that is not Unicode is none of the choices.
+    # Text that is not valid Unicode matches no choice.
     if kind in ("literal_error", "string_unicode") and (choices := choices_of(annotation)):
         return one_of(choices)
     if kind == "value_error":

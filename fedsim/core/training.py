@@ -138,7 +138,7 @@ class Objective:
         return whole if self._correction is None else whole + self._correction[name]
 
     def term(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
-        """Give the value of the proximal term, shape (); None where there is none."""
+        """Give the value of the proximal term, shape (), or None if the objective has none."""
         if self._mu == 0:
             return None
         norms = [torch.linalg.vector_norm(p - self._start[n]) for n, p in parameters.items()]

@@ -249,7 +249,7 @@ def _own_config(cell: Cell) -> RunConfig:
 
 
 def _run_at(path: Path) -> Run | None:
-    """Open the run of a cell; None where there is none yet, or only the beginning of one."""
+    """Open the run of a cell, or give None if it has not begun or was only begun."""
     if not os.path.lexists(path):
         return None
     if not os.path.lexists(path / "run.json") and _is_begun(path, (_LOCK, "checksums.jsonl")):

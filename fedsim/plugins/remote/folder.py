@@ -68,7 +68,7 @@ class Folder:
         return bool(self._fs.isdir(self._root.rstrip("/") or "/"))
 
     def size(self, name: str) -> int | None:
-        """Count the bytes of a file; None where there is none.
+        """Give the size of a file in bytes, or None if it does not exist.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class Folder:
         return None
 
     def read(self, name: str) -> bytes:
-        """Give the content of a list; no bytes where there is none.
+        """Give the content of a list, or no bytes if it does not exist.
 
         Raises
         ------

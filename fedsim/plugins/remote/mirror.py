@@ -94,7 +94,7 @@ class _Lists:
         return cls(manifest, rounds, clients, there)
 
     def entry(self, key: str) -> Any:
-        """Give an entry of ``run.json``; None where there is none."""
+        """Give an entry of ``run.json``, or None if it has no such entry."""
         try:
             return parse_json(self.manifest)[key]
         except (ValueError, KeyError, TypeError):
